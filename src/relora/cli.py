@@ -1,0 +1,168 @@
+"""The command `relora`: one verb, one call.
+
+A user's mistake prints one line and exits with 2; a run that stopped itself exits with 3; a signal with 128 + its number.
+Verbs import what they need when they run, so that a misspelt key or `--help` answers before torch is loaded.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relora.config import RunConfig, load_config, to_yaml
+from relora.errors import ReloraError, UserError
+
+app = typer.Typer(
+    help="Pretrain language models through low-rank updates: prepare, pretrain, evaluate, generate.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of single keys.")]
+Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def main() -> None:
+    """Entry point: errors that carry a message for the user become one line on stderr and an exit status."""
+    try:
+        app(standalone_mode=False)
+    except ReloraError as error:
+        _fail(str(error), error.exit_status)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:  # `relora ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
+            raise
+        _fail(f"{error.format_message()} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
+
+
+@app.command(epilog="Example: relora prepare books/ --out prepared/books --train-tokenizer 8192 --validation 1%")
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or a hub dataset id (id or id:config).")],
+    out: Annotated[Path, typer.Option(help="Folder to write; gets train/ and validation/.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id.")] = None,
+    train_tokenizer: Annotated[int | None, typer.Option(help="Train a byte-level BPE of this many ids.")] = None,
+    validation: Annotated[str, typer.Option(help="Share of the documents held out, e.g. 1% or 0.01.")] = "1%",
+    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    take: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Keys the choice of held-out documents.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken records instead of refusing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn raw text into token files: a train and a validation folder, each with all that training needs."""
+    from relora.data.prepare import prepare as run_prepare
+
+    report = run_prepare(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        train_tokenizer=train_tokenizer,
+        validation=_share(validation),
+        text_field=text_field,
+        take=take,
+        workers=workers,
+        seed=seed,
+        skip_bad=skip_bad,
+    )
+    _print(report, as_json)
+
+
+@app.command(epilog="Example: relora pretrain configs/quickstart.yaml optimizer.lr=2e-3")
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run; build nothing.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; what is in the run folder is moved aside.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pretrain by a configuration; on a run folder that holds a checkpoint, continue."""
+    settings = _configuration(config, overrides)
+    if dry_run:
+        from relora.recipes.dry_run import describe, print_plan
+
+        plan = describe(settings)
+        print(json.dumps(asdict(plan), indent=1)) if as_json else print_plan(plan)
+        return
+    from relora.recipes.pretrain import pretrain as run_pretrain
+
+    result = run_pretrain(settings, fresh=fresh, quiet=quiet or as_json)
+    if as_json:
+        _print(result, as_json)
+
+
+@app.command(epilog="Example: relora export runs/quickstart --checkpoint 500 --out models/at-500")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    checkpoint: Annotated[int | None, typer.Option(help="Step; by default the newest.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/model-STEP.")] = None,
+    dtype: Annotated[str, typer.Option(help="Stored weights: fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Write any checkpoint as a plain Hugging Face model folder, factors merged."""
+    from relora.recipes.export import export as run_export
+
+    print(run_export(run, step=checkpoint, out=out, dtype=dtype))
+
+
+@app.command(epilog="Example: relora report runs/quickstart")
+def report(run: Annotated[Path, typer.Argument(help="Run folder, finished or not.")]) -> None:
+    """Write RUN/report.html: curves, phases, restarts, samples, in one file."""
+    from relora.report.html import write_report
+
+    print(write_report(run))
+
+
+@app.command("config", epilog="Example: relora config configs/quickstart.yaml batch.sequences=32")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="YAML configuration.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all keys instead.")] = False,
+) -> None:
+    """Check a configuration and print it with every default filled in."""
+    if schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=1))
+        return
+    if config is None:
+        raise UserError("give a configuration file, or --schema")
+    print(to_yaml(_configuration(config, overrides)), end="")
+
+
+def _configuration(path: Path, overrides: list[str] | None) -> RunConfig:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("WORLD_SIZE: this version trains in one process; start it without torchrun")
+    return load_config(path, overrides or [])
+
+
+def _share(text: str) -> float:
+    """`1%` or `0.01` -> 0.01."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(f"--validation {text}: give a share below 100%, e.g. 1% or 0.01")
+    return share
+
+
+def _print(figures: Any, as_json: bool) -> None:
+    print(json.dumps(asdict(figures), indent=1, default=str) if as_json else figures)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"relora: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

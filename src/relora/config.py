@@ -1,0 +1,360 @@
+"""The configuration of a run: YAML plus `key.sub=value` overrides -> frozen, typed settings, checked before anything is loaded.
+
+Each section is one class; the string under a field is its documentation (and its text in the JSON schema).
+Unknown keys, impossible values and impossible combinations are a `UserError` of one line that names the key.
+Nothing here imports torch, so that a misspelt key is reported at once.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from relora.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """A section: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """Which model: a preset to build from scratch, or a Hugging Face causal LM to open. Shape keys override a preset's."""
+
+    preset: str | None = None
+    """A LLaMA shape of the ReLoRA paper: llama-9m ... llama-7b."""
+    path: str | None = None
+    """A Hugging Face model folder or hub id."""
+    from_scratch: bool = False
+    """With `path`: take the architecture only and draw the weights anew."""
+    vocab_size: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_key_value_heads: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
+    tie_word_embeddings: bool | None = None
+
+    @property
+    def overrides(self) -> dict[str, int | bool]:
+        """The shape keys that were given, under the names of `transformers`."""
+        return self.model_dump(exclude={"preset", "path", "from_scratch"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelSettings":
+        if (self.preset is None) == (self.path is None):
+            raise ValueError("give either `preset` (a shape to build) or `path` (a model to open), one of the two")
+        if self.path is not None and self.overrides and not self.from_scratch:
+            raise ValueError(
+                f"`{next(iter(self.overrides))}` changes the shape of a trained model; drop it or set `from_scratch: true`"
+            )
+        return self
+
+
+class WeightedSource(Settings):
+    """One prepared folder of a mixture."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+    """Share of the sequences, relative to the other weights."""
+
+
+class DataSettings(Settings):
+    """Folders written by `relora prepare`."""
+
+    train: str | Annotated[tuple[WeightedSource, ...], Field(min_length=1)]
+    """A folder, or a list of {path, weight} to mix."""
+    validation: str
+    sequence_length: PositiveInt = 256
+    """Tokens per sequence."""
+
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """`train` as a list of weighted folders."""
+        return (WeightedSource(path=self.train),) if isinstance(self.train, str) else self.train
+
+
+class LowRankSettings(Settings):
+    """The two factors beside every frozen weight (see `relora.LowRankConfig`)."""
+
+    r: PositiveInt = 128
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Share = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer of the decoder blocks), a list of names, or a regular expression."""
+    rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
+    trainable_scaling: bool = False
+    """Train one scale per layer; a restart sets it back to its start, so it never dies."""
+    base: Literal["auto", "fp32", "bf16"] = "auto"
+    """How frozen weights are stored; auto follows precision.dtype. bf16 keeps an fp32 master in main memory for merging."""
+
+
+class WarmStartSettings(Settings):
+    """Full-rank training before the low-rank phase, in the same run."""
+
+    steps: NonNegativeInt = 1000
+
+
+class RestartSettings(Settings):
+    """Merge, redraw, clear, dip: one period drives all four."""
+
+    every_steps: PositiveInt = 1000
+    warmup_steps: NonNegativeInt = 50
+    optimizer: Literal["zero", "random", "magnitude", "keep"] = "zero"
+    """What happens to the factors' optimizer state: zero it all (m, v and step), prune m and v by one mask, or keep it."""
+    keep_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """For random and magnitude: the share of the entries that stays."""
+    init: Literal["kaiming"] = "kaiming"
+
+
+class ScheduleSettings(Settings):
+    """How long, and the learning rate's shape: linear warm-up, then cosine to min_lr_ratio over the whole run."""
+
+    total_steps: PositiveInt | None = None
+    """Optimizer steps."""
+    total_tokens: PositiveInt | None = None
+    """Stands in for total_steps; tokens, rounded up to whole steps."""
+    warmup_steps: NonNegativeInt = 500
+    min_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "ScheduleSettings":
+        if (self.total_steps is None) == (self.total_tokens is None):
+            raise ValueError("give either `total_steps` or `total_tokens`, one of the two")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW, fused."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1.0e-3
+    """Of everything trained at full rank."""
+    lowrank_lr: PositiveFloat | None = None
+    """Of the factors; 2 x lr unless given (the ReLoRA authors' rule)."""
+    lowrank_b_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of lora_B over that of lora_A (LoRA+)."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """On matrices; norms and biases are not decayed."""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """0 turns clipping off."""
+
+
+class BatchSettings(Settings):
+    """Sequences per optimizer step, and per forward pass."""
+
+    sequences: PositiveInt = 64
+    micro_sequences: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _whole(self) -> "BatchSettings":
+        if self.sequences % self.micro_sequences:
+            raise ValueError(
+                f"sequences ({self.sequences}) must be a multiple of micro_sequences ({self.micro_sequences})"
+            )
+        return self
+
+
+class PrecisionSettings(Settings):
+    """fp32; bf16-mixed (fp32 weights, bf16 products); bf16 (bf16-mixed, and frozen weights stored in bf16)."""
+
+    dtype: Literal["fp32", "bf16", "bf16-mixed"] = "fp32"
+    frozen: Literal["auto"] = "auto"
+    """Arithmetic of the products with frozen weights."""
+
+
+class CheckpointSettings(Settings):
+    """When to save, and how many checkpoints to keep."""
+
+    every_steps: PositiveInt = 500
+    keep_last: PositiveInt = 2
+
+
+class EvaluateSettings(Settings):
+    """Held-out loss in the loop, and before and after every restart."""
+
+    every_steps: PositiveInt = 500
+    tokens: PositiveInt = 200_000
+    """Held-out tokens per evaluation, the same ones every time."""
+
+
+class LogSettings(Settings):
+    """metrics.jsonl is always written; trackers come on top."""
+
+    every_steps: PositiveInt = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+class SampleSettings(Settings):
+    """Text generated at the end of the run."""
+
+    prompts: tuple[str, ...] = ("The",)
+    max_new_tokens: PositiveInt = 80
+    temperature: PositiveFloat = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class RunConfig(Settings):
+    """Everything that `relora pretrain` reads."""
+
+    output_dir: str
+    """The run folder."""
+    seed: NonNegativeInt = 0
+    device: str = "auto"
+    """auto (the first GPU, else the CPU), cpu, cuda, cuda:N or mps."""
+    model: ModelSettings
+    data: DataSettings
+    method: Literal["full", "lora", "relora"] = "relora"
+    lowrank: LowRankSettings = LowRankSettings()
+    warm_start: WarmStartSettings = WarmStartSettings()
+    restart: RestartSettings = RestartSettings()
+    schedule: ScheduleSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    batch: BatchSettings = BatchSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    log: LogSettings = LogSettings()
+    samples: SampleSettings = SampleSettings()
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.batch.sequences * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.schedule.total_steps is not None:
+            return self.schedule.total_steps
+        assert self.schedule.total_tokens is not None  # ScheduleSettings sees to it
+        return math.ceil(self.schedule.total_tokens / self.batch_tokens)
+
+    @property
+    def lowrank_lr(self) -> float:
+        """Learning rate of lora_A."""
+        return self.optimizer.lowrank_lr if self.optimizer.lowrank_lr is not None else 2 * self.optimizer.lr
+
+    @model_validator(mode="after")
+    def _times_fit(self) -> "RunConfig":
+        total, restart = self.total_steps, self.restart
+        if self.schedule.warmup_steps >= total:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be shorter than the run ({total} steps)"
+            )
+        if self.method != "full" and self.warm_start.steps >= total:
+            raise ValueError(
+                f"warm_start.steps ({self.warm_start.steps}) must be shorter than the run ({total} steps); "
+                "for a full-rank run set `method: full`"
+            )
+        if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
+            raise ValueError(
+                f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than restart.every_steps ({restart.every_steps})"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides in order and check the whole; `UserError` on anything wrong."""
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
+    """A plain dictionary -> checked settings; `source` names its file in messages."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_mistake(error)}") from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a YAML configuration") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a YAML mapping of keys to values")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is written key.sub=value, e.g. optimizer.lr=1e-3")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{override!r}: `{parent}` is not a section")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML; quote it if it is text") from None
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """One line for the first thing that pydantic found: the dotted key, what is wrong, the nearest valid key."""
+    mistake = error.errors(include_url=False)[0]
+    location = [str(part) for part in mistake["loc"] if part not in ("str", "tuple[WeightedSource, ...]")]
+    key = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown key `{key}`; {_nearest(location)}"
+    if mistake["type"] == "missing":
+        return f"`{key}` is missing"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"`{key}` is {mistake['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(location: list[str]) -> str:
+    """The valid key nearest to an unknown one: in its own section first, then anywhere."""
+    keys = list(_all_keys(RunConfig))
+    section = ".".join(location[:-1])
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
+    for candidates in (siblings, keys):
+        near = difflib.get_close_matches(".".join(location), candidates, n=1, cutoff=0.7)
+        if near:
+            return f"did you mean `{near[0]}`?"
+    by_name = [key for key in keys if key.rpartition(".")[2] == location[-1]]
+    if by_name:
+        return f"did you mean `{by_name[0]}`?"
+    return f"valid here: {', '.join(key.rpartition('.')[2] for key in siblings)}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys

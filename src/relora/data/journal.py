@@ -1,0 +1,174 @@
+"""How a preparation survives a kill at any moment: shards that only grow, and a journal of how far they are good.
+
+    OUT/journal.jsonl    first line: what was asked for; then one line per few seconds of work: how many documents are
+                         encoded, and how long each split's shards are up to there
+
+The shards are synced before the line that speaks of them. To continue is to cut the shards back to the last whole
+line and go on with the next document: the bytes come out as if nothing had happened.
+"""
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import TypeAdapter, ValidationError
+
+from relora.data.encode import SplitTokens
+from relora.data.shards import Shard, sync_folder
+from relora.errors import UserError
+
+JOURNAL_NAME = "journal.jsonl"
+
+SHARD_TOKENS = 1 << 27
+"""A shard is closed once it holds this many tokens."""
+
+
+@dataclass
+class SplitState:
+    """How far one split is written."""
+
+    shards: list[Shard] = field(default_factory=list)
+    documents: int = 0
+    text_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Over all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass
+class PassState:
+    """How far the pass over the corpus is: what one line of the journal holds."""
+
+    train: SplitState = field(default_factory=SplitState)
+    validation: SplitState = field(default_factory=SplitState)
+    lowest_draw: int | None = None
+    """Of all documents so far (see `encode.SplitRule`)."""
+
+    @property
+    def documents(self) -> int:
+        """Encoded so far, in both splits."""
+        return self.train.documents + self.validation.documents
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the journal's first line holds."""
+
+    request: Mapping[str, Any]
+    """The sources and options: a journal of another request cannot be continued."""
+    threshold: int
+    """See `encode.SplitRule`."""
+
+
+class Journal:
+    """The journal of a folder, locked: a second process is refused.
+
+    `header` is None when there is nothing to continue; `begin` then writes it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._file = (out / JOURNAL_NAME).open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(
+                f"{out}: another `relora prepare` is writing here; wait for it or choose another --out"
+            ) from None
+        self.header, self.state = self._read()
+
+    def begin(self, header: Header) -> None:
+        """Start over: whatever was noted is forgotten."""
+        self._file.truncate(0)
+        self.header, self.state = header, PassState()
+        self._append(asdict(header))
+        sync_folder(self._out)
+
+    def note(self) -> None:
+        """Note `state`; the shards it speaks of must be synced."""
+        self._append(asdict(self.state))
+
+    def close(self) -> None:
+        """Unlock; the file stays, to be continued."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """The work is done, or given up."""
+        (self._out / JOURNAL_NAME).unlink()
+        self.close()
+
+    def _append(self, line: object) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self) -> tuple[Header | None, PassState]:
+        """The first and the last whole line; a kill may have cut the last one short, so it is removed."""
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
+        whole, torn = lines[:-1], lines[-1]
+        if torn:
+            self._file.truncate(sum(len(line) + 1 for line in whole))
+        try:
+            header = TypeAdapter(Header).validate_json(whole[0]) if whole else None
+            state = TypeAdapter(PassState).validate_json(whole[-1]) if len(whole) > 1 else PassState()
+        except ValidationError:
+            self._file.close()
+            raise UserError(f"{self._out / JOURNAL_NAME}: damaged; delete {self._out} and prepare again") from None
+        return header, state
+
+
+class SplitWriter:
+    """Appends tokens to one split's shards, from where `state` says; keeps `state` up to date."""
+
+    def __init__(self, folder: Path, state: SplitState, itemsize: int) -> None:
+        self._folder = folder
+        self._state = state
+        self._file: BinaryIO | None = None
+        folder.mkdir(exist_ok=True)
+        kept = {shard.file: shard.tokens * itemsize for shard in state.shards}
+        for file in folder.glob("shard-*.bin"):
+            if file.name not in kept:
+                file.unlink()
+            elif file.stat().st_size > kept[file.name]:
+                os.truncate(file, kept[file.name])
+        if state.shards:
+            self._file = (folder / state.shards[-1].file).open("ab")
+
+    def append(self, split: SplitTokens) -> None:
+        """One chunk's share of this split."""
+        self._state.documents += split.documents
+        self._state.text_bytes += split.text_bytes
+        if not len(split.tokens):
+            return
+        shards = self._state.shards
+        if self._file is None or shards[-1].tokens >= SHARD_TOKENS:
+            self.close()
+            shards.append(Shard(file=f"shard-{len(shards):05d}.bin", tokens=0, crc32=0))
+            self._file = (self._folder / shards[-1].file).open("wb")
+            sync_folder(self._folder)
+        data = split.tokens.tobytes()
+        self._file.write(data)
+        last = shards[-1]
+        shards[-1] = Shard(last.file, last.tokens + len(split.tokens), zlib.crc32(data, last.crc32))
+
+    def sync(self) -> None:
+        """Everything appended survives a power cut."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None

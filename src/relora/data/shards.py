@@ -1,0 +1,205 @@
+"""A prepared folder: flat token files behind one index, all that training needs to know about its data.
+
+    FOLDER/index.json         counts, dtype, vocabulary, tokenizer fingerprint, shards, sources, options
+    FOLDER/shard-00000.bin    token ids, little-endian uint16 or uint32; every document ends in EOS
+    FOLDER/tokenizer/         a copy of the tokenizer
+
+The shards together are one long stream of tokens; where one shard ends means nothing. The index is written last,
+so a folder without one is unfinished. Shards are memory-mapped: a corpus larger than main memory costs none.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
+from relora.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+TOKENIZER_NAME = "tokenizer"
+PREPARE_AGAIN = "delete the folder and run `relora prepare` again"
+
+TokenDtype = Literal["uint16", "uint32"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file."""
+
+    file: str
+    tokens: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source as it was given, and what tells whether it changed."""
+
+    source: str
+    files: int
+    bytes: int | None
+    """On disk; None for a dataset that is streamed from the hub."""
+    fingerprint: str
+    """Over the names, sizes and modification times of its files."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` holds."""
+
+    format_version: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    """Of the documents as UTF-8, without the EOS that ends each."""
+    skipped_records: int
+    """Bad records that `skip_bad` left out of the whole corpus (both splits together)."""
+    dtype: TokenDtype
+    vocab_size: int
+    eos_token_id: int
+    tokenizer_fingerprint: str
+    shards: tuple[Shard, ...]
+    sources: tuple[Source, ...]
+    options: Mapping[str, str | int | float | bool | None]
+
+
+class PreparedFolder:
+    """One finished split, memory-mapped; `open` is its constructor."""
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path = path
+        self.index = index
+        dtype = np.dtype(index.dtype).newbyteorder("<")
+        self._shards = [np.memmap(path / shard.file, dtype=dtype, mode="r") for shard in index.shards]
+        self._ends = np.cumsum([shard.tokens for shard in index.shards])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PreparedFolder":
+        """Open `path`, checking its index and its shards' sizes; `UserError` on anything missing or cut short."""
+        path = Path(path)
+        index = read_index(path)
+        itemsize = np.dtype(index.dtype).itemsize
+        for shard in index.shards:
+            file, expected = path / shard.file, shard.tokens * itemsize
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise UserError(f"{file}: {error.strerror}; {PREPARE_AGAIN}") from None
+            if size != expected:
+                raise UserError(f"{file}: {size} bytes, the index says {expected}; {PREPARE_AGAIN}")
+        if sum(shard.tokens for shard in index.shards) != index.tokens or index.tokens == 0:
+            raise UserError(f"{path / INDEX_NAME}: `shards` and `tokens` disagree; {PREPARE_AGAIN}")
+        return cls(path, index)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the stream."""
+        return self.index.tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+        return self.index.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """The tokenizer's; equal fingerprints mean equal ids for equal text."""
+        return self.index.tokenizer_fingerprint
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token, EOS counted: loss in nats / ln 2 / this is bits per byte."""
+        return self.index.text_bytes / self.index.tokens
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder that `transformers.AutoTokenizer` opens."""
+        return self.path / TOKENIZER_NAME
+
+    def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """The ids `start` to `start + length` of the stream, [length], copied, across shard borders.
+
+        `UserError` if an id is outside the vocabulary: only a damaged shard can hold one.
+        """
+        if not 0 <= start <= start + length <= self.tokens:
+            raise IndexError(f"window {start}+{length} of {self.tokens} tokens")
+        ids = np.empty(length, dtype=np.int64)
+        filled = 0
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < length:
+            shard = self._shards[number]
+            offset = start + filled - (int(self._ends[number]) - len(shard))
+            piece = shard[offset : offset + length - filled]
+            ids[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            number += 1
+        if length and int(ids.max()) >= self.vocab_size:
+            at = int(np.argmax(ids >= self.vocab_size))
+            raise UserError(
+                f"{self.path}: token {start + at} has id {ids[at]}, the vocabulary ends at {self.vocab_size - 1}; "
+                f"the folder is damaged, {PREPARE_AGAIN}"
+            )
+        return ids
+
+
+def read_index(folder: Path) -> Index:
+    """The checked content of `folder/index.json`; `UserError` when there is none or not of this format."""
+    file = folder / INDEX_NAME
+    try:
+        text = file.read_text(encoding="utf-8")
+        version = json.loads(text)["format_version"]
+    except OSError:
+        raise UserError(_why_no_index(folder)) from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file}: not an index written by `relora prepare`") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}; {PREPARE_AGAIN}")
+    try:
+        return TypeAdapter(Index).validate_json(text)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        key = ".".join(map(str, mistake["loc"]))
+        raise UserError(f"{file}: `{key}`: {mistake['msg']}; {PREPARE_AGAIN}") from None
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write `folder/index.json`, durably and in one step: it is there whole, or not there."""
+    write_durably(folder / INDEX_NAME, json.dumps(asdict(index), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_durably(file: Path, text: str) -> None:
+    """Written aside, synced, renamed: after a crash `file` holds what it held before or all of `text`."""
+    aside = file.with_name(file.name + ".partial")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _why_no_index(folder: Path) -> str:
+    """The line for a folder without a readable index: the commonest reasons told apart."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder; write it with `relora prepare`"
+    if (folder / "train" / INDEX_NAME).exists():
+        return f"{folder}: holds splits; give {folder / 'train'} or {folder / 'validation'}"
+    if any(folder.glob("shard-*.bin")):
+        return f"{folder}: not finished; run the same `relora prepare` command again to continue it"
+    return f"{folder}: no {INDEX_NAME} in it, so `relora prepare` did not write it"

@@ -1,0 +1,90 @@
+"""The tokenizer: opened from a folder or the hub, or trained on the corpus; and what identifies it.
+
+A trained one is byte-level BPE (Sennrich et al. 2016, with GPT-2's splitting into words): it has no unknown
+token and gives every text back exactly. `<|endoftext|>` ends each document and is also the BOS that generation
+starts from, as in GPT-2: what follows an end is the start of a text. Padding is a token of its own, because a
+pad that equals EOS makes fine-tuning mask the very EOS a model must learn to give.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from relora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+SMALLEST_VOCABULARY = 256 + 2
+"""Every byte, and the two special tokens."""
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a folder or on the hub; `UserError` unless it opens, is a fast one and has an EOS token."""
+    from transformers import AutoTokenizer  # here, because it takes seconds to load
+
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name}: no such folder; give a tokenizer's folder or its id on the Hugging Face hub")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever the library, its file formats and the network raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{name}: cannot be opened as a tokenizer: {reason}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: has no tokenizer.json (a fast tokenizer); save one with `transformers` first")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: has no EOS token, which ends every document; set eos_token in its configuration")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE of at most `vocab_size` ids; the same texts give the same tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    check_vocab_size(vocab_size)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """`UserError` when a byte-level vocabulary cannot be that small."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--train-tokenizer {vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} ids"
+        )
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """One more than the largest id: the rows that a model's embedding needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A hash of all that decides which ids a document gets, and of nothing else: not of templates or padding."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {part: backend[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    text = json.dumps({**parts, "eos": tokenizer.eos_token_id}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,45 @@
+"""Which device the arithmetic runs on, and the most memory that it has taken."""
+
+import resource
+import sys
+
+import torch
+
+from relora.errors import UserError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`; `UserError` if it is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: `{name}` is none of auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda":
+        return _cuda(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps was asked for, but this machine has none; set `device: auto`")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"device: `{name}` is none of auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def _cuda(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "no CUDA GPU is in sight"
+        raise UserError(f"device: {device} was asked for, but {why}; set `device: auto`, or see `relora doctor`")
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"device: {device} was asked for, but the GPUs here are cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory taken so far: on a CUDA device by tensors, elsewhere by this process (resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

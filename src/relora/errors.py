@@ -1,0 +1,30 @@
+"""What can go wrong, as the exit statuses that the command line gives.
+
+Every error carries one line for the person at the terminal: what is wrong (which key, which file) and what would mend it.
+"""
+
+
+class ReloraError(Exception):
+    """Base of all errors that the command line prints as one line instead of a traceback."""
+
+    exit_status = 3
+
+
+class UserError(ReloraError):
+    """The user's mistake: a key, a file or a combination that cannot be used. Nothing was created or overwritten."""
+
+    exit_status = 2
+
+
+class RunStopped(ReloraError):
+    """The run stopped itself (a loss that is not finite, a dead tensor, a full disk); its last checkpoint is kept."""
+
+    exit_status = 3
+
+
+class Interrupted(ReloraError):
+    """A signal ended the run after a checkpoint was written; `exit_status` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number

@@ -1,0 +1,188 @@
+"""Put low-rank layers into a model, and take them out again.
+
+`inject` walks any `nn.Module`, swaps the targets in place, freezes their weights and reports what it matched. Everything
+else (embeddings, norms, biases, the head) stays as it was, so in pretraining it trains at full rank
+(ReLoRA, arXiv 2307.05695, section 3). `merge` is the way back: a plain model with no trace of the factors.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from relora.errors import UserError
+from relora.lowrank.linear import LowRankConfig, LowRankLinear, check_rank
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What an injection matched, froze and trains; counts are parameters."""
+
+    targets: dict[str, tuple[int, int]]
+    """Path of every replaced layer -> (out, in)."""
+    frozen: int
+    low_rank: int
+    full_rank: int
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that get a gradient."""
+        return self.low_rank + self.full_rank
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.targets)} low-rank layers; {self.trainable:,} parameters train "
+            f"({self.low_rank:,} in factors, {self.full_rank:,} at full rank), {self.frozen:,} are frozen"
+        )
+
+
+def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectReport:
+    """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights. Build the optimizer afterwards.
+
+    Raises:
+        UserError: see `find_targets`, or the model has low-rank layers already. The model is left untouched.
+    """
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise UserError("the model has low-rank layers already; relora.merge(model) first")
+    targets = {}
+    for name in find_targets(model, config):
+        module = model.get_submodule(name)
+        layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=_is_conv1d(module))
+        layer.train(module.training)
+        model.set_submodule(name, layer)
+        targets[name] = (layer.out_features, layer.in_features)
+    return _report(model, targets)
+
+
+def merge(model: nn.Module) -> None:
+    """Merge every factor into its weight (fp32 or better) and put the plain layers back, in place; inverse of `inject`.
+
+    A weight that was stored in bf16 comes back as its exact fp32 master.
+
+    Raises:
+        FloatingPointError: an update is not finite; it names the layer.
+    """
+    for name, layer in low_rank_layers(model).items():
+        layer.merge_()
+        model.set_submodule(name, layer.plain())
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Every low-rank layer by its path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that must be saved to continue: parameters and persistent buffers by name, frozen weights without rounding.
+
+    Tied parameters appear once, under their first name.
+    """
+    persistent = model.state_dict(keep_vars=True).keys()
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    for name, layer in low_rank_layers(model).items():
+        tensors[f"{name}.weight"] = layer.base.exact
+    return tensors
+
+
+def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `exact_tensors` into a model of the same structure.
+
+    Raises:
+        KeyError: names differ; ValueError: a shape differs. Nothing was copied.
+    """
+    own = exact_tensors(model)
+    if own.keys() != tensors.keys():
+        raise KeyError(f"tensor names differ: {', '.join(sorted(own.keys() ^ tensors.keys())[:4])}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, the model's is {tuple(tensor.shape)}")
+    layers = low_rank_layers(model)
+    for name, tensor in own.items():
+        path, _, kind = name.rpartition(".")
+        if path in layers and kind == "weight":
+            layers[path].base.set_(tensors[name])
+        else:
+            tensor.copy_(tensors[name])
+
+
+def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
+    """Paths of the layers that `config.target_modules` names, in model order; nothing is changed.
+
+    `all-linear` takes every linear layer inside the repeated blocks (those in an `nn.ModuleList`), or, in a model without
+    such, every linear layer that is not tied and not the output head.
+
+    Raises:
+        UserError: a pattern matches nothing, a target shares its weight with another module, or r is too large for one.
+    """
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
+    }
+    shared = _shared_weights(model)
+    if config.target_modules == "all-linear":
+        found = _linear_layers_of_blocks(model, linears, shared)
+    else:
+        found = _matching(linears, config.target_modules)
+    for name in found:
+        if id(linears[name].weight) in shared:
+            raise UserError(
+                f"lowrank.target_modules: {name} shares its weight with another module (tied embeddings); leave it out"
+            )
+        check_rank(config.r, model.get_parameter(f"{name}.weight"), name)
+    return found
+
+
+def _linear_layers_of_blocks(model: nn.Module, linears: dict[str, nn.Module], shared: set[int]) -> list[str]:
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    in_blocks = [name for name in linears if name.startswith(lists)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    free = [name for name, layer in linears.items() if id(layer.weight) not in shared and layer is not head]
+    if not (in_blocks or free):
+        raise UserError("lowrank.target_modules: `all-linear` matches nothing; the model has no linear layer to train")
+    return in_blocks or free
+
+
+def _matching(linears: dict[str, nn.Module], patterns: str | tuple[str, ...]) -> list[str]:
+    """Names matched by one regular expression on whole paths, or by any of a list of path endings."""
+    if isinstance(patterns, str):
+        expression = _compiled(patterns)
+        found = [name for name in linears if expression.fullmatch(name)]
+        missing = [] if found else [patterns]
+    else:
+        matches = {pattern: [name for name in linears if f".{name}".endswith(f".{pattern}")] for pattern in patterns}
+        missing = [pattern for pattern, names in matches.items() if not names]
+        found = [name for name in linears if any(name in names for names in matches.values())]
+    if missing or not found:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+        what = f"{missing[0]!r} matches no linear layer" if missing else "no pattern given"
+        raise UserError(f"lowrank.target_modules: {what}; the model has {known}")
+    return found
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"lowrank.target_modules: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's `Conv1D`: a linear layer whose weight is [in, out]. By name, so that this wing needs no model library."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Identities of the weights that more than one module holds."""
+    counts = Counter(
+        id(weight) for module in model.modules() if (weight := getattr(module, "weight", None)) is not None
+    )
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def _report(model: nn.Module, targets: dict[str, tuple[int, int]]) -> InjectReport:
+    layers = low_rank_layers(model)
+    low_rank = sum(factor.numel() for layer in layers.values() for factor in layer.factors.values())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return InjectReport(targets=targets, frozen=frozen, low_rank=low_rank, full_rank=trainable - low_rank)

@@ -1,0 +1,28 @@
+"""The arithmetic of one low-rank layer: y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
+
+This is the factored form of LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): the product B A is never formed, so a
+layer pays 2·T·r·(in + out) multiply-adds on top of its frozen product, and autograd keeps x Aᵀ [T, r] for the way back.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in], lora_B [out, r]; dropout acts on the factors' input."""
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        weight = weight.to(x.dtype)  # a base stored in bf16 under fp32 arithmetic
+    frozen = F.linear(x, weight, bias)
+    # without autocast, half-precision activations meet fp32 factors: the factors' precision wins (small updates live there)
+    x = x.to(lora_A.dtype)
+    update = F.linear(F.linear(F.dropout(x, dropout) if dropout else x, lora_A), lora_B)
+    return frozen + (scaling * update).to(frozen.dtype)

@@ -1,0 +1,328 @@
+"""Build a causal LM from a preset or open any Hugging Face one, check that data fits it, save it plainly.
+
+Weights come from and go to safetensors alone: nothing is unpickled, no code that travels with a model is run.
+A model drawn from scratch depends on its shape and its seed only, never on what was drawn before.
+"""
+
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from relora.draws import keyed_seed
+from relora.errors import RunStopped, UserError
+from relora.model.presets import preset_settings
+
+Overrides = Mapping[str, int | bool]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes of weights under the names that settings use."""
+
+# What a folder or file of somebody else's making raises when it is not what it should be.
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+def build_model(
+    preset: str, overrides: Overrides | None = None, *, seed: int, eos_token_id: int | None = None
+) -> PreTrainedModel:
+    """A LLaMA of a published shape, in fp32 on the CPU, its weights drawn from `seed`.
+
+    Args:
+        preset: a name in `PRESETS`.
+        overrides: shape keys of `transformers.LlamaConfig` that replace the preset's.
+        eos_token_id: the id that ends a document in the training data; generation starts and stops at it.
+
+    Raises:
+        UserError: no such preset, or a shape that cannot be.
+    """
+    return _drawn(_overridden(LlamaConfig(**preset_settings(preset)), overrides or {}), seed, eos_token_id)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    from_scratch: bool = False,
+    overrides: Overrides | None = None,
+    seed: int = 0,
+    eos_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The causal LM in a folder or on the hub, on the CPU; `from_scratch`: its architecture, drawn anew in fp32.
+
+    `overrides`, `seed` and `eos_token_id` serve `from_scratch` (see `build_model`), `dtype` trained weights.
+    Within `torch.device("meta")` no weights are read: only the shapes are there.
+
+    Raises:
+        UserError: nothing there, not a causal LM, no safetensors, or weights that do not fill the model.
+    """
+    folder = model_folder(path)
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except _UNUSABLE as error:
+            raise UserError(f"{path}: not a model that transformers knows: {_first_line(error)}") from None
+        if from_scratch or torch.get_default_device().type == "meta":
+            return _drawn(_overridden(config, overrides or {}), seed, eos_token_id)
+        _check_weight_files(folder, path)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # named below, which transformers does not do in one line
+                output_loading_info=True,
+            )
+        except _UNUSABLE as error:
+            raise UserError(f"{path}: cannot be opened as a causal LM: {_first_line(error)}") from None
+    _check_report(report, path)
+    return model
+
+
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder or on the hub; `UserError` if there is none."""
+    folder = model_folder(path)
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except _UNUSABLE as error:
+            raise UserError(f"{path}: its tokenizer cannot be opened: {_first_line(error)}") from None
+
+
+def model_folder(path: str | Path) -> Path:
+    """The local folder of a model given as a folder or a hub id (downloaded once, safetensors and text)."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path}: not a model folder (it has no config.json)")
+        return folder
+    if folder.exists():
+        raise UserError(f"{path}: is a file; give the folder that holds config.json and the weights")
+    try:
+        files = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+        return Path(snapshot_download(str(path), allow_patterns=files))
+    except HFValidationError:
+        raise UserError(f"{path}: no such folder (and no hub id is written like that)") from None
+    except (HfHubHTTPError, OSError):
+        raise UserError(f"{path}: no such folder, and the hub gave no model of that name") from None
+
+
+def check_fit(model: PreTrainedModel, tokenizer_vocab_size: int, sequence_length: int) -> None:
+    """`UserError` unless there is a row for every token id and a position for every token of a sequence."""
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer_vocab_size > rows:
+        raise UserError(
+            f"model.vocab_size: the model has {rows:,} ids, the data's tokenizer {tokenizer_vocab_size:,}; "
+            f"set `model.vocab_size: {tokenizer_vocab_size}`, or prepare the data with the model's tokenizer"
+        )
+    positions = max_positions(model)
+    if positions is not None and sequence_length > positions:
+        raise UserError(
+            f"data.sequence_length ({sequence_length:,}) is more than the model's {positions:,} positions; "
+            "shorten it or, for a model from scratch, raise `model.max_position_embeddings`"
+        )
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """`fp32`, `bf16` or `fp16` -> the dtype; `UserError` for anything else."""
+    if name not in DTYPES:
+        raise UserError(f"dtype: `{name}` is none of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model was made for, in tokens; None if its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a plain Hugging Face model folder: configurations, safetensors, tokenizer.
+
+    It is written aside and then renamed, so `folder` is whole or absent; a model folder that was there is
+    replaced. Weights are stored as `dtype` (by default the widest in the model); the model is left as it is.
+
+    Raises:
+        UserError: low-rank factors are still in the model, or `folder` holds something other than a model.
+        RunStopped: the disk is full or refuses the write.
+    """
+    folder = Path(folder)
+    weights = model.state_dict()
+    for key in weights:
+        if "lora_" in key:
+            raise UserError(f"{folder}: the model still holds low-rank factors (`{key}`); merge and strip them first")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: exists and is not a model folder; it was left as it is")
+    dtype = dtype or functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
+    aside, replaced = (
+        folder.with_name(f".{folder.name}.partial"),
+        folder.with_name(f".{folder.name}.replaced"),
+    )
+    try:
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with quiet_transformers():
+            model.save_pretrained(aside, state_dict=_cast(weights, dtype))
+            tokenizer.save_pretrained(aside)
+        _state_dtype(aside / "config.json", dtype)
+        if folder.exists():
+            folder.rename(replaced)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(f"{folder}: the model could not be written: {_first_line(error)}") from error
+    finally:
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers says when it loads and generates; what matters of it is checked here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _drawn(config: PreTrainedConfig, seed: int, eos_token_id: int | None) -> PreTrainedModel:
+    """A new model of that configuration: fp32, on the CPU, the global random stream left where it was."""
+    if eos_token_id is not None:
+        config.bos_token_id = config.eos_token_id = eos_token_id
+        config.pad_token_id = None
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.default_generator.manual_seed(keyed_seed(seed, "weights"))
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except _UNUSABLE as error:
+        raise UserError(f"model: no causal LM can be built of this shape: {_first_line(error)}") from None
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id
+    return model
+
+
+def _overridden(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedConfig:
+    """The configuration with other shape keys; what followed from the old ones follows from the new ones."""
+    own_name = config.attribute_map  # e.g. GPT-2 calls hidden_size n_embd
+    settings = config.to_dict()
+    for key in overrides:
+        if own_name.get(key, key) not in settings:
+            raise UserError(f"model.{key}: a {config.model_type} model has no such key")
+
+    def get(key: str) -> Any:
+        return settings.get(own_name.get(key, key))
+
+    as_many_groups = get("num_key_value_heads") == get("num_attention_heads")
+    whole_heads = get("hidden_size") == get("num_attention_heads") * (get("head_dim") or 0)
+    if overrides.get("num_hidden_layers", get("num_hidden_layers")) != get("num_hidden_layers"):
+        settings.pop("layer_types", None)  # one entry per layer
+    settings.update({own_name.get(key, key): value for key, value in overrides.items()})
+
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
+    if as_many_groups and "num_key_value_heads" not in overrides:
+        settings["num_key_value_heads"] = heads
+    if whole_heads:
+        settings["head_dim"] = hidden // heads
+    groups = get("num_key_value_heads") or heads
+    if hidden % heads and (whole_heads or get("head_dim") is None):
+        raise UserError(f"model.hidden_size ({hidden}) is not a multiple of model.num_attention_heads ({heads})")
+    if heads % groups:
+        raise UserError(
+            f"model.num_attention_heads ({heads}) is not a multiple of model.num_key_value_heads ({groups})"
+        )
+    if hasattr(config, "rope_parameters") and (get("head_dim") or hidden // heads) % 2:
+        raise UserError(
+            f"model.hidden_size ({hidden}) over model.num_attention_heads ({heads}) must be even: "
+            "rotary position embeddings turn pairs of numbers"
+        )
+    try:
+        return type(config)(**settings)
+    except _UNUSABLE as error:
+        raise UserError(f"model: this shape cannot be: {_first_line(error)}") from None
+
+
+def _check_weight_files(folder: Path, path: str | Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+        raise UserError(
+            f"{path}: its weights are pickled and could run code when opened; if you trust them, convert them "
+            f"with `AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained('NEW_FOLDER')`"
+        )
+    raise UserError(f"{path}: has no weights (no .safetensors file)")
+
+
+def _check_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """`UserError` where the weights do not fill the model: transformers draws what is missing and goes on."""
+    for key in sorted(report["missing_keys"]):
+        raise UserError(f"{path}: its weights lack `{key}`; they are incomplete or of another architecture")
+    for key, stored, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(f"{path}: `{key}` is {list(stored)} where config.json wants {list(wanted)}")
+    for key in sorted(report["unexpected_keys"]):
+        if "lora_" in key:
+            raise UserError(f"{path}: holds low-rank factors (`{key}`); merge them and save it again")
+
+
+def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating-point weights as `dtype`; tied weights stay one tensor, which is how a tie is recognised."""
+    stored: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    cast = {}
+    for name, weight in weights.items():
+        place = (weight.data_ptr(), weight.shape)
+        if place not in stored:
+            stored[place] = weight.to(dtype) if weight.is_floating_point() else weight
+        cast[name] = stored[place]
+    return cast
+
+
+def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Name the dtype of the stored weights; transformers names that of the model in memory."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _first_line(error: BaseException) -> str:
+    """One line of a library's message: its second where the first only says who complains."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0]

@@ -1,0 +1,226 @@
+"""What this machine offers a run: versions, devices, which dtypes are fast, memory, disk, what is not installed.
+
+A dtype is judged by doing: a matrix product is timed against fp32's, since many CPUs accept bf16 and emulate it slowly.
+"""
+
+import math
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from relora.device import choose_device
+
+PACKAGES = ("relora", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+EXTRAS = {
+    "wandb": "log.trackers: [wandb]",
+    "trackio": "log.trackers: [trackio]",
+    "peft": "comparing layers and adapters with PEFT's",
+}
+"""Packages that not everybody needs, and what each is for."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURE_SECONDS = 0.1
+"""All dtypes together."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class DtypeSpeed:
+    """Matrix products of one dtype on the device that a run would use."""
+
+    gflops: float | None
+    """None where the device cannot do it."""
+    ratio_to_fp32: float | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    compute_capability: str
+    memory_free_bytes: int
+    memory_total_bytes: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The findings; plain values all the way down, so that `dataclasses.asdict` gives JSON."""
+
+    versions: dict[str, str | None]
+    """Of Python and the packages; None for one that is not installed."""
+    platform: str
+    device: str
+    """What `device: auto` means here."""
+    cuda: str | None
+    """The CUDA that this PyTorch was built with."""
+    gpus: list[Gpu]
+    cpu_cores: int
+    threads: int
+    memory_free_bytes: int | None
+    """Main memory that a new process can have; None where the system does not say."""
+    memory_total_bytes: int | None
+    disk_free_bytes: int
+    dtypes: dict[str, DtypeSpeed]
+    extras: dict[str, str | None]
+    """Version, or None where it is not installed."""
+    warnings: list[str]
+
+
+def diagnose(folder: Path = Path()) -> Diagnosis:
+    """Look around; `folder` is where runs would be written. Takes about a tenth of a second beyond the imports."""
+    device = choose_device("auto")
+    memory_free, memory_total = _main_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    dtypes = _measure_dtypes(device)
+    disk_free = shutil.disk_usage(_existing(folder)).free
+    return Diagnosis(
+        versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        platform=platform.platform(),
+        device=str(device),
+        cuda=torch.version.cuda,
+        gpus=[_describe_gpu(index) for index in range(torch.cuda.device_count())],
+        cpu_cores=cores,
+        threads=torch.get_num_threads(),
+        memory_free_bytes=memory_free,
+        memory_total_bytes=memory_total,
+        disk_free_bytes=disk_free,
+        dtypes=dtypes,
+        extras={package: _version(package) for package in EXTRAS},
+        warnings=_warnings(device, dtypes, cores, memory_free, disk_free),
+    )
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    """The findings as a table, the warnings under it."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("versions", ", ".join(f"{name} {number or '-'}" for name, number in diagnosis.versions.items()))
+    table.add_row("platform", diagnosis.platform)
+    table.add_row("device", f"{diagnosis.device} (CUDA {diagnosis.cuda or 'not built in'})")
+    for index, gpu in enumerate(diagnosis.gpus):
+        free, total = gpu.memory_free_bytes / GB, gpu.memory_total_bytes / GB
+        table.add_row(f"cuda:{index}", f"{gpu.name} ({gpu.compute_capability}), {free:.1f} of {total:.1f} GB free")
+    table.add_row("CPU", f"{diagnosis.cpu_cores} cores, {diagnosis.threads} threads used by PyTorch")
+    if diagnosis.memory_free_bytes is not None and diagnosis.memory_total_bytes is not None:
+        free, total = diagnosis.memory_free_bytes / GB, diagnosis.memory_total_bytes / GB
+        table.add_row("memory", f"{free:.1f} of {total:.1f} GB free")
+    table.add_row("disk", f"{diagnosis.disk_free_bytes / GB:.1f} GB free")
+    for name, speed in diagnosis.dtypes.items():
+        table.add_row(name, _describe_speed(speed))
+    for name, number in diagnosis.extras.items():
+        table.add_row(name, Text(number or f"not installed; needed for {EXTRAS[name]}"))  # Text: no markup in it
+    console = console or Console(highlight=False)
+    console.print(table)
+    for warning in diagnosis.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+
+
+def _measure_dtypes(device: torch.device) -> dict[str, DtypeSpeed]:
+    """The best of several products of each dtype, taken in turn, so that a busy moment falls on all alike."""
+    seconds: dict[str, float | None] = dict.fromkeys(DTYPES, math.inf)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < MEASURE_SECONDS or math.inf in seconds.values():
+        for name, dtype in DTYPES.items():
+            best = seconds[name]
+            if best is not None:
+                taken = _product_seconds(device, dtype)
+                seconds[name] = None if taken is None else min(best, taken)
+    base = seconds["fp32"]
+    flop = 2 * _size(device) ** 3
+    return {
+        name: DtypeSpeed(flop / best / 1e9, base / best) if best and base else DtypeSpeed(None, None)
+        for name, best in seconds.items()
+    }
+
+
+def _size(device: torch.device) -> int:
+    """Rows of the square matrices that are multiplied."""
+    return 256 if device.type == "cpu" else 4096
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The time of one square product; None if the device has none of this dtype."""
+    try:
+        matrix = torch.ones(_size(device), _size(device), dtype=dtype, device=device)
+        _wait(device)
+        begin = time.perf_counter()
+        matrix @ matrix
+        _wait(device)
+    except RuntimeError:
+        return None
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _describe_speed(speed: DtypeSpeed) -> str:
+    if speed.gflops is None or speed.ratio_to_fp32 is None:
+        return "not supported"
+    return f"{speed.gflops:,.0f} GFLOP/s in matrix products, {speed.ratio_to_fp32:.2g} times fp32"
+
+
+def _warnings(
+    device: torch.device,
+    dtypes: dict[str, DtypeSpeed],
+    cores: int,
+    memory_free: int | None,
+    disk_free: int,
+) -> list[str]:
+    found = []
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        found.append("an NVIDIA GPU seems to be here, but this PyTorch is CPU-only; install a CUDA build of it")
+    elif device.type == "cpu":
+        build = "CPU-only" if torch.version.cuda is None else "without a GPU in sight"
+        found.append(f"this PyTorch is {build}; runs use the CPU")
+    bf16 = dtypes["bf16"].ratio_to_fp32
+    if bf16 is None or bf16 < 0.8:
+        found.append("bf16 products are not supported or slower than fp32 here; keep `precision.dtype: fp32`")
+    if torch.get_num_threads() < cores and device.type == "cpu":
+        found.append(f"PyTorch uses {torch.get_num_threads()} of {cores} cores; see OMP_NUM_THREADS")
+    if memory_free is not None and memory_free < 2 * GB:
+        found.append(f"only {memory_free / GB:.1f} GB of main memory are free")
+    if disk_free < 5 * GB:
+        found.append(f"only {disk_free / GB:.1f} GB of disk are free; a checkpoint takes 12 bytes per parameter")
+    return found
+
+
+def _describe_gpu(index: int) -> Gpu:
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}", free, total)
+
+
+def _main_memory() -> tuple[int | None, int | None]:
+    """Free and total bytes, as Linux tells them."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None, None
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,93 @@
+"""What a run will do, said before it does it: phases, restarts, trainable parameters, tokens. Builds and writes nothing."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from relora.config import RunConfig
+from relora.data.batches import TrainBatches
+from relora.data.shards import PreparedFolder
+from relora.lowrank import inject
+from relora.recipes.pretrain import lowrank_of, open_configured_model, schedule_of
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One stretch of the run."""
+
+    name: str
+    first_step: int
+    steps: int
+    tokens: int
+    trainable_parameters: int
+    frozen_parameters: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The whole timetable."""
+
+    method: str
+    phases: list[PhasePlan]
+    restarts: list[int]
+    total_steps: int
+    total_tokens: int
+    batch_tokens: int
+    epochs: float
+    """Passes over the training data."""
+
+
+def describe(config: RunConfig) -> RunPlan:
+    """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run would raise."""
+    schedule = schedule_of(config)
+    sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
+    batches = TrainBatches(sources, config.data.sequence_length, config.batch.sequences, config.seed)
+    with torch.device("meta"):
+        model = open_configured_model(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    first = min(schedule.warm_start_steps, schedule.total_steps)
+    phases = []
+    if first:
+        phases.append((schedule.phase(0), 0, first, parameters, 0))
+    if first < schedule.total_steps:
+        report = inject(model, lowrank_of(config))
+        phases.append(("low_rank", first, schedule.total_steps - first, report.trainable, report.frozen))
+    return RunPlan(
+        method=config.method,
+        phases=[
+            PhasePlan(name, start, steps, steps * config.batch_tokens, trainable, frozen)
+            for name, start, steps, trainable, frozen in phases
+        ],
+        restarts=list(schedule.restarts),
+        total_steps=schedule.total_steps,
+        total_tokens=schedule.total_steps * config.batch_tokens,
+        batch_tokens=config.batch_tokens,
+        epochs=schedule.total_steps * config.batch.sequences / batches.epoch_sequences,
+    )
+
+
+def print_plan(plan: RunPlan) -> None:
+    """The plan as a table."""
+    table = Table(
+        title=f"{plan.method}: {plan.total_steps:,} steps of {plan.batch_tokens:,} tokens", title_justify="left"
+    )
+    for column in ("phase", "steps", "tokens", "trainable parameters", "frozen parameters"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase in plan.phases:
+        steps = f"{phase.first_step:,} ... {phase.first_step + phase.steps:,}"
+        table.add_row(
+            phase.name.replace("_", " "),
+            steps,
+            f"{phase.tokens:,}",
+            f"{phase.trainable_parameters:,}",
+            f"{phase.frozen_parameters:,}",
+        )
+    console = Console()
+    console.print(table)
+    shown = ", ".join(f"{step:,}" for step in plan.restarts[:12]) + (" ..." if len(plan.restarts) > 12 else "")
+    console.print(f"restarts: {len(plan.restarts)}" + (f" (before steps {shown})" if plan.restarts else ""))
+    epochs = f"{plan.epochs:.2f}" if math.isfinite(plan.epochs) else "-"
+    console.print(f"tokens: {plan.total_tokens:,} ({epochs} passes over the training data)")

@@ -1,0 +1,43 @@
+"""Any checkpoint of a run -> a plain Hugging Face model folder."""
+
+from pathlib import Path
+
+import torch
+
+from relora.data.shards import PreparedFolder
+from relora.data.tokenizer import load_tokenizer
+from relora.errors import UserError
+from relora.lowrank import inject, load_exact_tensors, merge
+from relora.model.load import save_model
+from relora.recipes.pretrain import lowrank_of, open_configured_model, schedule_of
+from relora.recipes.run_folder import open_run
+from relora.train.checkpoint import Checkpoints
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(run: str | Path, *, step: int | None = None, out: str | Path | None = None, dtype: str = "fp32") -> Path:
+    """Merge the factors of a checkpoint (by default the newest sound one) and write `out`, by default RUN/model-STEP.
+
+    Raises:
+        UserError: not a run folder, no such checkpoint, a damaged one, or `out` holds something else.
+    """
+    folder, config = open_run(run)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if step is not None and step not in checkpoints.steps():
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise UserError(f"{folder}: has no checkpoint of step {step}; it has {there}")
+    checkpoint = checkpoints.open(step) if step is not None else checkpoints.latest()[0]
+    if checkpoint is None:
+        raise UserError(f"{folder}: has no sound checkpoint; run `relora pretrain` first")
+    validation = PreparedFolder.open(config.data.validation)
+    model = open_configured_model(config, eos_token_id=validation.index.eos_token_id)
+    schedule = schedule_of(config)
+    if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
+        inject(model, lowrank_of(config), seed=config.seed)
+    load_exact_tensors(model, checkpoint.tensors("weights"))
+    merge(model)
+    out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
+    return save_model(model, out, load_tokenizer(str(validation.tokenizer_path)), DTYPES[dtype])

@@ -1,0 +1,93 @@
+"""The run folder: who may write into it, and what stands there.
+
+    config.yaml  environment.json  metrics.jsonl  restarts.jsonl  samples.json  checkpoints/  model/  report.html
+
+A folder belongs to one configuration. The same command on it continues the run; another configuration is refused by name.
+"""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from relora.config import RunConfig, load_config, to_yaml
+from relora.errors import UserError
+
+FREE_SECTIONS = ("log", "checkpoint", "samples")
+"""Sections that change nothing in what is trained or measured; they may differ when a run is continued."""
+
+
+def claim(config: RunConfig, fresh: bool) -> Path:
+    """The run's folder, ready to be written: new, or holding an earlier part of the same run.
+
+    `fresh` moves what is there aside, to the first free `NAME.1`, `NAME.2` ...; nothing is deleted.
+
+    Raises:
+        UserError: the folder holds another run, or something else, or cannot be written.
+    """
+    folder = Path(config.output_dir)
+    try:
+        if fresh and folder.exists():
+            folder.rename(
+                next(aside for n in range(1, 10_000) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
+            )
+        if (folder / "config.yaml").is_file():
+            _check_same_run(folder, config)
+        elif folder.exists() and any(folder.iterdir()):
+            raise UserError(f"output_dir: {folder} exists and is not a run folder; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        environment = json.dumps(describe_environment(), indent=1)
+        (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def open_run(folder: str | Path) -> tuple[Path, RunConfig]:
+    """An existing run folder and its configuration; `UserError` where there is none."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (no config.yaml in it)")
+    return folder, load_config(folder / "config.yaml")
+
+
+def describe_environment() -> dict[str, str | int]:
+    """Versions, machine and source revision, for environment.json."""
+    described: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("relora", "torch", "transformers", "tokenizers", "safetensors"):
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    described["threads"] = torch.get_num_threads()
+    described["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    if revision.returncode == 0:
+        described["git_revision"] = revision.stdout.strip()
+    return described
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> None:
+    """`UserError` naming the first keys in which a folder's run differs from `config`."""
+    there, here = (_flat(c.model_dump(mode="json")) for c in (load_config(folder / "config.yaml"), config))
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    differing = [key for key in keys if key.partition(".")[0] not in (*FREE_SECTIONS, "output_dir")]
+    if differing:
+        shown = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in differing[:3])
+        raise UserError(
+            f"output_dir: {folder} holds another run; it differs in {shown}; choose another output_dir, "
+            "or --fresh to move that run aside"
+        )
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    """Nested settings as dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

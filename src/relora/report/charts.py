@@ -1,0 +1,233 @@
+"""The charts of a run as plotly figures: plain dictionaries, drawn by the script of the page.
+
+A colour is the name of a CSS variable (`--held-out`); the page puts the value of the reader's light or dark theme in
+its place. No string of the run's data goes into a figure, only numbers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from relora.report.history import History
+from relora.report.metrics import Record, number
+
+MAX_POINTS = 1500
+"""Points of a line; a longer series is drawn by bucket."""
+MAX_MARKERS = 100
+"""Points of a line that are still marked one by one."""
+MAX_NUMBERED_RESTARTS = 12
+"""More restarts than these are marked without their numbers."""
+
+Point = tuple[int, int, float | None]
+"""(tokens, step, value)."""
+Pick = Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a chart, and the word that names it in the chart's heading."""
+
+    label: str
+    color: str
+    points: Sequence[Point]
+    width: float = 1.5
+    has_markers: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page; `format` is how its values read, in the notation that Python and d3 share."""
+
+    id: str
+    title: str
+    format: str
+    lines: Sequence[Line]
+    figure: dict[str, Any]
+
+
+def charts(history: History) -> list[Chart]:
+    """The charts for which the run has figures, in the order of the page."""
+    return [chart for chart in _all_charts(history) if chart.lines]
+
+
+def _all_charts(history: History) -> Iterator[Chart]:
+    def series(key: str, pick: Pick = fmean) -> list[Point]:
+        return thinned([(r["tokens"], r["step"], number(r, key)) for r in history.train], pick)
+
+    losses: list[Point] = [(point.tokens, point.step, point.loss) for point in history.held_out]
+    perplexities: list[Point] = [(point.tokens, point.step, point.perplexity) for point in history.held_out]
+    loss_lines = [
+        Line("training", "--training", series("loss"), width=1.2),
+        Line("held-out", "--held-out", losses, width=2, has_markers=True),
+    ]
+    perplexity_line = Line("", "--held-out", perplexities, width=2, has_markers=True)
+    from_zero = {"rangemode": "tozero"}
+    rate_lines = [
+        Line("full-rank weights", "--training", series("lr")),
+        Line("factors", "--factors", series("lowrank_lr")),
+    ]
+    yield _over_tokens(history, "loss", "Loss", ".3f", loss_lines, _focused(series("loss") + losses))
+    yield _over_tokens(
+        history, "perplexity", "Held-out perplexity", ",.2f", [perplexity_line], _focused(perplexities, log=True)
+    )
+    yield _over_tokens(history, "rate", "Learning rate", ".1e", rate_lines, from_zero | {"exponentformat": "e"})
+    speed = Line("", "--training", series("tokens_per_second"))
+    yield _over_tokens(history, "speed", "Tokens per second", ",.0f", [speed], from_zero)
+    # the largest of a bucket: a mean would hide the spikes that one looks for
+    norm = Line("", "--training", series("grad_norm", max), width=1)
+    yield _over_tokens(history, "gradient", "Gradient norm", ".3f", [norm], from_zero)
+    yield _spectra(history)
+
+
+def thinned(points: list[Point], pick: Pick = fmean) -> list[Point]:
+    """At most `MAX_POINTS` points: of every bucket of neighbours the last place and the picked value."""
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
+    thin = []
+    for start in range(0, len(points), size):
+        bucket = points[start : start + size]
+        values = [value for _, _, value in bucket if value is not None]
+        thin.append((bucket[-1][0], bucket[-1][1], pick(values) if values else None))
+    return thin
+
+
+def layer_mean_spectrum(restart: Record) -> list[float]:
+    """Singular values of the merged update over the largest one, averaged over the layers that have them."""
+    spectra = []
+    for layer in restart.get("layers") or ():
+        values = [value for value in layer.get("singular_values") or () if isinstance(value, int | float)]
+        if values and values[0] > 0:
+            spectra.append([value / values[0] for value in values])
+    length = max(map(len, spectra), default=0)
+    return [fmean(spectrum[i] for spectrum in spectra if i < len(spectrum)) for i in range(length)]
+
+
+def _over_tokens(
+    history: History, name: str, title: str, number_format: str, lines: Sequence[Line], y_axis: dict[str, Any]
+) -> Chart:
+    """A chart against tokens: phases shaded, restarts marked, the step in the hover."""
+    lines = [line for line in lines if any(value is not None for _, _, value in line.points)]
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if line.has_markers and len(line.points) <= MAX_MARKERS else "lines",
+            "x": [tokens for tokens, _, _ in line.points],
+            "y": [value for _, _, value in line.points],
+            "customdata": [step for _, step, _ in line.points],
+            "line": {"color": line.color, "width": line.width},
+            "marker": {"color": line.color, "size": 5},
+            "hovertemplate": f"{line.label} %{{y:{number_format}}} at step %{{customdata:,}}<extra></extra>",
+        }
+        for line in lines
+    ]
+    end = max((segment.last[1] for segment in history.segments), default=None)
+    x_axis = {
+        "title": {"text": "tokens"},
+        "range": [0, end] if end else None,
+        "unifiedhovertitle": {"text": "%{x:,} tokens"},
+    }
+    shapes, annotations = _events(history)
+    layout = _layout(x_axis, y_axis) | {
+        "hovermode": "x unified",
+        "shapes": shapes,
+        "annotations": annotations,
+    }
+    return Chart(name, title, number_format, lines, {"data": traces, "layout": layout})
+
+
+def _spectra(history: History) -> Chart:
+    """How the merged update of every restart spreads over its directions; late restarts in the stronger colour."""
+    spectra = [(restart, layer_mean_spectrum(restart)) for restart in history.restarts]
+    spectra = [(restart, spectrum) for restart, spectrum in spectra if spectrum]
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": list(range(1, len(spectrum) + 1)),
+            "y": [value if value > 0 else None for value in spectrum],
+            "line": {"color": "--factors", "width": 1.5},
+            "opacity": 0.25 + 0.75 * (index + 1) / len(spectra),
+            "hovertemplate": f"restart {number(restart, 'cycle') or 0:.0f}: "
+            "%{y:.3g} of the largest, direction %{x}<extra></extra>",
+        }
+        for index, (restart, spectrum) in enumerate(spectra)
+    ]
+    lowest = min((value for _, spectrum in spectra for value in spectrum if value > 0), default=1.0)
+    layout = _layout({"title": {"text": "direction"}}, _log_axis(lowest, 1.0)) | {"hovermode": "closest"}
+    lines = [Line("first to last restart, pale to strong", "--factors", ())] if traces else []
+    title = "Singular values of the merged update, largest = 1"
+    return Chart("spectrum", title, ".3g", lines, {"data": traces, "layout": layout})
+
+
+def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Shapes for phases and restarts, and the numbers above the restarts' lines."""
+    shades = {"warm_start": "--warm-start", "low_rank": "--low-rank"}
+    place: dict[str, Any] = {"yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    shapes: list[dict[str, Any]] = [
+        {
+            "type": "rect",
+            "x0": segment.first[1],
+            "x1": segment.last[1],
+            "fillcolor": shades[segment.phase],
+            "line": {"width": 0},
+            **place,
+        }
+        for segment in history.segments
+        if segment.phase in shades
+    ]
+    marks = [restart["tokens"] for restart in history.restarts]
+    line = {"color": "--mark", "width": 1}
+    shapes += [{"type": "line", "x0": tokens, "x1": tokens, "line": line, **place} for tokens in marks]
+    numbers: list[dict[str, Any]] = [
+        {
+            "x": tokens,
+            "y": 1,
+            "yref": "paper",
+            "yanchor": "bottom",
+            "text": str(index),
+            "showarrow": False,
+            "font": {"size": 10, "color": "--muted"},
+        }
+        for index, tokens in enumerate(marks, start=1)
+    ]
+    return shapes, numbers if len(marks) <= MAX_NUMBERED_RESTARTS else []
+
+
+def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
+    font = {"family": "system-ui, sans-serif", "size": 12, "color": "--muted"}
+    spike = {"spikecolor": "--muted", "spikethickness": 1, "spikedash": "solid"}
+    quiet = {"zeroline": False, "linecolor": "--rule", "tickcolor": "--rule", "exponentformat": "B"}
+    return {
+        "margin": {"l": 52, "r": 12, "t": 18, "b": 40},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": font,
+        "showlegend": False,
+        "hoverlabel": {"bgcolor": "--paper", "bordercolor": "--rule", "font": font | {"color": "--ink"}},
+        "xaxis": quiet
+        | spike
+        | {"showgrid": False, "showline": True, "ticks": "outside", "ticklen": 4, "nticks": 7}
+        | x_axis,
+        "yaxis": quiet | {"gridcolor": "--rule", "nticks": 6} | y_axis,
+    }
+
+
+def _focused(points: Sequence[Point], log: bool = False) -> dict[str, Any]:
+    """An axis without the fall of the first steps, which would flatten all that follows (two double-clicks show it).
+
+    With `log`, values that span a factor of three or more get a logarithmic axis.
+    """
+    values = sorted(value for _, _, value in points if value is not None and value > 0)
+    if len(values) < 10:
+        return {}
+    low, high = values[0], values[int(0.88 * len(values))]
+    if not log or high < 3 * low:
+        return {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
+    return _log_axis(low, values[-1]) | {"range": [math.log10(low / 1.05), math.log10(high * 1.05)]}
+
+
+def _log_axis(low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2, 3, 5, 10, ... (plotly's own are bare digits between the decades)."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return {"type": "log", "tickvals": [digit * 10.0**decade for decade in decades for digit in (1, 2, 3, 5)]}

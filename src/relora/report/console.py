@@ -1,0 +1,169 @@
+"""What a person sees while a run goes on.
+
+On a terminal: one live line, with messages printed above it. Elsewhere (a pipe, a log file, a CI job): plain
+lines without control codes, one per logged step. Time left is the steps left at the median of the recent step
+times, plus the time that evaluations and restarts took per step so far; one slow step does not move it.
+"""
+
+import math
+import statistics
+import sys
+from collections import deque
+from typing import TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from relora.report.metrics import Record, mean_effective_rank, mean_relative_update
+
+RECENT_RECORDS = 32
+"""Logged steps whose median time gives the rate."""
+
+PHASE_NAMES = {"warm_start": "warm start", "low_rank": "low rank", "full": "full rank"}
+
+
+class Console:
+    """Progress and messages of one run. `quiet` prints warnings only."""
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        stream = sys.stdout if stream is None else stream
+        # force_terminal: FORCE_COLOR, which many CI systems set, must not put control codes into a log file
+        self._rich = RichConsole(file=stream, force_terminal=stream.isatty(), highlight=False)
+        self._stream = stream
+        self._is_live = self._rich.is_terminal and not self._rich.is_dumb_terminal and not quiet
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        self._total_steps = 0
+        self._quiet = quiet
+        self._first_step: int | None = None
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_RECORDS)
+        self._pause_seconds = 0.0
+
+    def start(self, total_steps: int) -> None:
+        """The run will take `total_steps` updates, those of its earlier parts included."""
+        self._total_steps = total_steps
+
+    def train(self, record: Record) -> None:
+        """A logged step: refreshes the live line, or prints a plain one."""
+        step = record["step"]
+        self._step_seconds.append(record["step_seconds"])
+        if self._first_step is None:
+            self._first_step = step - 1
+        if self._is_live:
+            self._show(step, describe_phase(record), f"{describe_training(record)}  {self.time_left(step)}")
+        elif not self._quiet:
+            figures = f"{describe_training(record)}  grad {format_figure(record.get('grad_norm'), 3)}"
+            self._print(self._at(step, f"{describe_phase(record):<13}  {figures}  {self.time_left(step)}"))
+
+    def progress(self, step: int) -> None:
+        """`step` updates are done: moves the bar of a live line, cheap enough for every step."""
+        if self._live is not None:
+            self._live.update(self._task, completed=step)
+
+    def evaluation(self, record: Record) -> None:
+        self._pause_seconds += record["seconds"]
+        self.message(self._at(record["step"], describe_evaluation(record)))
+
+    def restart(self, record: Record) -> None:
+        self._pause_seconds += record["seconds"]
+        self.message(self._at(record["step"], describe_restart(record)))
+
+    def message(self, text: str) -> None:
+        """One line for the person at the terminal; above the live line if there is one."""
+        if not self._quiet:
+            self._print(text)
+
+    def warning(self, text: str) -> None:
+        """A message that `quiet` does not silence."""
+        self._print(f"warning: {text}")
+
+    def time_left(self, step: int) -> str:
+        """Such as `1:02:03 left`, after `step` updates."""
+        if not self._step_seconds or self._first_step is None or step <= self._first_step:
+            return ""
+        pause_per_step = self._pause_seconds / (step - self._first_step)
+        seconds = (self._total_steps - step) * (statistics.median(self._step_seconds) + pause_per_step)
+        return f"{format_duration(max(0.0, seconds))} left"
+
+    def close(self) -> None:
+        """Leaves the last live line standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self, step: int, where: str, figures: str) -> None:
+        if self._live is None:
+            self._live = Progress(
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+                TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+                console=self._rich,
+                refresh_per_second=4,
+                expand=True,
+            )
+            self._task = self._live.add_task(where, total=self._total_steps, figures=figures)
+            self._live.start()
+        self._live.update(self._task, completed=step, description=where, figures=figures)
+
+    def _at(self, step: int, text: str) -> str:
+        return f"step {step:>{len(str(self._total_steps))}}  {text.rstrip()}"
+
+    def _print(self, text: str) -> None:
+        try:
+            if self._is_live:  # Text: a message holds no markup; soft_wrap: a line stays a line on any width
+                self._rich.print(Text(text), soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+        except UnicodeEncodeError:  # a stream of a small character set
+            self._print(text.encode("ascii", "backslashreplace").decode())
+        except OSError:  # the terminal or the pipe is gone; the run is not
+            self._quiet, self._is_live = True, False
+
+
+def describe_phase(record: Record) -> str:
+    """`warm start`, `full rank`, or `low rank, 3` in the cycle after the third restart."""
+    name = PHASE_NAMES[record["phase"]]
+    return f"{name}, {record['cycle']}" if record["phase"] == "low_rank" else name
+
+
+def describe_training(record: Record) -> str:
+    """Loss, learning rate (of what trains at full rank) and tokens a second, short enough for 80 columns."""
+    speed = f"{record['tokens_per_second']:,.0f} tok/s"
+    return f"loss {format_figure(record['loss'])}  lr {record['lr']:.1e}  {speed}"
+
+
+def describe_evaluation(record: Record) -> str:
+    """Held-out loss, perplexity, bits per byte, and over how many tokens."""
+    return (
+        f"held-out loss {format_figure(record['validation_loss'])}, "
+        f"perplexity {format_figure(record['perplexity'], 2)}, "
+        f"{format_figure(record.get('bits_per_byte'))} bits per byte "
+        f"({record['validation_tokens']:,} tokens, {record['seconds']:.1f} s)"
+    )
+
+
+def describe_restart(record: Record) -> str:
+    """What was merged, how large and of what rank it was, and that the held-out loss did not move."""
+    return (
+        f"restart {record['cycle']}: merged {len(record['layers'])} layers, "
+        f"|ΔW|/|W| {format_figure(mean_relative_update(record), 3)}, "
+        f"effective rank {format_figure(mean_effective_rank(record), 1)}, "
+        f"held-out loss {format_figure(record['loss_before'])} -> {format_figure(record['loss_after'])}, "
+        f"{record['seconds']:.1f} s"
+    )
+
+
+def format_figure(value: float | None, digits: int = 4) -> str:
+    """A figure, or a dash for one that is unknown."""
+    return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def format_duration(seconds: float) -> str:
+    """`H:MM:SS`, in front of it the days if there are any: `3d 4:05:06`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour}:{minute:02}:{second:02}"

@@ -1,0 +1,181 @@
+"""A run folder read back: what the report draws, whether the run is finished or not.
+
+Files may be missing (a run that has only begun, one without restarts) and figures may be null or damaged; only a run
+without a single record is refused. Every figure is checked to be a number here, so that nothing below has to ask.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from relora.errors import UserError
+from relora.report.metrics import Record, number, read_json_lines
+
+
+class HeldOut(NamedTuple):
+    """The held-out loss after `step` updates."""
+
+    step: int
+    tokens: int
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # exp(710) overflows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training between two events: the warm start, one low-rank cycle, a full-rank run."""
+
+    phase: str
+    cycle: int
+    first: tuple[int, int]
+    """(step, tokens) where it begins."""
+    last: tuple[int, int]
+    before: HeldOut | None
+    """The last measurement that does not lie in it."""
+    measured: tuple[HeldOut, ...]
+    """The measurements in it, in order; the last one closes it."""
+
+    @property
+    def after(self) -> HeldOut | None:
+        return self.measured[-1] if self.measured else None
+
+    @property
+    def lowest(self) -> HeldOut | None:
+        return min(self.measured, key=lambda point: point.loss, default=None)
+
+
+@dataclass(frozen=True)
+class History:
+    """Everything that the files of one run say."""
+
+    name: str
+    train: list[Record]
+    evaluations: list[Record]
+    restarts: list[Record]
+    held_out: list[HeldOut]
+    """One point per step, from the evaluations and from the measurements around restarts."""
+    segments: list[Segment]
+    samples: list[Record]
+    config_text: str
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """(step, tokens) of the latest record."""
+        return max((record["step"], record["tokens"]) for record in self.train + self.evaluations)
+
+    @property
+    def seconds(self) -> float:
+        """Time at work: the logged step times, evaluations and restarts; pauses between the parts do not count."""
+        total, done = 0.0, 0
+        for record in self.train:
+            total += (record["step"] - done) * (number(record, "step_seconds") or 0.0)
+            done = record["step"]
+        return total + sum(number(record, "seconds") or 0.0 for record in self.evaluations + self.restarts)
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the configuration, None where it is not given: `setting("lowrank", "r")`."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+
+def read_history(run_folder: Path) -> History:
+    """Raises `UserError` for a folder without records and for a file that cannot be read."""
+    metrics = run_folder / "metrics.jsonl"
+    if not metrics.exists():
+        raise UserError(f"{metrics}: no such file; give the folder of a run that has begun to train")
+    records: list[Record] = [record for record in read_json_lines(metrics) if _has_place(record)]
+    train = [record for record in records if record.get("kind") == "train"]
+    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    if not train and not evaluations:
+        raise UserError(f"{metrics}: holds no records yet; wait for the first logged step")
+    restarts_file = run_folder / "restarts.jsonl"
+    events = read_json_lines(restarts_file) if restarts_file.exists() else []
+    restarts: list[Record] = [record for record in events if _has_place(record)]
+    held_out = _held_out(evaluations, restarts)
+    config_text, config = _read_config(run_folder / "config.yaml")
+    environment = _read_json(run_folder / "environment.json")
+    samples = _read_json(run_folder / "samples.json")
+    return History(
+        name=run_folder.resolve().name,
+        train=train,
+        evaluations=evaluations,
+        restarts=restarts,
+        held_out=held_out,
+        segments=list(_segments(train, restarts, held_out)),
+        samples=[item for item in samples if isinstance(item, dict)] if isinstance(samples, list) else [],
+        config_text=config_text,
+        config=config,
+        environment=environment if isinstance(environment, dict) else {},
+    )
+
+
+def _has_place(record: Record) -> bool:
+    return all(isinstance(record.get(key), int) for key in ("step", "tokens", "cycle"))
+
+
+def _held_out(evaluations: list[Record], restarts: list[Record]) -> list[HeldOut]:
+    losses = [(record, number(record, "validation_loss")) for record in evaluations]
+    losses += [(record, number(record, "loss_after")) for record in restarts]
+    points = {
+        record["step"]: HeldOut(record["step"], record["tokens"], loss) for record, loss in losses if loss is not None
+    }
+    return sorted(points.values())
+
+
+def _segments(train: list[Record], restarts: list[Record], held_out: list[HeldOut]) -> Iterator[Segment]:
+    """A segment ends where the next restart says, else (the end of the warm start) at its last logged step."""
+    began = {record["cycle"]: (record["step"], record["tokens"]) for record in restarts}
+    groups = [
+        (str(phase), cycle, list(records))
+        for (phase, cycle), records in groupby(train, key=lambda record: (record.get("phase"), record["cycle"]))
+    ]
+    first = (0, 0)
+    for index, (phase, cycle, records) in enumerate(groups):
+        last = (records[-1]["step"], records[-1]["tokens"])
+        if index + 1 < len(groups):
+            last = began.get(groups[index + 1][1], last)
+        elif held_out:
+            last = max(last, (held_out[-1].step, held_out[-1].tokens))
+        yield Segment(
+            phase,
+            cycle,
+            first,
+            last,
+            before=next((point for point in reversed(held_out) if point.step <= first[0]), None),
+            measured=tuple(point for point in held_out if first[0] < point.step <= last[0]),
+        )
+        first = last
+
+
+def _read_config(path: Path) -> tuple[str, Mapping[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return "", {}
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree = None  # shown as it is
+    return text, tree if isinstance(tree, dict) else {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; mend or delete this file") from None

@@ -1,0 +1,201 @@
+"""The report of a run: one HTML file that needs no network, for a finished run or one that still goes on.
+
+Everything that comes from data or configuration is escaped: text by `html.escape`, the figures by writing every `<`
+of their JSON as `\\u003c`, so that no string can end the script that holds them. A content security policy forbids
+the page to load anything.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from relora.errors import UserError
+from relora.report.charts import Chart, charts
+from relora.report.console import PHASE_NAMES, format_duration, format_figure
+from relora.report.history import HeldOut, History, Segment, read_history
+from relora.report.metrics import Record, mean_effective_rank, mean_relative_update, number
+
+PHASE_COLUMNS = ("Phase", "Steps", "Tokens", "Perplexity before", "Perplexity after", "Change")
+RESTART_COLUMNS = (
+    "Restart",
+    "Step",
+    "Held-out loss before",
+    "Held-out loss after",
+    "Lowest perplexity of its cycle",
+    "Perplexity at its end",
+    "|ΔW| / |W|",
+    "Effective rank",
+    "Seconds",
+)
+RESTART_NOTE = (
+    "A restart merges the factors into the weights and draws new ones, so the held-out loss stays what it was up to "
+    "rounding. |ΔW| / |W| is the Frobenius norm of the merged update over that of the weight; it and the effective "
+    "rank are means over the layers. The cycle of a restart is the training that follows it."
+)
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write RUN/report.html from the files of the run and return its path.
+
+    Raises `UserError` if the run has no records yet, one of its files is damaged, or the report cannot be written.
+    """
+    history = read_history(run_folder)
+    path = run_folder / "report.html"
+    aside = run_folder / "report.html.tmp"
+    try:
+        aside.write_text(render(history), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
+    return path
+
+
+def render(history: History) -> str:
+    """The whole page."""
+    figures = charts(history)
+    page = Template(files("relora.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        title=escape(f"{history.name} · relora"),
+        body="\n".join(_body(history, figures)),
+        figures=script_json({chart.id: chart.figure for chart in figures}),
+        plotly=get_plotlyjs(),
+    )
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a `<script>` element, whatever strings it holds."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
+    yield f"<header><h1>{escape(history.name)}</h1>{_lead(history)}{_key_figures(history)}</header>"
+    yield _key(history)
+    yield f'<section class="charts">{"".join(map(_figure, figures))}</section>'
+    if history.held_out:
+        yield "<h2>Phases</h2>" + _table(PHASE_COLUMNS, map(_phase_row, history.segments))
+    if history.restarts:
+        yield "<h2>Restarts</h2>" + _table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
+        yield f'<p class="note">{RESTART_NOTE}</p>'
+    if history.samples:
+        yield "<h2>Samples</h2>" + "".join(map(_sample, history.samples))
+    yield "<h2>How it was made</h2>"
+    if history.config_text:
+        yield f"<details><summary>Configuration</summary><pre>{escape(history.config_text)}</pre></details>"
+    if history.environment:
+        lines = "\n".join(f"{key}: {value}" for key, value in history.environment.items())
+        yield f"<details><summary>Environment</summary><pre>{escape(lines)}</pre></details>"
+
+
+def _lead(history: History) -> str:
+    """The result in one sentence, and whether there is more to come."""
+    last_step, last_tokens = history.last
+    result = f"<b>{last_tokens:,} tokens</b> in {format_duration(history.seconds)} of training."
+    if history.held_out:
+        result = f"Held-out perplexity <b>{history.held_out[-1].perplexity:,.2f}</b> after {result}"
+    total = history.setting("schedule", "total_steps")
+    if isinstance(total, int) and last_step < total:
+        result += f" Not finished: step {last_step:,} of {total:,}."
+    return f'<p class="lead">{result}</p>'
+
+
+def _key_figures(history: History) -> str:
+    last_evaluation: Record = history.evaluations[-1] if history.evaluations else {}
+    model = history.setting("model", "preset") or history.setting("model", "path")
+    parameters = number(history.environment, "parameters")
+    speeds = [speed for record in history.train if (speed := number(record, "tokens_per_second")) is not None]
+    peak = max((number(record, "peak_memory_bytes") or 0 for record in history.train), default=0)
+    bits_per_byte = number(last_evaluation, "bits_per_byte")
+    figures = [
+        ("Method", history.setting("method")),
+        ("Model", model),
+        ("Parameters", None if parameters is None else f"{parameters:,.0f}"),
+        ("Bits per byte", None if bits_per_byte is None else f"{bits_per_byte:.3f}"),
+        ("Restarts", len(history.restarts) or None),
+        ("Tokens per second", f"{median(speeds):,.0f}" if speeds else None),
+        ("Peak memory", f"{peak / 2**30:.2f} GiB" if peak else None),
+    ]
+    items = (f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in figures if value is not None)
+    return f'<dl class="figures">{"".join(items)}</dl>'
+
+
+def _key(history: History) -> str:
+    """What the shades and the lines in the charts mean, as far as the run has them."""
+    phases = {segment.phase for segment in history.segments}
+    items = [
+        f'<span><i style="background: var(--{phase.replace("_", "-")})"></i>{PHASE_NAMES[phase]}</span>'
+        for phase in ("warm_start", "low_rank")
+        if phase in phases
+    ]
+    if history.restarts:
+        items.append('<span><i class="restart"></i>restart</span>')
+    items.append("<span>drag to zoom, double-click to zoom out</span>")
+    return f'<div class="key">{"".join(items)}</div>'
+
+
+def _figure(chart: Chart) -> str:
+    words = []
+    for line in chart.lines:
+        value = next((value for _, _, value in reversed(line.points) if value is not None), None)
+        figure = "" if value is None else format(value, chart.format)
+        words.append(f'<span style="color: var({line.color})">{line.label} {figure}</span>')
+    return (
+        f"<figure><figcaption>{chart.title} {''.join(words)}</figcaption>"
+        f'<div id="{chart.id}" role="img" aria-label="{chart.title}"></div></figure>'
+    )
+
+
+def _phase_row(segment: Segment) -> list[str]:
+    name = PHASE_NAMES.get(segment.phase, segment.phase)
+    if segment.phase == "low_rank":
+        name += f", cycle {segment.cycle}"
+    (first_step, first_tokens), (last_step, last_tokens) = segment.first, segment.last
+    change = "-"
+    if segment.before and segment.after:
+        change = f"{100 * (segment.after.perplexity / segment.before.perplexity - 1):+.1f} %"
+    steps, tokens = f"{first_step:,} to {last_step:,}", f"{last_tokens - first_tokens:,}"
+    return [name, steps, tokens, _perplexity(segment.before), _perplexity(segment.after), change]
+
+
+def _restart_row(history: History, restart: Record) -> list[str]:
+    cycle = restart["cycle"]
+    segments = [item for item in history.segments if item.phase == "low_rank" and item.cycle == cycle]
+    segment = segments[0] if segments else None
+    rank = format_figure(mean_effective_rank(restart), 1)
+    r = history.setting("lowrank", "r")
+    return [
+        str(cycle),
+        f"{restart['step']:,}",
+        format_figure(number(restart, "loss_before")),
+        format_figure(number(restart, "loss_after")),
+        _perplexity(segment.lowest if segment else None),
+        _perplexity(segment.after if segment else None),
+        format_figure(mean_relative_update(restart)),
+        rank if r is None else f"{rank} of {r}",
+        format_figure(number(restart, "seconds"), 1),
+    ]
+
+
+def _perplexity(point: HeldOut | None) -> str:
+    return "-" if point is None else f"{point.perplexity:,.2f}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _sample(sample: Record) -> str:
+    prompt, text = str(sample.get("prompt", "")), str(sample.get("text", ""))
+    text = text.removeprefix(prompt)
+    return (
+        f"<blockquote><p><b>{escape(prompt)}</b>{escape(text)}</p>"
+        f"<footer>after step {escape(str(sample.get('step', '?')))}</footer></blockquote>"
+    )

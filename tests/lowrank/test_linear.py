@@ -1,0 +1,128 @@
+"""The layer computes what the formula says, starts as the layer it replaces, and merges without moving the function."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from relora.errors import UserError
+from relora.lowrank import LowRankConfig, LowRankLinear
+from torch import nn
+
+
+def layer_of(out: int, inn: int, *, dtype: torch.dtype = torch.float64, **config: object) -> LowRankLinear:
+    torch.manual_seed(0)
+    layer = LowRankLinear(nn.Linear(inn, out, dtype=dtype), LowRankConfig(**config), name="layer")
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+@settings(max_examples=30, deadline=None)
+@given(out=st.integers(1, 40), inn=st.integers(1, 40), tokens=st.integers(1, 5), data=st.data())
+def test_forward_and_gradients_equal_plain_pytorch(out: int, inn: int, tokens: int, data: st.DataObject) -> None:
+    r = data.draw(st.integers(1, min(out, inn)))
+    layer = layer_of(out, inn, r=r, lora_alpha=3.0)
+    x = torch.randn(2, tokens, inn, dtype=torch.float64, requires_grad=True)
+    a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    twin_x = x.detach().clone().requires_grad_()
+    twin = twin_x @ (layer.weight + 3.0 / r * b @ a).T + layer.bias
+    y = layer(x)
+    torch.testing.assert_close(y, twin, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    twin.backward(upstream)
+    for ours, theirs in ((x.grad, twin_x.grad), (layer.lora_A.grad, a.grad), (layer.lora_B.grad, b.grad)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_equals_peft(rslora: bool) -> None:
+    """Outputs and gradients in float64, relative 1e-12: the same sums, in another order at most."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 17, dtype=torch.float64))
+    config = LoraConfig(r=5, lora_alpha=7, target_modules=["0"], use_rslora=rslora)
+    ours = LowRankLinear(
+        nn.Linear(24, 17, dtype=torch.float64), LowRankConfig(r=5, lora_alpha=7, rslora=rslora), name="0"
+    )
+    with torch.no_grad():
+        ours.weight.copy_(plain[0].weight)
+        ours.bias.copy_(plain[0].bias)
+        nn.init.normal_(ours.lora_B)
+    theirs = get_peft_model(plain, config, autocast_adapter_dtype=False).double()
+    peft_layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        peft_layer.lora_A["default"].weight.copy_(ours.lora_A)
+        peft_layer.lora_B["default"].weight.copy_(ours.lora_B)
+    x = torch.randn(3, 24, dtype=torch.float64)
+    y, twin = ours(x), theirs(x)
+    torch.testing.assert_close(y, twin, rtol=1e-12, atol=1e-12)
+    (y**2).sum().backward()
+    (twin**2).sum().backward()
+    torch.testing.assert_close(ours.lora_A.grad, peft_layer.lora_A["default"].weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.lora_B.grad, peft_layer.lora_B["default"].weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_starts_as_the_layer_it_replaces_but_not_dead() -> None:
+    plain = nn.Linear(8, 6)
+    layer = LowRankLinear(plain, LowRankConfig(r=2), name="x")
+    x = torch.randn(4, 8)
+    assert torch.equal(layer(x), plain(x))
+    assert layer.lora_A.any() and not layer.lora_B.any()
+    layer(x).square().sum().backward()
+    assert layer.lora_B.grad is not None and layer.lora_B.grad.any()
+
+
+def test_a_is_kaiming_uniform() -> None:
+    layer = LowRankLinear(nn.Linear(400, 300), LowRankConfig(r=200), name="x")
+    bound = 1 / math.sqrt(400)  # kaiming_uniform with a = sqrt(5)
+    assert layer.lora_A.abs().max() <= bound
+    assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_draws_depend_on_seed_cycle_and_name_only() -> None:
+    def drawn(seed: int = 0, cycle: int = 0, name: str = "x") -> torch.Tensor:
+        torch.rand(3)  # the global stream has no say
+        layer = LowRankLinear(nn.Linear(8, 6), LowRankConfig(r=2), name=name, seed=seed)
+        layer.redraw_(cycle)
+        return layer.lora_A.detach().clone()
+
+    assert torch.equal(drawn(), drawn())
+    for other in (drawn(seed=1), drawn(cycle=1), drawn(name="y")):
+        assert not torch.equal(drawn(), other)
+
+
+@pytest.mark.parametrize("trainable_scaling", [False, True])
+def test_merge_moves_the_update_into_the_weight(trainable_scaling: bool) -> None:
+    layer = layer_of(7, 9, r=3, trainable_scaling=trainable_scaling)
+    x = torch.randn(5, 9, dtype=torch.float64)
+    before, weight = layer(x), layer.weight.clone()
+    delta = layer.merge_()
+    torch.testing.assert_close(layer.weight - weight, delta, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
+
+
+def test_merge_refuses_what_is_not_finite() -> None:
+    layer = layer_of(4, 4, r=2)
+    weight = layer.weight.clone()
+    with torch.no_grad():
+        layer.lora_A[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="layer"):
+        layer.merge_()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_dropout_acts_in_training_only_and_is_off_by_default() -> None:
+    assert LowRankConfig().lora_dropout == 0.0
+    layer = layer_of(6, 8, r=2, lora_dropout=0.5)
+    x = torch.ones(4, 8, dtype=torch.float64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_rank_larger_than_the_layer_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lowrank\.r \(5\).*at most 4"):
+        LowRankLinear(nn.Linear(4, 6), LowRankConfig(r=5))

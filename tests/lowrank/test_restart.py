@@ -1,0 +1,177 @@
+"""The restart: the function stays, the factors start over, the optimizer forgets, and the report says so."""
+
+import pytest
+import torch
+from relora.errors import RunStopped, UserError
+from relora.lowrank import LowRankConfig, inject, low_rank_layers, restart
+from relora.lowrank.restart import effective_rank, update_spectrum
+from torch import nn
+
+
+def trained(steps: int = 5, **config: object) -> tuple[nn.Module, torch.optim.AdamW, torch.Tensor]:
+    """A small network with a few AdamW steps behind it; targets are its two inner layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    inject(model, LowRankConfig(**{"r": 3, "lora_alpha": 3, "target_modules": ("2", "0"), **config}))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, fused=True)
+    x = torch.randn(32, 10)
+    train(model, optimizer, x, steps)
+    return model, optimizer, x
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, steps: int) -> None:
+    target = torch.sin(x[:, :4] * 2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_output_is_unchanged(base: str) -> None:
+    model, optimizer, x = trained(base=base)
+    before = model(x)
+    restart(model, optimizer, cycle=1)
+    tolerance = 1e-6 if base == "fp32" else 3e-2  # the rounding of the stored weight
+    torch.testing.assert_close(model(x), before, rtol=tolerance, atol=tolerance)
+
+
+def test_factors_start_over_alive() -> None:
+    model, optimizer, x = trained()
+    old = {name: layer.lora_A.detach().clone() for name, layer in low_rank_layers(model).items()}
+    restart(model, optimizer, cycle=1)
+    for name, layer in low_rank_layers(model).items():
+        assert not layer.lora_B.any() and not torch.equal(layer.lora_A, old[name])
+    train(model, optimizer, x, 2)
+    assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in low_rank_layers(model).values())
+
+
+def test_trained_scale_stays_alive() -> None:
+    model, optimizer, x = trained(trainable_scaling=True)
+    restart(model, optimizer, cycle=1)
+    train(model, optimizer, x, 20)
+    for layer in low_rank_layers(model).values():
+        assert layer.lora_B.any() and layer.scaling.grad.any() and layer.scaling != 1.0
+
+
+def test_zero_resets_moments_and_step_of_the_factors_and_of_nothing_else() -> None:
+    model, optimizer, x = trained()
+    head = model[4].weight
+    kept = {key: value.clone() for key, value in optimizer.state[head].items()}
+    restart(model, optimizer, cycle=1)
+    assert all(torch.equal(kept[key], value) for key, value in optimizer.state[head].items())
+    assert all(
+        factor not in optimizer.state for layer in low_rank_layers(model).values() for factor in layer.factors.values()
+    )
+    lr = optimizer.param_groups[0]["lr"] = 1e-3
+    before = {name: layer.lora_B.detach().clone() for name, layer in low_rank_layers(model).items()}
+    train(model, optimizer, x, 1)
+    for name, layer in low_rank_layers(model).items():  # Adam's very first update is lr long; a kept step makes it 3 lr
+        assert (layer.lora_B - before[name]).abs().max() <= 1.001 * lr
+        assert optimizer.state[layer.lora_B]["step"] == 1
+
+
+@pytest.mark.parametrize("reset", ["random", "magnitude"])
+def test_pruning_uses_one_mask_for_both_moments(reset: str) -> None:
+    model, optimizer, _ = trained()
+    before = {
+        name: {key: value.clone() for key, value in optimizer.state[layer.lora_A].items()}
+        for name, layer in low_rank_layers(model).items()
+    }
+    report = restart(model, optimizer, cycle=1, reset=reset, keep_ratio=0.25)
+    for name, layer in low_rank_layers(model).items():
+        state, size = optimizer.state[layer.lora_A], layer.lora_A.numel()
+        kept = state["exp_avg"] != 0
+        assert torch.equal(kept, state["exp_avg_sq"] != 0)
+        assert torch.equal(state["exp_avg"][kept], before[name]["exp_avg"][kept])
+        assert state["step"] == before[name]["step"]
+        if reset == "magnitude":
+            assert kept.sum() == -(-size // 4)
+            assert before[name]["exp_avg"][kept].abs().min() >= before[name]["exp_avg"][~kept].abs().max()
+        else:
+            assert 0 < kept.sum() < size
+    assert report.moments_cleared > 0
+
+
+def test_keep_touches_no_moment() -> None:
+    model, optimizer, _ = trained()
+    before = {parameter: state["exp_avg"].clone() for parameter, state in optimizer.state.items()}
+    assert restart(model, optimizer, cycle=1, reset="keep").moments_cleared == 0
+    assert all(torch.equal(before[parameter], state["exp_avg"]) for parameter, state in optimizer.state.items())
+
+
+def test_magnitude_pruning_takes_tensors_of_more_than_16_million_entries() -> None:
+    """torch.quantile, which published code prunes by, refuses them."""
+    model = nn.Sequential(nn.Linear(2**24 + 1, 1, bias=False))
+    inject(model, LowRankConfig(r=1))
+    layer = low_rank_layers(model)["0"]
+    optimizer = torch.optim.AdamW([layer.lora_A], fused=True)
+    layer.lora_A.grad = torch.ones_like(layer.lora_A)
+    optimizer.step()
+    report = restart(model, optimizer, cycle=1, reset="magnitude", keep_ratio=0.5)
+    assert report.moments_cleared == 2 * 2**23
+
+
+def test_pruning_refuses_moments_that_are_codes() -> None:
+    model, optimizer, _ = trained()
+    for state in optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].to(torch.uint8)
+    with pytest.raises(UserError, match=r"restart\.optimizer"):
+        restart(model, optimizer, cycle=1, reset="magnitude")
+
+
+def test_rank_of_the_accumulated_update_grows_past_r() -> None:
+    model, optimizer, x = trained(steps=0)
+    start = {name: layer.weight.detach().clone() for name, layer in low_rank_layers(model).items()}
+    ranks = []
+    for cycle in (1, 2, 3):
+        train(model, optimizer, x, 10)
+        restart(model, optimizer, cycle=cycle)
+        layers = low_rank_layers(model)
+        ranks.append([int(torch.linalg.matrix_rank(layers[n].weight - start[n], rtol=1e-4)) for n in start])
+    assert ranks[0] == [3, 3] and ranks[1] == [6, 6] and all(rank > 6 for rank in ranks[2])
+
+
+def test_report_measures_the_merged_update() -> None:
+    model, optimizer, _ = trained()
+    layers = low_rank_layers(model)
+    deltas = {name: layer.delta().clone() for name, layer in layers.items()}
+    norms = {name: layer.weight.norm().item() for name, layer in layers.items()}
+    report = restart(model, optimizer, cycle=4)
+    assert report.cycle == 4 and [update.name for update in report.layers] == list(layers)
+    for update in report.layers:
+        values = torch.linalg.svdvals(deltas[update.name])[:3]
+        torch.testing.assert_close(torch.tensor(update.singular_values), values, rtol=1e-4, atol=1e-6)
+        assert update.update_norm == pytest.approx(values.norm().item(), rel=1e-5)
+        assert update.weight_norm == pytest.approx(norms[update.name], rel=1e-6)
+        assert 1 <= update.effective_rank <= 3 + 1e-6
+    assert report.moments_cleared == 2 * sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
+
+
+def test_nothing_moves_when_a_factor_is_not_finite() -> None:
+    model, optimizer, _ = trained()
+    layers = list(low_rank_layers(model).values())
+    weights = [layer.weight.clone() for layer in layers]
+    with torch.no_grad():
+        layers[-1].lora_B[0, 0] = torch.nan
+    with pytest.raises(RunStopped, match="lora_B is not finite"):
+        restart(model, optimizer, cycle=1)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, weights, strict=True))
+
+
+def test_effective_rank() -> None:
+    assert effective_rank(torch.ones(7)) == pytest.approx(7)
+    assert effective_rank(torch.tensor([5.0, 0.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3)) == 0
+
+
+def test_spectrum_of_a_conv1d() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"a": Conv1D(12, 8)})
+    inject(model, LowRankConfig(r=2))
+    layer = low_rank_layers(model)["a"]
+    nn.init.normal_(layer.lora_B)
+    assert layer.delta().shape == layer.weight.shape == (8, 12)
+    expected = torch.linalg.svdvals(layer.delta())[:2]
+    torch.testing.assert_close(update_spectrum(layer), expected, rtol=1e-4, atol=1e-5)

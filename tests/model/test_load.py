@@ -1,0 +1,332 @@
+"""Models are drawn reproducibly, opened whatever their family, checked against data, and saved as plain folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM as AutoModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from relora.errors import RunStopped, UserError
+from relora.model import build_model, check_fit, open_model, open_tokenizer, save_model
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+STORIES = DATA / "models" / "stories260K-llama-hf"
+needs_data = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared test data is not here")
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
+SMALL = {**TINY, "intermediate_size": 24}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=96),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+}
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = {chr(33 + number): number for number in range(94)}
+    core = Tokenizer(models.BPE(vocab={**letters, "<eos>": 94}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    core.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(params=FAMILIES)
+def family_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A random model of each family, saved by transformers."""
+    torch.manual_seed(0)
+    folder = tmp_path / request.param
+    AutoModel.from_config(FAMILIES[request.param]).save_pretrained(folder)
+    return folder
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+# Building
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = build_model("llama-9m", SMALL, seed=5)
+    torch.rand(3)
+    stream = torch.get_rng_state()
+    again = build_model("llama-9m", SMALL, seed=5)
+    assert torch.equal(torch.get_rng_state(), stream)
+    other = build_model("llama-9m", SMALL, seed=6)
+    for weight, same, different in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, same)
+        assert weight.ndim == 1 or not torch.equal(weight, different)
+
+
+def test_a_new_model_is_drawn_as_published() -> None:
+    model = build_model("llama-9m", {"vocab_size": 500}, seed=0, eos_token_id=7)
+    assert model.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.get_input_embeddings().weight[-1].abs().max() > 0  # no padding row that never trains
+    assert not is_tied(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (7, 7, None)
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 7
+
+
+def test_what_follows_from_the_shape_follows_from_the_overrides() -> None:
+    config = build_model("llama-9m", {**SMALL, "tie_word_embeddings": True}, seed=0).config
+    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (2, 8, 1024)
+    assert is_tied(build_model("llama-9m", {**SMALL, "tie_word_embeddings": True}, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 130}, r"hidden_size \(130\) is not a multiple of model.num_attention_heads \(4\)"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of .*num_key_value_heads \(3\)"),
+        ({"hidden_size": 12}, "must be even"),
+        ({"n_embd": 12}, r"model.n_embd: a llama model has no such key"),
+    ],
+)
+def test_impossible_shapes(overrides: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model("llama-9m", overrides, seed=0)
+
+
+# Opening
+
+
+def test_every_family_opens_as_it_was_saved(family_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = logits(AutoModel.from_pretrained(family_folder))
+    capfd.readouterr()
+    model = open_model(family_folder)
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(logits(model), expected)
+    assert model.dtype == torch.float32
+    assert is_tied(model) == (family_folder.name in ("gpt2", "qwen2"))
+    assert open_model(family_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_every_family_can_start_from_scratch(family_folder: Path) -> None:
+    overrides = {"num_hidden_layers": 3, "hidden_size": 32, "vocab_size": 50}
+    first, again = (
+        open_model(family_folder, from_scratch=True, overrides=overrides, seed=3, eos_token_id=1) for _ in range(2)
+    )
+    assert first.get_input_embeddings().weight.shape == (50, 32)
+    assert first.config.num_hidden_layers == 3
+    for weight, same in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(weight, same)
+    assert torch.isfinite(logits(first)).all()
+    assert first.config.eos_token_id == 1
+
+
+@needs_data
+def test_a_trained_model_opens_and_knows_its_tokenizer() -> None:
+    model, tokenizer = open_model(STORIES), open_tokenizer(STORIES)
+    ids = tokenizer("Once upon a time, there was a little", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = model.eval()(input_ids=ids).logits[0, -1].argmax()
+    assert tokenizer.decode(best).strip() in ("girl", "boy", "g", "b", "bo", "dog")
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights lack `model.layers.1.mlp.up_proj.weight`"):
+        open_model(tmp_path)
+
+
+def test_unmerged_factors_are_not_ignored(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.lora_A"] = torch.ones(2, 16)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"holds low-rank factors"):
+        open_model(tmp_path)
+
+
+def test_only_safetensors_are_opened(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no weights"):
+        open_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
+    with pytest.raises(UserError, match=r"pickled.*save_pretrained\('NEW_FOLDER'\)"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ("{not json", b"", "not a model that transformers knows"),
+        ('{"model_type": "no-such"}', b"", "not a model that transformers knows"),
+        ('{"model_type": "vit"}', b"", "cannot be opened as a causal LM"),
+        (json.dumps({"model_type": "llama", **SMALL}), b"\0" * 40, "cannot be opened as a causal LM"),
+    ],
+)
+def test_broken_folders_give_one_line(tmp_path: Path, config: str, weights: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=message) as caught:
+        open_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_shape(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(UserError, match=r"down_proj.weight` is \[16, 24\] where config.json wants \[16, 48\]"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "/nowhere", "a b c"])
+def test_nothing_there(path: str) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_model(path)
+
+
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub gave no model of that name"):
+        open_model("nobody/nothing-of-that-name")
+
+
+def test_other_things_than_models(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config.json"):
+        open_model(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        open_model(tmp_path / "file")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    with pytest.raises(UserError, match="tokenizer cannot be opened"):
+        open_tokenizer(tmp_path)
+
+
+# Fit
+
+
+def test_fit_names_both_numbers_and_the_key(family_folder: Path) -> None:
+    model = open_model(family_folder)
+    positions = model.config.max_position_embeddings
+    check_fit(model, 96, positions)
+    with pytest.raises(UserError, match=r"model\.vocab_size: the model has 96 ids.*97"):
+        check_fit(model, 97, 8)
+    with pytest.raises(UserError, match=rf"data\.sequence_length \({positions + 1:,}\).*max_position_embeddings"):
+        check_fit(model, 96, positions + 1)
+
+
+# Saving
+
+LOAD_AND_GENERATE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+assert not any(name.startswith("relora") for name in sys.modules)
+with torch.no_grad():
+    print(model.eval()(input_ids=torch.arange(12).view(2, 6)).logits.double().sum().item())
+model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+print(model.dtype, tokenizer.eos_token)
+"""
+
+
+def test_a_saved_model_needs_no_relora(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model("llama-9m", SMALL, seed=0, eos_token_id=94)
+    save_model(model, tmp_path / "model", tokenizer)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_GENERATE, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    total, dtype_and_eos = result.stdout.splitlines()
+    assert float(total) == pytest.approx(logits(model).double().sum().item(), abs=1e-5)
+    assert dtype_and_eos == "torch.float32 <eos>"
+    assert "warn" not in result.stderr.lower()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_every_family_is_saved_whole(
+    family_folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
+) -> None:
+    model = open_model(family_folder)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    saved = save_model(model, family_folder.with_name("saved"), tokenizer, dtype)
+    expected = dtype or torch.float32
+    assert json.loads((saved / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    assert {weight.dtype for weight in load_file(saved / "model.safetensors").values()} == {expected}
+    again = open_model(saved, dtype="auto")
+    assert again.dtype == expected
+    assert is_tied(again) == is_tied(model)
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, before[name].to(expected))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])  # the model in memory is as it was
+
+
+def test_a_mixed_model_is_saved_as_its_widest_dtype(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model("llama-9m", SMALL, seed=0)
+    model.model.embed_tokens.to(torch.bfloat16)
+    save_model(model, tmp_path / "model", tokenizer)
+    assert open_model(tmp_path / "model", dtype="auto").dtype == torch.float32
+
+
+def test_factors_in_the_model_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model("llama-9m", SMALL, seed=0)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.lora_A = torch.nn.Parameter(torch.ones(2, 16))
+    with pytest.raises(UserError, match=r"up_proj.lora_A.*merge"):
+        save_model(model, tmp_path / "model", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_replaced_whole_and_other_folders_are_left_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = build_model("llama-9m", SMALL, seed=0)
+    save_model(model, tmp_path / "model", tokenizer)
+    (tmp_path / "model" / "stale.safetensors").touch()
+    save_model(model, tmp_path / "model", tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "model" / "stale.safetensors").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a model folder; it was left as it is"):
+        save_model(model, tmp_path / "notes", tokenizer)
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
+
+
+def test_a_failed_write_leaves_the_old_model(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model("llama-9m", SMALL, seed=0)
+    folder = save_model(model, tmp_path / "model", tokenizer)
+    before = (folder / "model.safetensors").read_bytes()
+    (tmp_path / ".model.partial").touch()  # in the way of the new one
+    with pytest.raises(RunStopped, match="could not be written"):
+        save_model(build_model("llama-9m", SMALL, seed=1), folder, tokenizer)
+    assert (folder / "model.safetensors").read_bytes() == before

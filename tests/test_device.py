@@ -1,0 +1,33 @@
+"""Choosing a device: what is there is found, what is not is the user's mistake."""
+
+import pytest
+import torch
+
+from relora.device import choose_device, peak_memory_bytes
+from relora.errors import UserError
+
+
+def test_auto_is_the_first_gpu_or_the_cpu() -> None:
+    expected = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if not torch.backends.mps.is_available():
+        assert str(choose_device("auto")) == expected
+    assert choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent() -> None:
+    with pytest.raises(UserError, match=r"cuda:1 was asked for, but .*device: auto"):
+        choose_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", ""])
+def test_a_name_that_is_no_device(name: str) -> None:
+    with pytest.raises(UserError, match="none of auto, cpu, cuda"):
+        choose_device(name)
+
+
+def test_peak_memory_is_of_this_process() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    torch.ones(2**26)  # 256 MiB
+    assert before > 10 * 2**20
+    assert peak_memory_bytes(torch.device("cpu")) >= before
