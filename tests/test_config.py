@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from relora.config import RunConfig, load_config, parse_config, to_yaml
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig

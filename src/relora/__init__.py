@@ -1,6 +1,7 @@
 """relora: pretrain and fine-tune language models through low-rank updates.
 
-The library face: `inject`, `restart`, `Schedule`, `merge` work in any PyTorch loop; `pretrain` runs a whole configuration.
+The library face: `inject`, `restart`, `Schedule`, `merge` work in any PyTorch loop; `pretrain` runs a whole
+configuration.
 """
 
 from importlib.metadata import version

@@ -1,7 +1,7 @@
 """The command `relora`: one verb, one call.
 
-A user's mistake prints one line and exits with 2; a run that stopped itself exits with 3; a signal with 128 + its number.
-Verbs import what they need when they run, so that a misspelt key or `--help` answers before torch is loaded.
+A user's mistake prints one line and exits with 2; a run that stopped itself exits with 3; a signal with 128 + its
+number. Verbs import what they need when they run, so that a misspelt key or `--help` answers before torch is loaded.
 """
 
 import json
@@ -27,6 +27,7 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of single keys.")]
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def prepare(
     validation: Annotated[str, typer.Option(help="Share of the documents held out, e.g. 1% or 0.01.")] = "1%",
     text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
     take: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that tokenize; by default one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Keys the choice of held-out documents.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken records instead of refusing.")] = False,
     as_json: Json = False,
@@ -77,7 +78,7 @@ def prepare(
         seed=seed,
         skip_bad=skip_bad,
     )
-    _print(report, as_json)
+    _print_json(asdict(report)) if as_json else print(report)
 
 
 @app.command(epilog="Example: relora pretrain configs/quickstart.yaml optimizer.lr=2e-3")
@@ -97,13 +98,13 @@ def pretrain(
         from relora.recipes.dry_run import describe, print_plan
 
         plan = describe(settings)
-        print(json.dumps(asdict(plan), indent=1)) if as_json else print_plan(plan)
+        _print_json(asdict(plan)) if as_json else print_plan(plan)
         return
     from relora.recipes.pretrain import pretrain as run_pretrain
 
     result = run_pretrain(settings, fresh=fresh, quiet=quiet or as_json)
     if as_json:
-        _print(result, as_json)
+        _print_json(asdict(result))
 
 
 @app.command(epilog="Example: relora export runs/quickstart --checkpoint 500 --out models/at-500")
@@ -111,12 +112,68 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     checkpoint: Annotated[int | None, typer.Option(help="Step; by default the newest.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/model-STEP.")] = None,
-    dtype: Annotated[str, typer.Option(help="Stored weights: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Dtype = "fp32",
 ) -> None:
     """Write any checkpoint as a plain Hugging Face model folder, factors merged."""
     from relora.recipes.export import export as run_export
 
     print(run_export(run, step=checkpoint, out=out, dtype=dtype))
+
+
+@app.command(epilog="Example: relora evaluate runs/quickstart --data prepared/quickstart/validation")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    data: Annotated[list[str], typer.Option(help="Prepared folder, or raw text; may be given several times.")],
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens a window moves on; by default half of it.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Score only the first so many tokens.")] = None,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Perplexity and bits per byte on prepared folders or raw text (sliding window)."""
+    from relora.recipes.evaluate import evaluate_model, print_scores
+
+    scores = evaluate_model(
+        model,
+        data,
+        sequence_length=sequence_length,
+        stride=stride,
+        tokens=tokens,
+        device=device,
+        dtype=dtype,
+        batch=batch,
+    )
+    _print_json([asdict(score) for score in scores]) if as_json else print_scores(scores)
+
+
+@app.command(epilog='Example: relora generate runs/quickstart --prompt "Once upon a time" --max-new-tokens 100')
+def generate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option()] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    top_k: Annotated[int, typer.Option(help="0 is no limit.")] = 0,
+    do_sample: Annotated[bool, typer.Option("--do-sample/--greedy")] = True,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Continue prompts; streams the text and says how fast it went."""
+    from relora.recipes.generate import Sampling, describe
+    from relora.recipes.generate import generate as run_generate
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, do_sample, repetition_penalty)
+    write = None if as_json else lambda text: print(text, end="", flush=True)
+    generation = run_generate(model, prompt, sampling, seed=seed, device=device, dtype=dtype, write=write)
+    if as_json:
+        _print_json(asdict(generation))
+    else:
+        print(describe(generation), file=sys.stderr)
 
 
 @app.command(epilog="Example: relora report runs/quickstart")
@@ -125,6 +182,15 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, finished or not
     from relora.report.html import write_report
 
     print(write_report(run))
+
+
+@app.command(epilog="Example: relora doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """What this machine has and lacks: versions, devices, dtypes, memory, disk, extras."""
+    from relora.recipes.doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose()
+    _print_json(asdict(diagnosis)) if as_json else print_diagnosis(diagnosis)
 
 
 @app.command("config", epilog="Example: relora config configs/quickstart.yaml batch.sequences=32")
@@ -159,8 +225,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _print(figures: Any, as_json: bool) -> None:
-    print(json.dumps(asdict(figures), indent=1, default=str) if as_json else figures)
+def _print_json(figures: Any) -> None:
+    print(json.dumps(figures, indent=1, default=str))
 
 
 def _fail(message: str, status: int) -> None:

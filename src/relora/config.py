@@ -1,7 +1,8 @@
-"""The configuration of a run: YAML plus `key.sub=value` overrides -> frozen, typed settings, checked before anything is loaded.
+"""The configuration of a run: YAML plus `key.sub=value` overrides -> frozen, typed settings.
 
 Each section is one class; the string under a field is its documentation (and its text in the JSON schema).
-Unknown keys, impossible values and impossible combinations are a `UserError` of one line that names the key.
+Unknown keys, impossible values and impossible combinations are a `UserError` of one line that names the key, before
+anything is loaded.
 Nothing here imports torch, so that a misspelt key is reported at once.
 """
 
@@ -30,7 +31,7 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
-    """Which model: a preset to build from scratch, or a Hugging Face causal LM to open. Shape keys override a preset's."""
+    """Which model: a preset to build, or a Hugging Face causal LM to open. Shape keys override a preset's."""
 
     preset: str | None = None
     """A LLaMA shape of the ReLoRA paper: llama-9m ... llama-7b."""
@@ -58,7 +59,7 @@ class ModelSettings(Settings):
             raise ValueError("give either `preset` (a shape to build) or `path` (a model to open), one of the two")
         if self.path is not None and self.overrides and not self.from_scratch:
             raise ValueError(
-                f"`{next(iter(self.overrides))}` changes the shape of a trained model; drop it or set `from_scratch: true`"
+                f"`{next(iter(self.overrides))}` changes a trained model's shape; drop it or set `from_scratch: true`"
             )
         return self
 
@@ -99,7 +100,7 @@ class LowRankSettings(Settings):
     trainable_scaling: bool = False
     """Train one scale per layer; a restart sets it back to its start, so it never dies."""
     base: Literal["auto", "fp32", "bf16"] = "auto"
-    """How frozen weights are stored; auto follows precision.dtype. bf16 keeps an fp32 master in main memory for merging."""
+    """How frozen weights are stored; auto follows precision.dtype. bf16 keeps an fp32 master in main memory."""
 
 
 class WarmStartSettings(Settings):
@@ -114,7 +115,7 @@ class RestartSettings(Settings):
     every_steps: PositiveInt = 1000
     warmup_steps: NonNegativeInt = 50
     optimizer: Literal["zero", "random", "magnitude", "keep"] = "zero"
-    """What happens to the factors' optimizer state: zero it all (m, v and step), prune m and v by one mask, or keep it."""
+    """The factors' optimizer state: zero all of it (m, v and step), prune m and v by one mask, or keep it."""
     keep_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """For random and magnitude: the share of the entries that stays."""
     init: Literal["kaiming"] = "kaiming"
@@ -264,7 +265,8 @@ class RunConfig(Settings):
             )
         if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
             raise ValueError(
-                f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than restart.every_steps ({restart.every_steps})"
+                f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than "
+                f"restart.every_steps ({restart.every_steps})"
             )
         return self
 

@@ -1,6 +1,7 @@
 """Every random draw is keyed: its seed is a function of (run seed, purpose, position), never of what was drawn before.
 
-That is what lets a run continue bit for bit after a kill without saving any generator, and lets ranks agree without talking.
+That is what lets a run continue bit for bit after a kill without saving any generator, and lets ranks agree without
+talking.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """What can go wrong, as the exit statuses that the command line gives.
 
-Every error carries one line for the person at the terminal: what is wrong (which key, which file) and what would mend it.
+Every error carries one line for the person at the terminal: what is wrong (which key, which file) and what would mend
+it.
 """
 
 

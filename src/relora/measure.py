@@ -38,8 +38,12 @@ class Evaluation:
         if tokens == 0:
             raise UserError("the held-out data has no token to score")
         loss = loss_sum / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf  # math.exp raises where a float ends
-        return cls(loss, perplexity, loss_sum / math.log(2) / byte_count if byte_count else None, tokens)
+        return cls(loss, perplexity(loss), loss_sum / math.log(2) / byte_count if byte_count else None, tokens)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

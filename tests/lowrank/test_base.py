@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from relora.lowrank import LowRankConfig, LowRankLinear
 from torch import nn
+
+from relora.lowrank import LowRankConfig, LowRankLinear
 
 
 def bf16_layer(base: str, dtype: torch.dtype) -> LowRankLinear:

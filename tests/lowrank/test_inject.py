@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from relora.errors import UserError
-from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, low_rank_layers, merge
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -16,6 +14,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from relora.errors import UserError
+from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, low_rank_layers, merge
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}

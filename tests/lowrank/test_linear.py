@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch import nn
+
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig, LowRankLinear
-from torch import nn
 
 
 def layer_of(out: int, inn: int, *, dtype: torch.dtype = torch.float64, **config: object) -> LowRankLinear:

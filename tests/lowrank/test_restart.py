@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from relora.errors import RunStopped, UserError
 from relora.lowrank import LowRankConfig, inject, low_rank_layers, restart
 from relora.lowrank.restart import effective_rank, update_spectrum
-from torch import nn
 
 
 def trained(steps: int = 5, **config: object) -> tuple[nn.Module, torch.optim.AdamW, torch.Tensor]:

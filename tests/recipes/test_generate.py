@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
-from relora.model import open_model, open_tokenizer
+from relora.model import open_model
 from relora.recipes.finished import open_finished
 from relora.recipes.generate import Sampling, describe, generate, sample_texts
 
@@ -19,7 +20,7 @@ GREEDY = Sampling(max_new_tokens=12, do_sample=False)
 
 @pytest.fixture(scope="module")
 def parts():
-    return open_model(STORIES), open_tokenizer(STORIES)
+    return open_model(STORIES), load_tokenizer(str(STORIES))
 
 
 def sample(parts, seed: int, prompts=(PROMPT,), **changes) -> list[str]:

@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from relora.data.shards import TokenDtype, token_dtype
 from relora.draws import keyed_seed
 
-CHUNK_BYTES = 1024 * 1024
+CHUNK_CHARS = 1024 * 1024
 """Text per task: enough to make a task's costs vanish, little enough to hold hundreds."""
 
 DRAWS = 1 << 64
@@ -68,15 +69,24 @@ class SplitRule:
         """A uniform integer below DRAWS, a function of the text and the seed alone."""
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=self._key).digest(), "big")
 
+    def is_validation(self, text: str) -> bool:
+        """On which side a document is."""
+        return self.draw(text) < self.threshold
+
 
 class Encoder:
     """Encodes chunks; one copy of the tokenizer per thread, so that threads do not wait for one another's cache."""
 
-    def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: str, rule: SplitRule) -> None:
+    def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: TokenDtype, rule: SplitRule) -> None:
         self._tokenizer_json = tokenizer_json
-        self._eos = np.array([eos_token_id], dtype=dtype)
+        self._eos = np.array([eos_token_id], dtype=token_dtype(dtype))
         self._rule = rule
         self._local = threading.local()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per token."""
+        return self._eos.itemsize
 
     def encode(self, chunk: Chunk) -> Encoded:
         """Each document's ids and an EOS, in order."""
@@ -95,13 +105,14 @@ class Encoder:
         return Encoded(train, validation, min(draws))
 
     def _tokenizer(self) -> tokenizers.Tokenizer:
-        if not hasattr(self._local, "tokenizer"):
+        tokenizer: tokenizers.Tokenizer | None = getattr(self._local, "tokenizer", None)
+        if tokenizer is None:
             tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer_json)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = True
             self._local.tokenizer = tokenizer
-        return self._local.tokenizer
+        return tokenizer
 
 
 def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Iterator[tuple[Chunk, Encoded]]:

@@ -28,19 +28,21 @@ BAD_RECORD = Callable[[str], None]
 def read_text(stream: BinaryIO) -> Iterator[str]:
     """Plain UTF-8 text, line ends as \\n: one document, or pieces that join up to the file without a gap."""
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    text = reader.read(WHOLE_FILE_CHARS + 1)
-    if len(text) <= WHOLE_FILE_CHARS:
-        yield text
-        return
-    while text:
-        text += reader.read(max(0, 2 * PIECE_CHARS - len(text)))
-        cut = _cut(text[: 2 * PIECE_CHARS])
-        yield text[:cut]
-        text = text[cut:]
+    try:
+        text = reader.read(WHOLE_FILE_CHARS + 1)
+        if len(text) <= WHOLE_FILE_CHARS:
+            yield text
+            return
+        while text := text + reader.read(max(0, 2 * PIECE_CHARS - len(text))):
+            cut = _cut(text[: 2 * PIECE_CHARS])
+            yield text[:cut]
+            text = text[cut:]
+    finally:
+        reader.detach()  # the stream is the caller's to close
 
 
 def _cut(text: str) -> int:
-    """Where to end a piece: after the first blank line past PIECE_CHARS, else after a line end, else at the end."""
+    """Where to end a piece: after the first blank line past PIECE_CHARS, else a line end, a space, the end."""
     if len(text) < 2 * PIECE_CHARS:
         return len(text)
     for mark in ("\n\n", "\n", " "):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from relora.data.encode import SplitTokens
-from relora.data.shards import Shard, sync_folder
+from relora.data.shards import Shard, sync
 from relora.errors import UserError
 
 JOURNAL_NAME = "journal.jsonl"
@@ -90,7 +90,7 @@ class Journal:
         self._file.truncate(0)
         self.header, self.state = header, PassState()
         self._append(asdict(header))
-        sync_folder(self._out)
+        sync(self._out)
 
     def note(self) -> None:
         """Note `state`; the shards it speaks of must be synced."""
@@ -133,13 +133,16 @@ class SplitWriter:
         self._folder = folder
         self._state = state
         self._file: BinaryIO | None = None
-        folder.mkdir(exist_ok=True)
-        kept = {shard.file: shard.tokens * itemsize for shard in state.shards}
-        for file in folder.glob("shard-*.bin"):
-            if file.name not in kept:
-                file.unlink()
-            elif file.stat().st_size > kept[file.name]:
-                os.truncate(file, kept[file.name])
+        sizes = {shard.file: shard.tokens * itemsize for shard in state.shards}
+        found = {file.name: file.stat().st_size for file in folder.glob("shard-*.bin")}
+        for name in found.keys() - sizes.keys():
+            (folder / name).unlink()
+        for name, size in sizes.items():
+            if found.get(name, 0) < size:
+                raise UserError(
+                    f"{folder / name}: cut short since; what was unfinished is removed, run the command again"
+                )
+            os.truncate(folder / name, size)
         if state.shards:
             self._file = (folder / state.shards[-1].file).open("ab")
 
@@ -152,9 +155,10 @@ class SplitWriter:
         shards = self._state.shards
         if self._file is None or shards[-1].tokens >= SHARD_TOKENS:
             self.close()
+            self._folder.mkdir(exist_ok=True)
             shards.append(Shard(file=f"shard-{len(shards):05d}.bin", tokens=0, crc32=0))
             self._file = (self._folder / shards[-1].file).open("wb")
-            sync_folder(self._folder)
+            sync(self._folder)
         data = split.tokens.tobytes()
         self._file.write(data)
         last = shards[-1]
@@ -169,6 +173,7 @@ class SplitWriter:
     def close(self) -> None:
         """Sync and close."""
         if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with file:
+                file.flush()
+                os.fsync(file.fileno())

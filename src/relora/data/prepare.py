@@ -12,17 +12,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from relora.data import encode
-from relora.data.encode import DRAWS, Chunk, Encoder, SplitRule, encode_all
-from relora.data.journal import JOURNAL_NAME, Header, Journal, PassState, SplitState, SplitWriter
+from relora.data import tokenizer as tokenization
+from relora.data.encode import CHUNK_CHARS, DRAWS, Chunk, Encoder, SplitRule, encode_all
+from relora.data.journal import JOURNAL_NAME, Header, Journal, SplitState, SplitWriter
 from relora.data.progress import PrepareProgress
 from relora.data.shards import (
     FORMAT_VERSION,
@@ -32,11 +31,9 @@ from relora.data.shards import (
     PreparedFolder,
     TokenDtype,
     read_index,
-    sync_folder,
     write_index,
 )
 from relora.data.sources import Corpus
-from relora.data.tokenizer import check_vocab_size, fingerprint, load_tokenizer, train_tokenizer, vocabulary_size
 from relora.errors import Interrupted, RunStopped, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +47,8 @@ TOKENIZER_CHARS = 100_000_000
 JOURNAL_SECONDS = 2.0
 """A kill costs at most this much work, and the documents before it are read once more."""
 
-Options = Mapping[str, str | int | float | bool | None]
+Request = Mapping[str, Any]
+"""`sources` and `options`, as JSON gives them: equal requests have equal results."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def prepare(
     out: Path,
     *,
     tokenizer: str | None = None,
-    new_vocab_size: int | None = None,
+    train_tokenizer: int | None = None,
     validation: float = 0.01,
     text_field: str = "text",
     take: int | None = None,
@@ -101,3 +99,251 @@ def prepare(
         RunStopped: a disk or a network failed; the same call continues.
         Interrupted: Ctrl-C; the same call continues.
     """
+    started = time.monotonic()
+    _check_options(tokenizer, train_tokenizer, validation, take, workers)
+    corpus = Corpus(sources, text_field=text_field, take=take, skip_bad=skip_bad)
+    given = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
+    request: Request = {
+        "sources": [asdict(source) for source in corpus.records()],
+        "options": {
+            "tokenizer": None if given is None else tokenization.fingerprint(given),
+            "train_tokenizer": train_tokenizer,
+            "validation": validation,
+            "text_field": text_field,
+            "take": take,
+            "seed": seed,
+            "skip_bad": skip_bad,
+        },
+    }
+    if _is_finished(out, request):
+        return _report(out, started, reused=True)
+    with _workplace(out, request) as journal:
+        continued = journal.header is not None
+        if journal.header is None:
+            journal.begin(Header(request, int(validation * DRAWS)))
+        settled = given or _train_or_reopen(out, corpus, train_tokenizer, _rule(journal, seed), progress)
+        tokenization.save_tokenizer(settled, out / TRAIN / TOKENIZER_NAME)
+        _encode_splits(corpus, settled, journal, out, workers or os.cpu_count() or 1, progress)
+        _write_indexes(out, journal, settled, corpus)
+        journal.remove()
+    return _report(out, started, continued=continued)
+
+
+def _check_options(
+    tokenizer: str | None, train_tokenizer: int | None, validation: float, take: int | None, workers: int | None
+) -> None:
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise UserError("give either --tokenizer (a folder or hub id) or --train-tokenizer (a vocabulary size)")
+    if train_tokenizer is not None:
+        tokenization.check_vocab_size(train_tokenizer)
+    if not 0 <= validation < 1:
+        raise UserError(f"--validation {validation}: must be a share of at least 0 and less than 1 (100%)")
+    for option, number in (("take", take), ("workers", workers)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} {number}: must be at least 1")
+
+
+def _is_finished(out: Path, request: Request) -> bool:
+    """Whether `out` holds all that was asked for; `UserError` if it holds anything else that is finished."""
+    if not out.exists() or (out / JOURNAL_NAME).exists():
+        return False
+    if not out.is_dir():
+        raise UserError(f"{out}: a file is in the way; choose another --out")
+    if not (out / TRAIN / INDEX_NAME).exists():
+        if any(out.iterdir()):
+            raise UserError(f"{out}: holds something else, which is left alone; choose another --out")
+        return False
+    for split in _splits(out):
+        index = PreparedFolder.open(split).index
+        found: Request = {"sources": [asdict(source) for source in index.sources], "options": index.options}
+        _refuse_other(out, found, request)
+    return True
+
+
+def _splits(out: Path) -> list[Path]:
+    return [out / split for split in (TRAIN, VALIDATION) if (out / split / INDEX_NAME).exists()]
+
+
+def _report(out: Path, started: float, *, reused: bool = False, continued: bool = False) -> PrepareReport:
+    train, *validation = [read_index(split) for split in _splits(out)]
+    return PrepareReport(
+        train=train,
+        validation=validation[0] if validation else None,
+        reused=reused,
+        continued=continued,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _refuse_other(out: Path, found: Request, wanted: Request) -> None:
+    """`UserError` that names the first thing in which two requests differ."""
+    names = [", ".join(source["source"] for source in request["sources"]) for request in (found, wanted)]
+    differences = [
+        f"{key} was {found['options'].get(key)!r} and is now {value!r}"
+        for key, value in wanted["options"].items()
+        if found["options"].get(key) != value
+    ]
+    if names[0] != names[1]:
+        differences.append(f"the sources were {names[0]} and are now {names[1]}")
+    else:
+        changed = [new["source"] for old, new in zip(found["sources"], wanted["sources"], strict=True) if old != new]
+        differences += [f"{source} has changed since" for source in changed]
+    if differences:
+        raise UserError(f"{out}: holds tokens prepared otherwise ({differences[0]}); delete it or choose another --out")
+
+
+@contextmanager
+def _workplace(out: Path, request: Request) -> Iterator[Journal]:
+    """The folder, made and locked. A mistake of the user's leaves nothing behind; anything else can be continued."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        journal = Journal(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
+    with closing(journal):
+        if journal.header is not None:
+            _refuse_other(out, journal.header.request, request)
+        try:
+            yield journal
+        except UserError:
+            journal.remove()
+            for split in (TRAIN, VALIDATION):
+                shutil.rmtree(out / split, ignore_errors=True)
+            for folder in missing:
+                folder.rmdir()
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(f"{out}: interrupted; the same command continues", SIGINT) from None
+        except OSError as error:
+            raise RunStopped(f"{out}: cannot be written: {error.strerror}; the same command continues") from None
+
+
+def _rule(journal: Journal, seed: int) -> SplitRule:
+    assert journal.header is not None  # begun
+    return SplitRule(seed, journal.header.threshold)
+
+
+def _train_or_reopen(
+    out: Path,
+    corpus: Corpus,
+    vocab_size: int | None,
+    rule: SplitRule,
+    progress: Callable[[PrepareProgress], None],
+) -> "PreTrainedTokenizerFast":
+    """The tokenizer of this corpus: trained on training documents, or the one an interrupted run has trained."""
+    folder = out / TRAIN / TOKENIZER_NAME
+    if folder.is_dir():
+        return tokenization.load_tokenizer(str(folder))
+    assert vocab_size is not None  # _check_options sees to it
+    progress(PrepareProgress("tokenizer"))
+    texts = (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_validation(text))
+    return tokenization.train_tokenizer(texts, vocab_size)
+
+
+def _encode_splits(
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerFast",
+    journal: Journal,
+    out: Path,
+    workers: int,
+    progress: Callable[[PrepareProgress], None],
+) -> None:
+    """Write the shards of both splits; in a second pass if the draws left a side empty (few documents)."""
+    assert journal.header is not None  # begun
+    seed, share = (journal.header.request["options"][key] for key in ("seed", "validation"))
+    backend, dtype = tokenizer.backend_tokenizer.to_str(), _dtype(tokenizer)
+    while True:
+        rule = _rule(journal, seed)
+        _one_pass(corpus, Encoder(backend, tokenizer.eos_token_id, dtype, rule), journal, out, workers, progress)
+        state = journal.state
+        if state.lowest_draw is None:
+            raise UserError("the sources hold no text")
+        one_document = state.lowest_draw + 1  # the threshold that holds out the one document with the lowest draw
+        if share == 0 or (state.train.documents and state.validation.documents) or rule.threshold == one_document:
+            break
+        journal.begin(Header(journal.header.request, one_document))
+    if not state.train.documents:
+        raise UserError(
+            f"{state.documents} document(s), too few to hold any out; "
+            "give more text, or --validation 0 and prepare a validation folder from other text"
+        )
+
+
+def _one_pass(
+    corpus: Corpus,
+    encoder: Encoder,
+    journal: Journal,
+    out: Path,
+    workers: int,
+    progress: Callable[[PrepareProgress], None],
+) -> None:
+    """Encode all documents that the journal's state does not count yet."""
+    state, total = journal.state, corpus.total_bytes
+    noted = time.monotonic()
+    with (
+        closing(SplitWriter(out / TRAIN, state.train, encoder.itemsize)) as train,
+        closing(SplitWriter(out / VALIDATION, state.validation, encoder.itemsize)) as validation,
+    ):
+        for chunk, encoded in encode_all(_chunks(corpus, skip=state.documents), encoder, workers):
+            train.append(encoded.train)
+            validation.append(encoded.validation)
+            state.lowest_draw = min(encoded.lowest_draw, state.lowest_draw or DRAWS)
+            if time.monotonic() - noted >= JOURNAL_SECONDS:
+                train.sync()
+                validation.sync()
+                journal.note()
+                noted = time.monotonic()
+            progress(
+                PrepareProgress(
+                    stage="tokens",
+                    text_bytes=state.train.text_bytes + state.validation.text_bytes,
+                    tokens=state.train.tokens + state.validation.tokens,
+                    read_share=None if total is None else chunk.read_bytes / max(1, total),
+                )
+            )
+    journal.note()
+
+
+def _chunks(corpus: Corpus, skip: int) -> Iterator[Chunk]:
+    """The documents after the first `skip`, bundled for the workers."""
+    texts: list[str] = []
+    chars = 0
+    for text in islice(corpus.documents(), skip, None):
+        texts.append(text)
+        chars += len(text)
+        if chars >= CHUNK_CHARS:
+            yield Chunk(texts, corpus.read_bytes)
+            texts, chars = [], 0
+    if texts:
+        yield Chunk(texts, corpus.read_bytes)
+
+
+def _dtype(tokenizer: "PreTrainedTokenizerFast") -> TokenDtype:
+    return "uint16" if tokenization.vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
+
+
+def _write_indexes(out: Path, journal: Journal, tokenizer: "PreTrainedTokenizerFast", corpus: Corpus) -> None:
+    """The last thing written: from here on the folders are whole."""
+    for split, state in ((TRAIN, journal.state.train), (VALIDATION, journal.state.validation)):
+        if state.documents:
+            tokenization.copy_tokenizer(out / TRAIN / TOKENIZER_NAME, out / split / TOKENIZER_NAME)
+            write_index(out / split, _index(state, journal, tokenizer, corpus))
+
+
+def _index(state: SplitState, journal: Journal, tokenizer: "PreTrainedTokenizerFast", corpus: Corpus) -> Index:
+    assert journal.header is not None  # begun
+    return Index(
+        format_version=FORMAT_VERSION,
+        tokens=state.tokens,
+        documents=state.documents,
+        text_bytes=state.text_bytes,
+        skipped_records=corpus.skipped_records,
+        dtype=_dtype(tokenizer),
+        vocab_size=tokenization.vocabulary_size(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        tokenizer_fingerprint=tokenization.fingerprint(tokenizer),
+        shards=tuple(state.shards),
+        sources=corpus.records(),
+        options=journal.header.request["options"],
+    )

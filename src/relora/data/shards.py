@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,7 @@ class PreparedFolder:
     def __init__(self, path: Path, index: Index) -> None:
         self.path = path
         self.index = index
-        dtype = np.dtype(index.dtype).newbyteorder("<")
+        dtype = token_dtype(index.dtype)
         self._shards = [np.memmap(path / shard.file, dtype=dtype, mode="r") for shard in index.shards]
         self._ends = np.cumsum([shard.tokens for shard in index.shards])
 
@@ -85,7 +85,7 @@ class PreparedFolder:
         """Open `path`, checking its index and its shards' sizes; `UserError` on anything missing or cut short."""
         path = Path(path)
         index = read_index(path)
-        itemsize = np.dtype(index.dtype).itemsize
+        itemsize = token_dtype(index.dtype).itemsize
         for shard in index.shards:
             file, expected = path / shard.file, shard.tokens * itemsize
             try:
@@ -149,6 +149,11 @@ class PreparedFolder:
         return ids
 
 
+def token_dtype(name: TokenDtype) -> np.dtype[Any]:
+    """As the ids lie in a shard: little-endian on every machine."""
+    return np.dtype(name).newbyteorder("<")
+
+
 def read_index(folder: Path) -> Index:
     """The checked content of `folder/index.json`; `UserError` when there is none or not of this format."""
     file = folder / INDEX_NAME
@@ -182,12 +187,12 @@ def write_durably(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
-    sync_folder(file.parent)
+    sync(file.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames within `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or what was created and renamed in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

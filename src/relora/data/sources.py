@@ -4,7 +4,7 @@
     name.jsonl                   one document a line, in a field by name
     name.parquet                 one document a row, in a column by name
     each also with .gz or .zst (parquet compresses by itself)
-    FOLDER                       all of the above in it, recursively, sorted by path; README and hidden files are not text
+    FOLDER                       all of the above in it, recursively, sorted by path; not README and hidden files
     FOLDER from save_to_disk     a `datasets` Dataset, or the split `train` of a DatasetDict
     owner/name, owner/name:config   a dataset on the Hugging Face hub, streamed
 
@@ -97,17 +97,18 @@ class Corpus:
     def documents(self) -> Iterator[str]:
         """One pass over all documents, none of them empty."""
         self.skipped_records = self._read_before = 0
+        self._position = int
         for origin in self._origins:
             yield from islice(self._origin_documents(origin), self._take)
 
     def samples(self, text_chars: int) -> Iterator[str]:
-        """About `text_chars` characters of documents: from each file the same share, from its start."""
+        """Whole documents of about `text_chars` characters in all: from each file the same share, from its start."""
         parts = sum(max(1, len(origin.files)) for origin in self._origins)
         for origin in self._origins:
             for part in self._parts(origin):
                 left = text_chars // parts
                 for text in islice(part, self._take):
-                    yield text[:left]
+                    yield text
                     left -= len(text)
                     if left <= 0:
                         break

@@ -9,13 +9,15 @@ pad that equals EOS makes fine-tuning mask the very EOS a model must learn to gi
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from relora.data.shards import sync
 from relora.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +81,30 @@ def check_vocab_size(vocab_size: int) -> None:
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     """One more than the largest id: the rows that a model's embedding needs."""
-    return max(tokenizer.get_vocab().values()) + 1
+    largest: int = max(tokenizer.get_vocab().values())
+    return largest + 1
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write `folder` in one step, if it is not there yet; `transformers` opens it."""
+    _in_one_step(folder, tokenizer.save_pretrained)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The same files in `folder`, in one step, if it is not there yet."""
+    _in_one_step(folder, lambda aside: shutil.copytree(source, aside, dirs_exist_ok=True))
+
+
+def _in_one_step(folder: Path, write: Callable[[Path], object]) -> None:
+    if folder.is_dir():
+        return
+    aside = folder.with_name(folder.name + ".partial")
+    aside.mkdir(parents=True, exist_ok=True)
+    write(aside)
+    for file in aside.iterdir():
+        sync(file)
+    aside.replace(folder)
+    sync(folder.parent)
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -1,8 +1,8 @@
 """Put low-rank layers into a model, and take them out again.
 
-`inject` walks any `nn.Module`, swaps the targets in place, freezes their weights and reports what it matched. Everything
-else (embeddings, norms, biases, the head) stays as it was, so in pretraining it trains at full rank
-(ReLoRA, arXiv 2307.05695, section 3). `merge` is the way back: a plain model with no trace of the factors.
+`inject` walks any `nn.Module`, swaps the targets in place, freezes their weights and reports what it matched.
+Everything else (embeddings, norms, biases, the head) stays as it was, so in pretraining it trains at full rank (ReLoRA,
+arXiv 2307.05695, section 3). `merge` is the way back: a plain model with no trace of the factors.
 """
 
 import re
@@ -38,7 +38,9 @@ class InjectReport:
 
 
 def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectReport:
-    """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights. Build the optimizer afterwards.
+    """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights.
+
+    Build the optimizer afterwards: what trains has changed.
 
     Raises:
         UserError: see `find_targets`, or the model has low-rank layers already. The model is left untouched.
@@ -74,7 +76,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that must be saved to continue: parameters and persistent buffers by name, frozen weights without rounding.
+    """All that must be saved to continue: parameters and persistent buffers by name, frozen weights unrounded.
 
     Tied parameters appear once, under their first name.
     """
@@ -110,8 +112,8 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
     """Paths of the layers that `config.target_modules` names, in model order; nothing is changed.
 
-    `all-linear` takes every linear layer inside the repeated blocks (those in an `nn.ModuleList`), or, in a model without
-    such, every linear layer that is not tied and not the output head.
+    `all-linear` takes every linear layer inside the repeated blocks (those in an `nn.ModuleList`), or, in a model
+    without such, every linear layer that is not tied and not the output head.
 
     Raises:
         UserError: a pattern matches nothing, a target shares its weight with another module, or r is too large for one.

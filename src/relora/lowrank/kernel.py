@@ -18,11 +18,15 @@ def low_rank_linear(
     scaling: Tensor | float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in], lora_B [out, r]; dropout acts on the factors' input."""
+    """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in] and lora_B [out, r].
+
+    `dropout` acts on the input of the factors alone.
+    """
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)  # a base stored in bf16 under fp32 arithmetic
     frozen = F.linear(x, weight, bias)
-    # without autocast, half-precision activations meet fp32 factors: the factors' precision wins (small updates live there)
+    # without autocast, half-precision activations meet fp32 factors: the factors' precision wins (small updates live
+    # there)
     x = x.to(lora_A.dtype)
     update = F.linear(F.linear(F.dropout(x, dropout) if dropout else x, lora_A), lora_B)
     return frozen + (scaling * update).to(frozen.dtype)

@@ -4,8 +4,8 @@
 
 `weight` and `bias` keep their names, so checkpoints load by name and any model can hold the layer. After Hu et al. 2021
 (arXiv 2106.09685, section 4.1); s = lora_alpha / sqrt(r) is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
-A is drawn Kaiming-uniform and B is zero, so the layer starts as W. Both zero would be a saddle with no gradient at all, which
-is how the published ReLoRA code loses its first cycle.
+A is drawn Kaiming-uniform and B is zero, so the layer starts as W. Both zero would be a saddle with no gradient at all,
+which is how the published ReLoRA code loses its first cycle.
 """
 
 import math
@@ -48,8 +48,8 @@ def check_rank(r: int, weight: Tensor, name: str) -> None:
     """`UserError` where an update of rank r would be as large as the weight itself."""
     if r > min(weight.shape):
         raise UserError(
-            f"lowrank.r ({r}) exceeds the smaller side of {name or 'the layer'} ({' x '.join(map(str, weight.shape))}); "
-            f"r may be at most {min(weight.shape)} here"
+            f"lowrank.r ({r}) exceeds the smaller side of {name or 'the layer'} "
+            f"({weight.shape[0]} x {weight.shape[1]}); r may be at most {min(weight.shape)} here"
         )
 
 
@@ -110,7 +110,7 @@ class LowRankLinear(nn.Linear):
 
     @torch.no_grad()
     def redraw_(self, cycle: int) -> None:
-        """Draw A anew (Kaiming-uniform, a = sqrt(5), so bound 1/sqrt(in)) and zero B; the draw is keyed by seed, cycle and name."""
+        """Draw A anew, keyed by seed, cycle and name (Kaiming-uniform, a = sqrt(5): bound 1/sqrt(in)); zero B."""
         bound = 1 / math.sqrt(self.in_features)
         generator = keyed_generator(self.seed, "redraw", cycle, self.name)
         self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
@@ -120,7 +120,7 @@ class LowRankLinear(nn.Linear):
 
     @torch.no_grad()
     def merge_(self) -> Tensor:
-        """weight += s·B A in fp32 or better, and B = 0, so the layer's function stays; returns the update that was merged.
+        """weight += s·B A in fp32 or better, and B = 0, so the layer's function stays; returns the update.
 
         Raises:
             FloatingPointError: the update or the new weight is not finite; the weight has not moved.

@@ -2,10 +2,11 @@
 
     W <- W + s·B A;   A <- fresh draw;   B <- 0;   m, v, step of A and B <- 0
 
-(Lialin et al. 2023, arXiv 2307.05695, Algorithm 1). The model's function does not change: s·B A moves from the factors into
-the weight. Nowhere else in the package is a factor merged in training or a moment cleared. Adam's step count is cleared
-with its moments; kept, bias correction is off and the next updates are up to 6.5 times too long, which is what makes the
-published code diverge without a re-warm. The price is r·(in + out) fresh parameters per layer that start with no memory.
+(Lialin et al. 2023, arXiv 2307.05695, Algorithm 1). The model's function does not change: s·B A moves from the factors
+into the weight. Nowhere else in the package is a factor merged in training or a moment cleared. Adam's step count is
+cleared with its moments; kept, bias correction is off and the next updates are up to 6.5 times too long, which is what
+makes the published code diverge without a re-warm. The price is r·(in + out) fresh parameters per layer that start with
+no memory.
 """
 
 import math
@@ -55,7 +56,7 @@ class RestartReport:
 def restart(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, cycle: int, reset: Reset = "zero", keep_ratio: float = 0.1
 ) -> RestartReport:
-    """Merge every low-rank layer, redraw its factors for `cycle` and clear their optimizer state; everything else stays.
+    """Merge every low-rank layer, redraw its factors for `cycle` and clear their optimizer state.
 
     Args:
         cycle: number of the cycle that begins (1 for the first restart); keys the draws.
@@ -63,8 +64,8 @@ def restart(
             and v, and keep step (the paper's pruning); `keep` touches nothing.
 
     Raises:
-        RunStopped: a factor or an update is not finite. Checked before the first weight moves, and again layer by layer.
-        UserError: pruning was asked for on moments that are not floating point (8-bit optimizers).
+        RunStopped: a factor or an update is not finite. Checked before the first weight moves, and again layer by
+            layer. UserError: pruning was asked for on moments that are not floating point (8-bit optimizers).
     """
     started = time.perf_counter()
     layers = low_rank_layers(model)

@@ -7,7 +7,6 @@ from relora.model.load import (
     max_positions,
     model_folder,
     open_model,
-    open_tokenizer,
     save_model,
 )
 from relora.model.presets import PRESETS, preset_settings
@@ -20,7 +19,6 @@ __all__ = [
     "max_positions",
     "model_folder",
     "open_model",
-    "open_tokenizer",
     "preset_settings",
     "save_model",
 ]

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -109,16 +108,6 @@ def open_model(
     return model
 
 
-def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder or on the hub; `UserError` if there is none."""
-    folder = model_folder(path)
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except _UNUSABLE as error:
-            raise UserError(f"{path}: its tokenizer cannot be opened: {_first_line(error)}") from None
-
-
 def model_folder(path: str | Path) -> Path:
     """The local folder of a model given as a folder or a hub id (downloaded once, safetensors and text)."""
     folder = Path(path).expanduser()
@@ -188,25 +177,22 @@ def save_model(
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: exists and is not a model folder; it was left as it is")
     dtype = dtype or functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
-    aside, replaced = (
-        folder.with_name(f".{folder.name}.partial"),
-        folder.with_name(f".{folder.name}.replaced"),
-    )
+    aside = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
     try:
-        for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         with quiet_transformers():
             model.save_pretrained(aside, state_dict=_cast(weights, dtype))
             tokenizer.save_pretrained(aside)
         _state_dtype(aside / "config.json", dtype)
         if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         aside.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise RunStopped(f"{folder}: the model could not be written: {_first_line(error)}") from error
-    finally:
-        for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
@@ -243,42 +229,45 @@ def _drawn(config: PreTrainedConfig, seed: int, eos_token_id: int | None) -> Pre
 
 def _overridden(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedConfig:
     """The configuration with other shape keys; what followed from the old ones follows from the new ones."""
-    own_name = config.attribute_map  # e.g. GPT-2 calls hidden_size n_embd
-    settings = config.to_dict()
+    if not overrides:
+        return config
+    common = {own: name for name, own in config.attribute_map.items()}  # GPT-2 calls hidden_size n_embd
+    old = {common.get(key, key): value for key, value in config.to_dict().items()}
     for key in overrides:
-        if own_name.get(key, key) not in settings:
+        if key not in old:
             raise UserError(f"model.{key}: a {config.model_type} model has no such key")
+    new = {**old, **overrides}
+    if new.get("num_hidden_layers") != old.get("num_hidden_layers"):
+        new.pop("layer_types", None)  # one entry per layer
+    if "num_attention_heads" in old:
+        _settle_heads(old, new, overrides)
+    try:
+        return type(config)(**new)
+    except _UNUSABLE as error:
+        raise UserError(f"model: this shape cannot be: {_first_line(error)}") from None
 
-    def get(key: str) -> Any:
-        return settings.get(own_name.get(key, key))
 
-    as_many_groups = get("num_key_value_heads") == get("num_attention_heads")
-    whole_heads = get("hidden_size") == get("num_attention_heads") * (get("head_dim") or 0)
-    if overrides.get("num_hidden_layers", get("num_hidden_layers")) != get("num_hidden_layers"):
-        settings.pop("layer_types", None)  # one entry per layer
-    settings.update({own_name.get(key, key): value for key, value in overrides.items()})
-
-    hidden, heads = get("hidden_size"), get("num_attention_heads")
-    if as_many_groups and "num_key_value_heads" not in overrides:
-        settings["num_key_value_heads"] = heads
-    if whole_heads:
-        settings["head_dim"] = hidden // heads
-    groups = get("num_key_value_heads") or heads
-    if hidden % heads and (whole_heads or get("head_dim") is None):
-        raise UserError(f"model.hidden_size ({hidden}) is not a multiple of model.num_attention_heads ({heads})")
+def _settle_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides) -> None:
+    """Carry the number of key-value heads and the size of a head over to a new shape, and refuse one that cannot be."""
+    hidden, heads = new["hidden_size"], new["num_attention_heads"]
+    if old.get("num_key_value_heads") == old["num_attention_heads"] and "num_key_value_heads" not in overrides:
+        new["num_key_value_heads"] = heads
+    groups = new.get("num_key_value_heads") or heads
     if heads % groups:
         raise UserError(
             f"model.num_attention_heads ({heads}) is not a multiple of model.num_key_value_heads ({groups})"
         )
-    if hasattr(config, "rope_parameters") and (get("head_dim") or hidden // heads) % 2:
+    if old.get("head_dim") not in (None, old["hidden_size"] // old["num_attention_heads"]):
+        return  # a size of its own, whatever the hidden size
+    if hidden % heads:
+        raise UserError(f"model.hidden_size ({hidden}) is not a multiple of model.num_attention_heads ({heads})")
+    if "rope_parameters" in old and hidden // heads % 2:
         raise UserError(
             f"model.hidden_size ({hidden}) over model.num_attention_heads ({heads}) must be even: "
             "rotary position embeddings turn pairs of numbers"
         )
-    try:
-        return type(config)(**settings)
-    except _UNUSABLE as error:
-        raise UserError(f"model: this shape cannot be: {_first_line(error)}") from None
+    if "head_dim" in old:
+        new["head_dim"] = hidden // heads
 
 
 def _check_weight_files(folder: Path, path: str | Path) -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relora.device import choose_device
+from relora.model.load import DTYPES
 
 PACKAGES = ("relora", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 EXTRAS = {
@@ -27,7 +28,6 @@ EXTRAS = {
 }
 """Packages that not everybody needs, and what each is for."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURE_SECONDS = 0.1
 """All dtypes together."""
 GB = 1e9

@@ -1,4 +1,6 @@
-"""What a run will do, said before it does it: phases, restarts, trainable parameters, tokens. Builds and writes nothing."""
+"""What a run will do, said before it does it: phases, restarts, trainable parameters, tokens. Builds and writes
+nothing.
+"""
 
 import math
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class RunPlan:
 
 
 def describe(config: RunConfig) -> RunPlan:
-    """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run would raise."""
+    """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run's."""
     schedule = schedule_of(config)
     sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
     batches = TrainBatches(sources, config.data.sequence_length, config.batch.sequences, config.seed)

@@ -2,18 +2,14 @@
 
 from pathlib import Path
 
-import torch
-
 from relora.data.shards import PreparedFolder
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.lowrank import inject, load_exact_tensors, merge
-from relora.model.load import save_model
+from relora.model.load import dtype_named, save_model
 from relora.recipes.pretrain import lowrank_of, open_configured_model, schedule_of
 from relora.recipes.run_folder import open_run
 from relora.train.checkpoint import Checkpoints
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(run: str | Path, *, step: int | None = None, out: str | Path | None = None, dtype: str = "fp32") -> Path:
@@ -23,8 +19,7 @@ def export(run: str | Path, *, step: int | None = None, out: str | Path | None =
         UserError: not a run folder, no such checkpoint, a damaged one, or `out` holds something else.
     """
     folder, config = open_run(run)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    stored = dtype_named(dtype)
     checkpoints = Checkpoints(folder / "checkpoints")
     if step is not None and step not in checkpoints.steps():
         there = ", ".join(map(str, checkpoints.steps())) or "none"
@@ -40,4 +35,4 @@ def export(run: str | Path, *, step: int | None = None, out: str | Path | None =
     load_exact_tensors(model, checkpoint.tensors("weights"))
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
-    return save_model(model, out, load_tokenizer(str(validation.tokenizer_path)), DTYPES[dtype])
+    return save_model(model, out, load_tokenizer(str(validation.tokenizer_path)), stored)

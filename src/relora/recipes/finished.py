@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from relora.data.tokenizer import load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
-from relora.model.load import dtype_named, max_positions, model_folder, open_model, open_tokenizer
+from relora.model.load import dtype_named, max_positions, model_folder, open_model
 from relora.recipes.run_folder import open_run
 
 DEFAULT_LENGTH = 1024
@@ -19,23 +20,22 @@ class Finished:
     """A model on its device, in eval mode."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     sequence_length: int
     """Tokens per sequence in training: of a run its setting, of any other model its positions, 1024 at most."""
 
     @property
-    def start_token(self) -> int | None:
+    def start_token(self) -> int:
         """What comes before the first token of a document: the tokenizer's BOS, else the EOS of the one before."""
         bos: int | None = self.tokenizer.bos_token_id
-        eos: int | None = self.tokenizer.eos_token_id
+        eos: int = self.tokenizer.eos_token_id  # every tokenizer that `load_tokenizer` opens has one
         return eos if bos is None else bos
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a document's beginning; `UserError` where the tokenizer gives an id that the model has not."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids = ids if self.start_token is None else [self.start_token, *ids]
+        """The start token and the ids of `text`; `UserError` where the tokenizer gives an id that the model has not."""
+        ids = [self.start_token, *self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
         rows = self.model.get_input_embeddings().num_embeddings
-        if ids and max(ids) >= rows:
+        if max(ids) >= rows:
             raise UserError(
                 f"the tokenizer gives id {max(ids)} but the model has {rows} ids; they do not belong together"
             )
@@ -46,7 +46,7 @@ def open_finished(model_or_run: str | Path, *, device: str = "auto", dtype: str 
     """Open the model of a run folder (RUN/model), a model folder or a hub id.
 
     Raises:
-        UserError: a run that has no model yet, or what `open_model`, `open_tokenizer` and `choose_device` refuse.
+        UserError: a run that has no model yet, or what `open_model`, `load_tokenizer` and `choose_device` refuse.
     """
     place, weights_dtype = choose_device(device), dtype_named(dtype)
     folder, length = Path(model_or_run), None
@@ -59,4 +59,4 @@ def open_finished(model_or_run: str | Path, *, device: str = "auto", dtype: str 
         folder = model_folder(model_or_run)
     model = open_model(folder, dtype=weights_dtype).to(place).eval()
     length = length or min(max_positions(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
-    return Finished(model, open_tokenizer(folder), length)
+    return Finished(model, load_tokenizer(str(folder)), length)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from relora.device import peak_memory_bytes
 from relora.draws import keyed_seed
@@ -92,7 +92,7 @@ def generate(
 
 def sample_texts(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -125,8 +125,6 @@ def describe(generation: Generation) -> str:
 def _encode(finished: Finished, prompt: str, max_new_tokens: int) -> list[int]:
     ids = finished.encode(prompt)
     positions = max_positions(finished.model)
-    if not ids:
-        raise UserError("the prompt is empty and the tokenizer has no token to begin a text with; give a prompt")
     if positions is not None and len(ids) + max_new_tokens > positions:
         raise UserError(
             f"max_new_tokens ({max_new_tokens}) and the prompt ({len(ids)} tokens) exceed the model's {positions} "
@@ -137,7 +135,7 @@ def _encode(finished: Finished, prompt: str, max_new_tokens: int) -> list[int]:
 
 def _continue(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     ids: list[int],
     sampling: Sampling,
     seed: int,
@@ -168,7 +166,7 @@ def _continue(
     return text
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase, write: Write) -> TextStreamer:
+def _streamer(tokenizer: PreTrainedTokenizerFast, write: Write) -> TextStreamer:
     """Whole words as they are known; the prompt too, or SentencePiece would lose the space after it."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: write(text + "\n" * stream_end)

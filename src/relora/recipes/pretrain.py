@@ -71,7 +71,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
     )
     with Reporter(folder, config.total_steps, trackers, Console(quiet=quiet)) as reporter:
         for line in broken:
-            reporter.message(f"warning: {line}; an older checkpoint is used")
+            reporter.warning(f"{line}; an older checkpoint is used")
         if checkpoint:
             reporter.message(f"continuing after step {checkpoint.step} of {config.total_steps}")
             _warn_of_changes(checkpoint.settings, environment, reporter)
@@ -206,4 +206,4 @@ def _warn_of_changes(then: dict[str, object], now: dict[str, str | int], reporte
     """Say what changes the last bits of a continued run."""
     changed = [f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value]
     if changed:
-        reporter.message(f"warning: not bit for bit what an uninterrupted run gives: {'; '.join(changed)}")
+        reporter.warning(f"not bit for bit what an uninterrupted run gives: {'; '.join(changed)}")

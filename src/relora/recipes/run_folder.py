@@ -2,7 +2,8 @@
 
     config.yaml  environment.json  metrics.jsonl  restarts.jsonl  samples.json  checkpoints/  model/  report.html
 
-A folder belongs to one configuration. The same command on it continues the run; another configuration is refused by name.
+A folder belongs to one configuration. The same command on it continues the run; another configuration is refused by
+name.
 """
 
 import json

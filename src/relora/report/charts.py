@@ -56,8 +56,8 @@ def _all_charts(history: History) -> Iterator[Chart]:
     def series(key: str, pick: Pick = fmean) -> list[Point]:
         return thinned([(r["tokens"], r["step"], number(r, key)) for r in history.train], pick)
 
-    losses: list[Point] = [(point.tokens, point.step, point.loss) for point in history.held_out]
-    perplexities: list[Point] = [(point.tokens, point.step, point.perplexity) for point in history.held_out]
+    losses = thinned([(point.tokens, point.step, point.loss) for point in history.held_out])
+    perplexities = thinned([(point.tokens, point.step, point.perplexity) for point in history.held_out])
     loss_lines = [
         Line("training", "--training", series("loss"), width=1.2),
         Line("held-out", "--held-out", losses, width=2, has_markers=True),

@@ -53,6 +53,7 @@ def write_report(run_folder: Path) -> Path:
         aside.write_text(render(history), encoding="utf-8")
         aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
     return path
 

@@ -1,11 +1,12 @@
 """The figures of a run as lines of JSON: `metrics.jsonl` and `restarts.jsonl`.
 
-One record is one line, written whole and flushed, so that a run killed anywhere leaves at most one torn line,
+One record is one line, written at once and whole, so that a run killed anywhere leaves at most one torn line,
 the last. A checkpoint stores the byte length of the file at its time; a resumed run cuts the file back to it,
 so that no step stands twice. NaN and the infinities are not JSON: they are written as null (a loss that is
 not finite stops the run anyway, and null keeps every line readable by any tool).
 """
 
+import errno
 import json
 import math
 import os
@@ -29,7 +30,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)  # what cannot be written now is not tried again by close()
             _drop_torn_line(path)
             self._file.seek(0, os.SEEK_END)
         except OSError as error:
@@ -41,11 +42,11 @@ class JsonLines:
         return self._file.tell()
 
     def append(self, record: Record) -> None:
-        """Write one record as one line and flush it."""
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+        """Write one record as one line, at once."""
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RunStopped(f"{self.path}: cannot be written: {error.strerror}; free some space and resume") from None
 

@@ -145,7 +145,8 @@ def _sync(path: Path) -> None:
     """Make a file, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # some file systems cannot sync a folder and say so by OSError; a file that cannot be synced is a lost checkpoint
+        # some file systems cannot sync a folder and say so by OSError; a file that cannot be synced is a lost
+        # checkpoint
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(descriptor)
     finally:

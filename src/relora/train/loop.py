@@ -2,8 +2,8 @@
 
     until the last step: cross a boundary if one is due, step, measure, report, save
 
-All that time decides is asked of the `Schedule`; all that is drawn is keyed by the step. So the loop holds no counters of its
-own, and a run continued from any checkpoint takes the same steps, bit for bit.
+All that time decides is asked of the `Schedule`; all that is drawn is keyed by the step. So the loop holds no counters
+of its own, and a run continued from any checkpoint takes the same steps, bit for bit.
 """
 
 import signal
@@ -77,7 +77,7 @@ class Progress:
 
 
 def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
-    """The progress at a checkpoint, with model, optimizer and metric files brought back to it; without one, at step 0."""
+    """The progress at a checkpoint, model, optimizer and metric files brought back to it; without one, at step 0."""
     step = checkpoint.step if checkpoint else 0
     if run.schedule.phase(step) == "low_rank" and not run.schedule.switch_due(step):
         inject(run.model, run.lowrank, seed=run.seed)

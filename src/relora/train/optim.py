@@ -1,7 +1,8 @@
 """Parameter groups and the optimizer: what trains at which learning rate.
 
-Everything at full rank (embeddings, norms, head; in the warm start all of it) goes at `lr`, lora_A at `lowrank_lr`, lora_B at
-`lowrank_b_lr_ratio` times that (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Matrices are decayed, vectors and scales are not.
+Everything at full rank (embeddings, norms, head; in the warm start all of it) goes at `lr`, lora_A at `lowrank_lr`,
+lora_B at `lowrank_b_lr_ratio` times that (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Matrices are decayed, vectors
+and scales are not.
 """
 
 from collections.abc import Iterable
@@ -53,7 +54,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def carry_state(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
-    """Moments of the parameters that both optimizers train go over; the switch to low rank forgets nothing that still trains."""
+    """Hand over the moments of what both optimizers train: the switch to low rank forgets nothing of it."""
     for parameter in _parameters(target):
         if parameter in source.state:
             target.state[parameter] = source.state[parameter]

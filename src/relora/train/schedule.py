@@ -1,16 +1,18 @@
 """One object answers every question about time: the learning rate, the phase, the cycle, and whether a restart is due.
 
-A step is numbered by the optimizer steps done before it: `lr_factor(t)` belongs to step t = 0 ... total_steps - 1, and an event
-"at t" happens just before step t. Everything is a pure function of t, so a resumed run needs no replay and nothing can drift.
+A step is numbered by the optimizer steps done before it: `lr_factor(t)` belongs to step t = 0 ... total_steps - 1, and
+an event "at t" happens just before step t. Everything is a pure function of t, so a resumed run needs no replay and
+nothing can drift.
 
     t < warmup_steps                   t / warmup_steps
-    otherwise                          C(t) = m + (1 - m) (1 + cos(pi (t - warmup) / (total - warmup))) / 2,  m = min_lr_ratio
-    within `restart_warmup_steps` (w)  (t - b) / w of the value that the lines above give at b + w
-    after a boundary b
+    otherwise                          m + (1 - m) (1 + cos(pi (t - warmup) / (total - warmup))) / 2
+    less than w after a boundary b     (t - b) / w of the value that the lines above give at b + w
 
-Boundaries are the switch from warm start to low rank (fresh factors start cold there, too) and every restart. This is the
-jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's wherever that accepts its arguments, and
-with none of its divisibility conditions.
+with m = min_lr_ratio and w = restart_warmup_steps.
+
+Boundaries are the switch from warm start to low rank (fresh factors start cold there, too) and every restart. This is
+the jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's wherever that accepts its
+arguments, and with none of its divisibility conditions.
 """
 
 import math
@@ -28,7 +30,8 @@ class Schedule:
         total_steps: length of the run.
         warmup_steps: linear warm-up at its start.
         warm_start_steps: full-rank steps before the low-rank phase; `total_steps` for a run that stays at full rank.
-        restart_every_steps: steps between restarts, counted from the end of the warm start; None for no restarts (LoRA).
+        restart_every_steps: steps between restarts, counted from the end of the warm start; None for no restarts
+            (LoRA).
         restart_warmup_steps: steps of the learning rate's climb after a boundary.
         min_lr_ratio: where the cosine ends, as a share of the peak.
 
@@ -56,7 +59,8 @@ class Schedule:
             raise ValueError(f"restart_warmup_steps ({self.restart_warmup_steps}) must not be negative")
         if self.restart_every_steps is not None and self.restart_every_steps <= self.restart_warmup_steps:
             raise ValueError(
-                f"restart_every_steps ({self.restart_every_steps}) must exceed restart_warmup_steps ({self.restart_warmup_steps})"
+                f"restart_every_steps ({self.restart_every_steps}) must exceed "
+                f"restart_warmup_steps ({self.restart_warmup_steps})"
             )
         if not 0 < self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio ({self.min_lr_ratio}) must lie in (0, 1]")

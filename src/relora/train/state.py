@@ -1,6 +1,7 @@
 """Where a run stands, and what is saved of it.
 
-Weights and moments are the only state. The step decides everything else: learning rate, phase, cycle, batch, every draw.
+Weights and moments are the only state. The step decides everything else: learning rate, phase, cycle, batch, every
+draw.
 """
 
 import platform

@@ -1,4 +1,6 @@
-"""One optimizer step: micro-batches, loss per valid token of the whole step, clip, finite check before any weight moves."""
+"""One optimizer step: micro-batches, loss per valid token of the whole step, clip, finite check before any weight
+moves.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from relora.lowrank import low_rank_layers
 
 
 class Batch(Protocol):
-    """Sequences of one step, [sequences, sequence_length]; labels are the next tokens, -100 where nothing is to be learnt."""
+    """Sequences of one step, both [sequences, sequence_length]; labels are the next tokens, or -100 (not scored)."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -85,7 +87,7 @@ def train_step(
 
 
 def dead_tensors(model: nn.Module) -> list[str]:
-    """Trainable tensors without a gradient. lora_A (and a trained scale) beside B = 0 rightly has none, and is not named."""
+    """Trainable tensors without a gradient, but for lora_A and a trained scale beside B = 0: theirs comes later."""
     excused: set[int] = set()
     for layer in low_rank_layers(model).values():
         if not layer.lora_B.any():

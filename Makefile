@@ -1,0 +1,34 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check clean
+
+quickstart: .venv/installed
+	$(BIN)/relora prepare corpus --out prepared/quickstart --train-tokenizer 2048 --validation 3%
+	$(BIN)/relora pretrain configs/quickstart.yaml
+	$(BIN)/relora generate runs/quickstart --prompt "The old house" --max-new-tokens 60
+	@echo
+	@echo "Open runs/quickstart/report.html in a browser. Then try:"
+	@echo "  $(BIN)/relora evaluate runs/quickstart --data prepared/quickstart/validation"
+	@echo "  $(BIN)/relora pretrain configs/quickstart.yaml method=lora output_dir=runs/lora"
+	@echo "  $(BIN)/relora prepare YOUR_TEXTS/ --out prepared/mine --train-tokenizer 8192"
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and by its exact version: a range lets pip take a build of several GB
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,218 @@
+"""Loss, perplexity and bits per byte of a finished model, on prepared folders and on raw text.
+
+A prepared folder is scored as training scores its held-out data: plain windows of the token stream, EOS included.
+Raw text is scored as published figures are, through a sliding window: every token once, with at least
+`sequence_length - stride` tokens before it wherever its document has them, the first with the start token alone.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from relora.data.batches import HeldOut
+from relora.data.shards import PreparedFolder
+from relora.data.sources import Corpus
+from relora.data.tokenizer import fingerprint
+from relora.errors import UserError
+from relora.measure import IGNORED, Evaluation, evaluate, perplexity
+from relora.model.load import max_positions
+from relora.recipes.finished import Finished, open_finished
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Score(Evaluation):
+    """What a model makes of one source."""
+
+    data: str
+    bytes: int
+    """Of the scored text as UTF-8; of a part of a prepared folder by its mean bytes per token."""
+    word_perplexity: float | None
+    """exp of nats per word between white space, the convention of WikiText; None for a prepared folder."""
+    sequence_length: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Raw text to score."""
+
+    documents: list[Ids]
+    """Each begins with the start token, which is context only."""
+    bytes: int
+    words: int
+
+
+def evaluate_model(
+    model_or_run: str | Path,
+    data: Sequence[str],
+    *,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
+    batch: int = 8,
+) -> list[Score]:
+    """Score a model on every source of `data`: prepared folders, or whatever `relora prepare` reads.
+
+    Args:
+        model_or_run: a run folder, a model folder or a hub id.
+        sequence_length: tokens in a window; by default those of the run, else the model's positions (at most 1,024).
+        stride: tokens from one window to the next; by default half a window on raw text, a whole one on prepared data.
+        tokens: score at most this many of each source, from its start.
+        batch: windows per forward pass.
+
+    Raises:
+        UserError: no such model or source, or one that does not fit the other.
+    """
+    finished = open_finished(model_or_run, device=device, dtype=dtype)
+    length = sequence_length or finished.sequence_length
+    _check(finished, length, stride, tokens, batch)
+    if not data:
+        raise UserError("no data given; give a prepared folder or a text file")
+    scores = []
+    for source in data:
+        if (Path(source) / "index.json").is_file():
+            scores.append(_score_prepared(finished, source, length, stride or length, tokens, batch))
+        else:
+            scores.append(_score_text(finished, source, length, stride or max(1, length // 2), tokens, batch))
+    return scores
+
+
+def print_scores(scores: Sequence[Score], console: Console | None = None) -> None:
+    """The scores as a table, one source a row."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("data", overflow="fold")
+    for column in ("loss", "perplexity", "bits/byte", "word ppl.", "tokens", "window/stride"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for score in scores:
+        table.add_row(
+            score.data,
+            f"{score.loss:.4f}",
+            f"{score.perplexity:,.2f}",
+            "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}",
+            "-" if score.word_perplexity is None else f"{score.word_perplexity:,.2f}",
+            f"{score.tokens:,}",
+            f"{score.sequence_length}/{score.stride}",
+        )
+    (console or Console(highlight=False)).print(table)
+
+
+def sliding_windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
+    """Windows of `length` tokens, `stride` apart, over one document, as inputs and labels (the last may be shorter).
+
+    Every token but the first is a label exactly once; where windows overlap, the earlier one has it.
+    """
+    for start in range(0, max(len(ids) - 1 - length, 0) + stride, stride):
+        labels = ids[start + 1 : start + length + 1].copy()
+        if start:
+            labels[: length - stride] = IGNORED
+        yield ids[start : start + len(labels)], labels
+
+
+def _score_prepared(finished: Finished, source: str, length: int, stride: int, tokens: int | None, batch: int) -> Score:
+    folder = PreparedFolder.open(source)
+    if folder.fingerprint != fingerprint(finished.tokenizer):
+        raise UserError(f"{source}: prepared with another tokenizer than the model's; give its text instead")
+    count = folder.tokens if tokens is None else min(tokens + 1, folder.tokens)
+    batches: Iterable[tuple[Tensor, Tensor]]
+    if stride == length:
+        batches, total = (held_out := HeldOut(folder, length, count, batch)), len(held_out)
+    else:
+        batches, total = _batches([folder.window(0, count)], length, stride, batch)
+    result = evaluate(finished.model, _with_progress(batches, total, source), bytes_per_token=folder.bytes_per_token)
+    return Score(
+        **asdict(result),
+        data=source,
+        bytes=round(result.tokens * folder.bytes_per_token),
+        word_perplexity=None,
+        sequence_length=length,
+        stride=stride,
+    )
+
+
+def _score_text(finished: Finished, source: str, length: int, stride: int, tokens: int | None, batch: int) -> Score:
+    text = _read(finished, source, tokens)
+    batches, total = _batches(text.documents, length, stride, batch)
+    result = evaluate(finished.model, _with_progress(batches, total, source))
+    loss_sum = result.loss * result.tokens
+    return Score(
+        **asdict(Evaluation.of(loss_sum, result.tokens, text.bytes)),
+        data=source,
+        bytes=text.bytes,
+        word_perplexity=perplexity(loss_sum / text.words) if text.words else None,
+        sequence_length=length,
+        stride=stride,
+    )
+
+
+def _read(finished: Finished, source: str, tokens: int | None) -> _Text:
+    """The first `tokens` tokens of a source, document by document."""
+    read: Iterable[str] = Corpus([source]).documents()
+    if Path(source).is_file() and not {".jsonl", ".parquet"} & set(Path(source).suffixes):
+        read = ["".join(read)]  # a long text file comes in pieces that join up to it
+    documents, scored, byte_count, words = [], 0, 0, 0
+    for text in read:
+        ids = finished.encode(text)
+        room = len(ids) - 1 if tokens is None else min(len(ids) - 1, tokens - scored)
+        if room < len(ids) - 1:
+            offsets = finished.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, text = ids[: room + 1], text[: offsets.offset_mapping[room - 1][1]]
+        if room:  # white space may give no token
+            documents.append(np.array(ids, dtype=np.int64))
+        scored += room
+        byte_count += len(text.encode())
+        words += len(text.split())
+        if scored == tokens:
+            break
+    return _Text(documents, byte_count, words)
+
+
+def _batches(
+    documents: Sequence[Ids], length: int, stride: int, sequences: int
+) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
+    """Sliding windows over all documents, `sequences` at a time, and the number of batches."""
+    total = sum(1 + -(-max(len(ids) - 1 - length, 0) // stride) for ids in documents)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        windows = (window for ids in documents for window in sliding_windows(ids, length, stride))
+        while some := list(islice(windows, sequences)):
+            longest = max(len(labels) for _, labels in some)
+            # what is behind a window's end is never attended to, so any id will do
+            inputs, labels = np.zeros((len(some), longest), np.int64), np.full((len(some), longest), IGNORED)
+            for row, (window_inputs, window_labels) in enumerate(some):
+                inputs[row, : len(window_inputs)] = window_inputs
+                labels[row, : len(window_labels)] = window_labels
+            yield torch.from_numpy(inputs), torch.from_numpy(labels)
+
+    return batches(), -(-total // sequences)
+
+
+def _with_progress(
+    batches: Iterable[tuple[Tensor, Tensor]], total: int, source: str
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """A progress bar on a terminal, gone at the end; nothing elsewhere."""
+    console = Console(stderr=True)
+    return track(batches, source, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _check(finished: Finished, length: int, stride: int | None, tokens: int | None, batch: int) -> None:
+    positions = max_positions(finished.model)
+    if positions is not None and length > positions:
+        raise UserError(f"sequence_length ({length:,}) is more than the model's {positions:,} positions; shorten it")
+    for name, value in (("sequence_length", length), ("stride", stride), ("tokens", tokens), ("batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+    if stride is not None and stride > length:
+        raise UserError(f"stride ({stride}) must not exceed sequence_length ({length}), or tokens would be left out")

@@ -1,0 +1,23 @@
+"""What several test files share: one small prepared folder of real text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from relora.data.prepare import prepare
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and sums must not depend on it
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pages of the packaged corpus in 512 ids: `train` and `validation`."""
+    folder = tmp_path_factory.mktemp("prepared")
+    book = sorted(CORPUS.glob("*.txt"))[0].read_text(encoding="utf-8")
+    for part in range(20):
+        (folder / f"{part:02}.txt").write_text(book[part * 2000 : (part + 1) * 2000], encoding="utf-8")
+    prepare([str(folder)], folder / "out", tokenizer=None, train_tokenizer=512, validation=0.2, workers=1)
+    return folder / "out"

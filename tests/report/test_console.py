@@ -1,0 +1,166 @@
+import io
+import re
+from typing import Any
+
+import pytest
+
+from relora.report.console import Console, format_duration, format_figure
+
+EVALUATION = {
+    "kind": "evaluation",
+    "step": 400,
+    "validation_loss": 3.21441,
+    "perplexity": 24.888,
+    "bits_per_byte": 1.2345,
+    "validation_tokens": 200_000,
+    "seconds": 2.0,
+}
+RESTART = {
+    "step": 400,
+    "cycle": 2,
+    "loss_before": 3.21441,
+    "loss_after": 3.21442,
+    "seconds": 0.2,
+    "layers": [{"update_norm": 0.31, "weight_norm": 10.0, "effective_rank": 41.2}] * 28,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def train_record(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "train",
+        "step": step,
+        "phase": "warm_start",
+        "cycle": 0,
+        "loss": 4.5,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_second": 12_345.6,
+        "step_seconds": 0.5,
+        **changes,
+    }
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    return Terminal()
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI systems do
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.start(2000)
+    console.train(train_record(10))
+    console.train(train_record(400, phase="low_rank", cycle=1, lr=5e-4, lowrank_lr=1e-3))
+    console.evaluation(EVALUATION)
+    console.restart(RESTART)
+    console.message("done [bold]here[/bold]")
+    console.close()
+    assert stream.getvalue().splitlines() == [
+        "step   10  warm start     loss 4.5000  lr 1.0e-03  12,346 tok/s  grad 0.500  0:16:35 left",
+        "step  400  low rank, 1    loss 4.5000  lr 5.0e-04  12,346 tok/s  grad 0.500  0:13:20 left",
+        "step  400  held-out loss 3.2144, perplexity 24.89, 1.2345 bits per byte (200,000 tokens, 2.0 s)",
+        "step  400  restart 2: merged 28 layers, |ΔW|/|W| 0.031, effective rank 41.2, "
+        "held-out loss 3.2144 -> 3.2144, 0.2 s",
+        "done [bold]here[/bold]",
+    ]
+
+
+def test_one_live_line_on_a_terminal(terminal: Terminal) -> None:
+    console = Console(stream=terminal)
+    console.start(2000)
+    console.train(train_record(1990, phase="low_rank", cycle=12, loss=13.5))
+    console.progress(1991)
+    console.message("a message above it")
+    console.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "a message above it\n" in shown
+    last = shown.rstrip().splitlines()[-1]
+    assert len(last) <= 80
+    for part in ("low rank, 12", "1991/2000", "loss 13.5000", "lr 1.0e-03", "12,346 tok/s", "0:00:05 left"):
+        assert part in last
+
+
+def test_quiet_prints_warnings_only(terminal: Terminal) -> None:
+    for stream in (io.StringIO(), terminal):
+        console = Console(quiet=True, stream=stream)
+        console.start(2000)
+        console.train(train_record(10))
+        console.progress(11)
+        console.evaluation(EVALUATION)
+        console.restart(RESTART)
+        console.message("not this")
+        console.warning("but this")
+        console.close()
+        assert stream.getvalue() == "warning: but this\n"
+
+
+def test_time_left_is_steady_under_one_slow_step_and_counts_pauses() -> None:
+    console = Console(quiet=True)
+    console.start(1000)
+    assert console.time_left(0) == ""
+    for step in range(1, 101):
+        console.train(train_record(step, step_seconds=600.0 if step == 90 else 1.0))
+    assert console.time_left(100) == "0:15:00 left"
+    console.evaluation({**EVALUATION, "seconds": 50.0})  # half a second more per step so far
+    assert console.time_left(100) == "0:22:30 left"
+    assert console.time_left(1000) == "0:00:00 left"
+
+
+def test_a_resumed_run_counts_pauses_over_its_own_steps() -> None:
+    console = Console(quiet=True)
+    console.start(1000)
+    console.train(train_record(501, step_seconds=1.0))
+    console.evaluation({**EVALUATION, "seconds": 10.0})
+    assert console.time_left(510) == f"{format_duration(490 * 2)} left"
+
+
+def test_a_figure_that_is_unknown_is_a_dash() -> None:
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.start(10)
+    console.train(train_record(1, loss=None, grad_norm=float("nan")))
+    console.evaluation({**EVALUATION, "bits_per_byte": None})
+    console.restart({**RESTART, "layers": []})
+    assert "loss -  lr" in stream.getvalue()
+    assert "grad -" in stream.getvalue()
+    assert ", - bits per byte" in stream.getvalue()
+    assert "merged 0 layers, |ΔW|/|W| -, effective rank -," in stream.getvalue()
+
+
+def test_a_small_character_set_does_not_stop_the_run() -> None:
+    raw = io.BytesIO()
+    console = Console(stream=io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    console.start(2000)
+    console.restart(RESTART)
+    assert rb"|\u0394W|/|W| 0.031" in raw.getvalue()
+
+
+def test_a_pipe_that_is_gone_does_not_stop_the_run() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    console = Console(stream=Gone())
+    console.start(2000)
+    console.train(train_record(10))
+    console.warning("nobody reads this")
+    console.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (266_706, "3d 2:05:06")]
+)
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_format_figure() -> None:
+    assert [format_figure(value, 2) for value in (None, float("nan"), 1234.567)] == ["-", "-", "1,234.57"]

@@ -1,0 +1,119 @@
+"""One step: micro-batches weigh right, nothing moves on bad numbers, dead tensors are named."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relora.errors import RunStopped
+from relora.lowrank import LowRankConfig, inject, low_rank_layers
+from relora.train.step import dead_tensors, train_step
+
+
+class Sequences(NamedTuple):
+    input_ids: Tensor
+    labels: Tensor
+
+
+class Bigram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embed(ids))))
+
+
+def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(input_ids).flatten(0, 1)
+    return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum"), (labels != -100).sum()
+
+
+def batch() -> Sequences:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 16, (6, 5), generator=generator)
+    labels = torch.randint(0, 16, (6, 5), generator=generator)
+    labels[0, :4] = -100  # micro-batches with unequal numbers of valid tokens
+    labels[3] = -100
+    return Sequences(ids, labels)
+
+
+def one_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, sequences: Sequences, micro: int = 6, **changes: object
+):
+    settings = {
+        "seed": 0,
+        "step": 0,
+        "micro_sequences": micro,
+        "clip_grad_norm": 0.0,
+        "autocast": None,
+        "check_gradients": True,
+    }
+    return train_step(model, optimizer, sequences, loss, **(settings | changes))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_equals_one_large_batch(micro: int) -> None:
+    outcomes, weights = [], []
+    for size in (6, micro):
+        model = Bigram().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        outcomes.append(one_step(model, optimizer, batch(), size))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert outcomes[0].tokens == outcomes[1].tokens == 21
+    assert outcomes[0].loss == pytest.approx(outcomes[1].loss, rel=1e-6)  # the logged sum is fp32
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)
+
+
+def test_clipping() -> None:
+    model = Bigram()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    outcome = one_step(model, optimizer, batch(), clip_grad_norm=0.01)
+    moved = torch.stack([(p - q).norm() for p, q in zip(model.parameters(), before, strict=True)]).norm()
+    assert outcome.grad_norm > 0.01 and moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bad_numbers_stop_the_run_before_anything_moves() -> None:
+    model = Bigram()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RunStopped, match=r"step 3: loss nan"):
+        one_step(model, optimizer, batch(), step=3)
+    assert not optimizer.state
+    assert all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_dead_tensor_is_named() -> None:
+    model = Bigram()
+    model.forgotten = nn.Parameter(torch.ones(3))
+    with pytest.raises(RunStopped, match="forgotten gets no gradient"):
+        one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batch())
+
+
+def test_a_pair_of_zero_factors_is_found_out() -> None:
+    """The published code wraps with A = B = 0: no gradient, ever. B = 0 alone is right and lora_A is excused."""
+    model = Bigram()
+    inject(model, LowRankConfig(r=2, target_modules=("inner",)))
+    layer = low_rank_layers(model)["inner"]
+    loss(model, *batch())[0].backward()
+    assert dead_tensors(model) == [] and not layer.lora_A.grad.any()
+    with torch.no_grad():
+        layer.lora_A.zero_()
+    model.zero_grad()
+    loss(model, *batch())[0].backward()
+    assert dead_tensors(model) == ["inner.lora_B"]
+
+
+def test_dropout_is_keyed_by_seed_and_step() -> None:
+    def outcome(seed: int, step: int) -> float:
+        model = nn.Sequential(Bigram(), nn.Dropout(0.5))
+        torch.rand(5)
+        return one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batch(), seed=seed, step=step).loss
+
+    assert outcome(0, 1) == outcome(0, 1)
+    assert len({outcome(0, 1), outcome(0, 2), outcome(1, 1)}) == 3
