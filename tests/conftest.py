@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from relora.data.prepare import prepare
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 
+settings.register_profile("relora", deadline=None)  # a busy machine is not a failure
+settings.load_profile("relora")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and sums must not depend on it
 
 

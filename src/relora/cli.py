@@ -57,7 +57,7 @@ def prepare(
     train_tokenizer: Annotated[int | None, typer.Option(help="Train a byte-level BPE of this many ids.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents held out, e.g. 1% or 0.01.")] = "1%",
     text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
-    take: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
+    take: Annotated[int | None, typer.Option(help="At most this many documents of each source.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that tokenize; by default one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Keys the choice of held-out documents.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken records instead of refusing.")] = False,
@@ -65,19 +65,22 @@ def prepare(
 ) -> None:
     """Turn raw text into token files: a train and a validation folder, each with all that training needs."""
     from relora.data.prepare import prepare as run_prepare
+    from relora.data.progress import ConsoleProgress
 
-    report = run_prepare(
-        sources,
-        out,
-        tokenizer=tokenizer,
-        train_tokenizer=train_tokenizer,
-        validation=_share(validation),
-        text_field=text_field,
-        take=take,
-        workers=workers,
-        seed=seed,
-        skip_bad=skip_bad,
-    )
+    with ConsoleProgress() as progress:
+        report = run_prepare(
+            sources,
+            out,
+            tokenizer=tokenizer,
+            train_tokenizer=train_tokenizer,
+            validation=_share(validation),
+            text_field=text_field,
+            take=take,
+            workers=workers,
+            seed=seed,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
     _print_json(asdict(report)) if as_json else print(report)
 
 

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from relora.data.shards import FORMAT_VERSION, Index, PreparedFolder, Shard, TokenDtype, token_dtype, write_index
 from relora.data.tokenizer import save_tokenizer, train_tokenizer
-
-settings.register_profile("relora", deadline=None)  # a busy machine is not a failure
-settings.load_profile("relora")
 
 WriteFolder = Callable[..., PreparedFolder]
 

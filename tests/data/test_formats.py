@@ -1,12 +1,13 @@
 import io
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.data.formats import PIECE_CHARS, WHOLE_FILE_CHARS, read_hub_dataset, read_text
+from relora.data.formats import PIECE_CHARS, WHOLE_FILE_CHARS, hub_revision, read_hub_dataset, read_text
 from relora.errors import UserError
 
 
@@ -47,12 +48,19 @@ def test_a_byte_order_mark_and_foreign_line_ends_are_dropped() -> None:
 
 def test_a_streamed_dataset_gives_its_texts(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["one", "", "two"], "other": [1, 2, 3]}).to_parquet(tmp_path / "train.parquet")
-    assert list(read_hub_dataset(str(tmp_path), None, "text", _refuse)) == ["one", "two"]
+    assert list(read_hub_dataset(str(tmp_path), None, None, "text", _refuse)) == ["one", "two"]
     with pytest.raises(AssertionError, match=r"row 1: no field `body`; there are `text`, `other`"):
-        list(read_hub_dataset(str(tmp_path), None, "body", _refuse))
+        list(read_hub_dataset(str(tmp_path), None, None, "body", _refuse))
 
 
-def test_a_dataset_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file or folder, and no dataset of that name could be had") as caught:
-        list(read_hub_dataset(str(tmp_path / "absent"), None, "text", _refuse))
+def test_a_dataset_that_cannot_be_streamed_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be streamed: ") as caught:
+        list(read_hub_dataset(str(tmp_path), None, None, "text", _refuse))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_the_hub_does_not_know_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no such file or folder, and the hub gave no dataset of that name") as caught:
+        hub_revision("relora-tests/no-such-dataset")
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ def layer_of(out: int, inn: int, *, dtype: torch.dtype = torch.float64, **config
     return layer
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(out=st.integers(1, 40), inn=st.integers(1, 40), tokens=st.integers(1, 5), data=st.data())
 def test_forward_and_gradients_equal_plain_pytorch(out: int, inn: int, tokens: int, data: st.DataObject) -> None:
     r = data.draw(st.integers(1, min(out, inn)))

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
+from huggingface_hub import HfApi
 
 from relora.errors import RunStopped, UserError
 
@@ -106,15 +107,25 @@ def read_saved_dataset(path: Path, field: str, bad: BAD_RECORD, at: Callable[[fl
         at(row / len(dataset))
 
 
-def read_hub_dataset(dataset_id: str, config: str | None, field: str, bad: BAD_RECORD) -> Iterator[str]:
+def hub_revision(dataset_id: str) -> str:
+    """The commit at which a hub dataset stands: asked first, since a name that is wrong would be tried for long."""
+    try:
+        revision = HfApi().dataset_info(dataset_id, timeout=10).sha
+    except Exception as error:  # whatever the hub and the network raise
+        raise UserError(
+            f"{dataset_id}: no such file or folder, and the hub gave no dataset of that name ({_one_line(error)})"
+        ) from None
+    return str(revision)
+
+
+def read_hub_dataset(
+    dataset_id: str, config: str | None, revision: str | None, field: str, bad: BAD_RECORD
+) -> Iterator[str]:
     """The split `train` of a dataset on the Hugging Face hub, streamed: nothing is stored."""
     try:
-        dataset = _datasets().load_dataset(dataset_id, config, split="train", streaming=True)
+        dataset = _datasets().load_dataset(dataset_id, config, split="train", revision=revision, streaming=True)
     except Exception as error:  # whatever the library, the hub and the network raise
-        raise UserError(
-            f"{dataset_id}: no such file or folder, and no dataset of that name could be had from the hub: "
-            f"{_one_line(error)}"
-        ) from None
+        raise UserError(f"{dataset_id}: cannot be streamed: {_one_line(error)}") from None
     rows = enumerate(dataset, start=1)
     while True:
         try:

@@ -63,6 +63,18 @@ class PrepareReport:
     """An interrupted run's work was taken up."""
     seconds: float
 
+    def __str__(self) -> str:
+        """For the person at the terminal: one line a split, and what was left out."""
+        lines = [
+            f"{name}: {index.tokens:,} tokens, {index.documents:,} documents, {index.text_bytes / 1e6:.1f} MB of text"
+            for name, index in ((TRAIN, self.train), (VALIDATION, self.validation))
+            if index is not None
+        ]
+        if self.train.skipped_records:
+            lines.append(f"left out: {self.train.skipped_records:,} bad records")
+        lines.append("nothing changed, nothing done" if self.reused else f"done in {self.seconds:.1f} s")
+        return "\n".join(lines)
+
 
 def prepare(
     sources: Sequence[str],

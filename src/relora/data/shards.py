@@ -47,7 +47,7 @@ class Source:
     bytes: int | None
     """On disk; None for a dataset that is streamed from the hub."""
     fingerprint: str
-    """Over the names, sizes and modification times of its files."""
+    """Over the names, sizes and modification times of its files; of a streamed one, over its commit."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class _Origin:
     files: tuple[Path, ...]
     sizes: tuple[int, ...]
     saved_dataset: bool = False
+    revision: str = ""
+    """Of a hub dataset."""
 
 
 class Corpus:
@@ -129,7 +131,7 @@ class Corpus:
         else:
             match = HUB_ID.fullmatch(origin.source)
             assert match is not None  # _resolve sees to it
-            yield formats.read_hub_dataset(match["id"], match["config"], self._text_field, self._bad)
+            yield formats.read_hub_dataset(match["id"], match["config"], origin.revision, self._text_field, self._bad)
 
     def _file(self, file: Path) -> Iterator[str]:
         """The documents of one file; what is wrong with it as a whole is one bad record."""
@@ -190,8 +192,8 @@ def _resolve(source: str) -> _Origin:
         if _format(path) is None:
             raise UserError(f"{path}: not a kind of file that can be read; readable are {_readable()}")
         return _Origin(source, *_sized([path]))
-    if HUB_ID.fullmatch(source) and _format(path) is None:
-        return _Origin(source, (), ())
+    if (match := HUB_ID.fullmatch(source)) and _format(path) is None:
+        return _Origin(source, (), (), revision=formats.hub_revision(match["id"]))
     raise UserError(f"{path}: no such file or folder")
 
 
@@ -218,7 +220,7 @@ def _readable() -> str:
 
 def _fingerprint(origin: _Origin) -> str:
     """Over names, sizes and modification times: a changed corpus is noticed without reading it."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(origin.revision.encode(), digest_size=16)
     for file, size in zip(origin.files, origin.sizes, strict=True):
         digest.update(f"{file}\x1f{size}\x1f{file.stat().st_mtime_ns}\x1e".encode())
     return digest.hexdigest()

@@ -8,13 +8,13 @@ pad that equals EOS makes fine-tuning mask the very EOS a model must learn to gi
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tokenizers
+from huggingface_hub import snapshot_download
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from relora.data.shards import sync
@@ -33,11 +33,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """The tokenizer in a folder or on the hub; `UserError` unless it opens, is a fast one and has an EOS token."""
     from transformers import AutoTokenizer  # here, because it takes seconds to load
 
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name}: no such folder; give a tokenizer's folder or its id on the Hugging Face hub")
+    folder = name if Path(name).is_dir() else _from_hub(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # whatever the library, its file formats and the network raise
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the library and its file formats raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{name}: cannot be opened as a tokenizer: {reason}") from None
     if not tokenizer.is_fast:
@@ -45,6 +44,14 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: has no EOS token, which ends every document; set eos_token in its configuration")
     return tokenizer
+
+
+def _from_hub(name: str) -> str:
+    """The folder that holds a hub tokenizer's files, fetched once."""
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
+    except Exception:  # whatever the hub and the network raise; a wrong name is the commonest reason by far
+        raise UserError(f"{name}: no such folder, and the hub gave no tokenizer of that name") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
