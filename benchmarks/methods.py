@@ -2,9 +2,10 @@
 
     python benchmarks/methods.py --corpus FOLDER --held-out FOLDER
 
-The same model, tokens and data order for every method (benchmarks/methods.yaml). Each gets the same budget for its learning
-rate: three full-length runs at seed 0, the best of which is repeated at seeds 1 and 2. The score is the perplexity of the
-whole held-out folder. Finished runs are kept under runs/methods and not repeated. Every run takes one thread.
+The same model, tokens and data order for every method (benchmarks/methods.yaml). Each gets the same budget for its
+learning rate: three full-length runs at seed 0, the best of which is repeated at seeds 1 and 2. The score is the
+perplexity of the whole held-out folder. Finished runs are kept under runs/methods and not repeated. Every run takes
+one thread.
 """
 
 import argparse
