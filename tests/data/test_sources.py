@@ -79,6 +79,13 @@ def test_sources_keep_their_order_and_take_counts_for_each(tmp_path: Path) -> No
     assert _documents(tmp_path / "b.txt", tmp_path / "a.jsonl", take=2) == ["b", *TEXTS[:2]]
 
 
+def test_how_much_was_read_is_known_where_take_stops_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_jsonl() * 2)
+    corpus = Corpus([str(tmp_path / "a.jsonl")], take=2)
+    assert [corpus.read_bytes > 0 for _ in corpus.documents()] == [True, True]
+    assert corpus.read_bytes >= 0  # the file is closed by now
+
+
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(_jsonl() * 1 + b"\n"))
     (tmp_path / "b.txt").write_text("word " * WHOLE_FILE_CHARS)

@@ -139,11 +139,13 @@ class Corpus:
         try:
             with file.open("rb") as raw:
                 self._position = raw.tell
-                for text in self._read(file, raw):
-                    if text:
-                        empty = False
-                        yield text
-                self._position = int
+                try:
+                    for text in self._read(file, raw):
+                        if text:
+                            empty = False
+                            yield text
+                finally:  # also where `take` stops in the middle of a file
+                    self._position = int
             if empty:
                 self._bad(f"{file}: holds no text")
         except UnicodeDecodeError as error:
