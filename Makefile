@@ -5,9 +5,9 @@ BIN := .venv/bin
 .PHONY: quickstart test check clean
 
 quickstart: .venv/installed
-	$(BIN)/relora prepare corpus --out prepared/quickstart --train-tokenizer 2048 --validation 3%
+	$(BIN)/relora prepare corpus --out prepared/quickstart --train-tokenizer 4096 --validation 3%
 	$(BIN)/relora pretrain configs/quickstart.yaml
-	$(BIN)/relora generate runs/quickstart --prompt "The old house" --max-new-tokens 60
+	$(BIN)/relora generate runs/quickstart --prompt "The old house" --max-new-tokens 80 --temperature 0.7
 	@echo
 	@echo "Open runs/quickstart/report.html in a browser. Then try:"
 	@echo "  $(BIN)/relora evaluate runs/quickstart --data prepared/quickstart/validation"

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "train": {"lowrank", "measure", "report", "device"},
     "recipes": {"config", "device", "data", "model", "lowrank", "report", "measure", "train"},
     "cli": {"config", "recipes", "data", "report"},
-    "__init__": {"lowrank", "train"},
+    "__init__": {"lowrank", "recipes", "train"},
 }
 DANGEROUS = {"pickle", "eval", "exec", "system", "extractall", "load_state_dict_from_url"}
 

@@ -1,18 +1,44 @@
 """relora: pretrain and fine-tune language models through low-rank updates.
 
-The library face: `inject`, `restart`, `Schedule`, `merge` work in any PyTorch loop; `pretrain` runs a whole
-configuration.
+The library face: `inject`, `restart`, `Schedule` and `merge` work in any PyTorch loop; `pretrain` runs a configuration.
 """
 
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from relora.lowrank import InjectReport as InjectReport
-from relora.lowrank import LowRankConfig as LowRankConfig
-from relora.lowrank import LowRankLinear as LowRankLinear
-from relora.lowrank import RestartReport as RestartReport
-from relora.lowrank import inject as inject
-from relora.lowrank import merge as merge
-from relora.lowrank import restart as restart
-from relora.train.schedule import Schedule as Schedule
+if TYPE_CHECKING:
+    from relora.lowrank import InjectReport as InjectReport
+    from relora.lowrank import LowRankConfig as LowRankConfig
+    from relora.lowrank import LowRankLinear as LowRankLinear
+    from relora.lowrank import RestartReport as RestartReport
+    from relora.lowrank import inject as inject
+    from relora.lowrank import merge as merge
+    from relora.lowrank import restart as restart
+    from relora.recipes.pretrain import pretrain as pretrain
+    from relora.train.schedule import Schedule as Schedule
 
 __version__ = version("relora")
+
+_HOME = {
+    "InjectReport": "relora.lowrank",
+    "LowRankConfig": "relora.lowrank",
+    "LowRankLinear": "relora.lowrank",
+    "RestartReport": "relora.lowrank",
+    "inject": "relora.lowrank",
+    "merge": "relora.lowrank",
+    "restart": "relora.lowrank",
+    "pretrain": "relora.recipes.pretrain",
+    "Schedule": "relora.train.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load with their wing on first use: `relora --help` and a misspelt key must not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'relora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

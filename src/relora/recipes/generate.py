@@ -155,7 +155,8 @@ def _continue(
     if settings["do_sample"]:
         settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     prompt = torch.tensor([ids], device=model.device)
-    with evaluating(model), quiet_transformers(), _seeded(seed, model.device):
+    # keyed by the prompt, too: with one draw for all, texts of different prompts fall into the same words
+    with evaluating(model), quiet_transformers(), _seeded(keyed_seed(seed, "sample", *ids), model.device):
         whole = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -178,8 +179,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """transformers draws from the global streams: set them for the length of one text, then put them back."""
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
-        torch.default_generator.manual_seed(keyed_seed(seed, "sample"))
+        torch.default_generator.manual_seed(seed)
         if gpus:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(keyed_seed(seed, "sample"))
+                torch.cuda.manual_seed(seed)
         yield

@@ -20,7 +20,7 @@ from relora.lowrank.inject import find_targets
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.load import build_model, check_fit, open_model, save_model
 from relora.recipes.generate import sample_texts
-from relora.recipes.run_folder import claim
+from relora.recipes.run_folder import check_space, claim, write_environment
 from relora.report.console import Console
 from relora.report.html import write_report
 from relora.report.reporter import Reporter
@@ -62,7 +62,11 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
         RunStopped, Interrupted: see `relora.errors`; the same call continues from the last checkpoint.
     """
     parts = gather(config)
+    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    # a checkpoint holds at most weights, m and v in fp32; one more than is kept while it is written, and the model
+    check_space(Path(config.output_dir), parameters * (12 * (config.checkpoint.keep_last + 1) + 4))
     folder = claim(config, fresh)
+    write_environment(folder, parameters)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     checkpoint, broken = checkpoints.latest()
     environment = numeric_environment(parts.device, config.precision.dtype)

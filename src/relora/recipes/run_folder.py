@@ -8,6 +8,7 @@ name.
 
 import json
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,11 +42,26 @@ def claim(config: RunConfig, fresh: bool) -> Path:
             raise UserError(f"output_dir: {folder} exists and is not a run folder; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        environment = json.dumps(describe_environment(), indent=1)
-        (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     return folder
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """`UserError` if the disk that will hold `folder` has less than `needed_bytes` free."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"output_dir: {folder} needs {needed_bytes / 1e9:.1f} GB for checkpoints and the model, but "
+            f"{free / 1e9:.1f} GB are free; make room, choose another output_dir or lower checkpoint.keep_last"
+        )
+
+
+def write_environment(folder: Path, parameters: int) -> None:
+    """Write environment.json: what the run runs on."""
+    environment = json.dumps({"parameters": parameters, **describe_environment()}, indent=1)
+    (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
 
 
 def open_run(folder: str | Path) -> tuple[Path, RunConfig]:
