@@ -112,9 +112,11 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     [
         {},
         {"restart__optimizer": "random", "lowrank__lora_dropout": 0.1},
+        {"method": "lora", "warm_start__steps": 0, "optimizer__lowrank_b_lr_ratio": 4.0},
+        {"warm_start__steps": 0},
         {"precision__dtype": "bf16", "lowrank__trainable_scaling": True, "restart__optimizer": "magnitude"},
     ],
-    ids=["plain", "dropout", "bf16"],
+    ids=["plain", "dropout", "lora", "no warm start", "bf16"],
 )
 def test_killed_before_every_step_and_continued_gives_the_same_bytes(
     configure: Configure, variant: dict[str, object]
@@ -150,7 +152,7 @@ PINNED = {
 @pytest.mark.parametrize("method", PINNED)
 def test_pinned_losses(configure: Configure, method: str) -> None:
     folder = execute(configure(method=method))
-    losses = [line["loss"] for line in figures(folder) if line["kind"] == "train"]
+    losses = [line["loss"] for line in figures(folder) if line["kind"] == "train" and line["step"] % 2 == 0]
     assert losses == pytest.approx(PINNED[method], rel=1e-4)  # other processors sum in another order
 
 

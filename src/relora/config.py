@@ -217,7 +217,7 @@ class RunConfig(Settings):
     """The run folder."""
     seed: NonNegativeInt = 0
     device: str = "auto"
-    """auto (the first GPU, else the CPU), cpu, cuda, cuda:N or mps."""
+    """auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     model: ModelSettings
     data: DataSettings
     method: Literal["full", "lora", "relora"] = "relora"

@@ -1,6 +1,7 @@
 """Models are drawn reproducibly, opened whatever their family, checked against data, and saved as plain folders."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 from relora.errors import RunStopped, UserError
 from relora.model import build_model, check_fit, open_model, save_model
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K-llama-hf"
 needs_data = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared test data is not here")
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from relora.measure import IGNORED, evaluate
 from relora.model import build_model, open_model, save_model
 from relora.recipes.evaluate import Score, evaluate_model, print_scores, sliding_windows
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 TEXT = "The cat sat on the mat.\n\nA dog — über — barked at the cat; the cat did not move. " * 4
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "

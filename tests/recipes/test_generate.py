@@ -1,5 +1,6 @@
 """Text comes streamed and quiet, the same for the same seed, and leaves model and random streams as they were."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from relora.model import open_model
 from relora.recipes.finished import open_finished
 from relora.recipes.generate import Sampling, describe, generate, sample_texts
 
-STORIES = Path(__file__).parents[2].parent / "shared" / "data" / "models" / "stories260K-llama-hf"
+DATA = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+STORIES = DATA / "models" / "stories260K-llama-hf"
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared test data is not here")
 
 PROMPT = "Once upon a time"

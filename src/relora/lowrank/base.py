@@ -1,7 +1,7 @@
 """How the frozen weight of a low-rank layer is stored, and the exact copy that merges go into.
 
 A weight in fp32 is its own exact copy. A weight in bf16 is too coarse to merge into: an update below half a unit in the
-last place is rounded away, and twenty merges of 0.2% each arrive with an error of 61%. Such a weight keeps an fp32
+last place is rounded away, and twenty merges of 0.2% each arrive with an error of 62%. Such a weight keeps an fp32
 master in main memory (4 bytes a parameter there, none on the device); a merge adds to the master, and the weight is the
 master, rounded.
 """

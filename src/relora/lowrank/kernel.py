@@ -1,7 +1,7 @@
 """The arithmetic of one low-rank layer: y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
 
 This is the factored form of LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): the product B A is never formed, so a
-layer pays 2·T·r·(in + out) multiply-adds on top of its frozen product, and autograd keeps x Aᵀ [T, r] for the way back.
+layer pays T·r·(in + out) multiply-adds on top of its frozen product, and autograd keeps x Aᵀ [T, r] for the way back.
 """
 
 import torch

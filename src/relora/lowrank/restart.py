@@ -4,7 +4,7 @@
 
 (Lialin et al. 2023, arXiv 2307.05695, Algorithm 1). The model's function does not change: s·B A moves from the factors
 into the weight. Nowhere else in the package is a factor merged in training or a moment cleared. Adam's step count is
-cleared with its moments; kept, bias correction is off and the next updates are up to 6.5 times too long, which is what
+cleared with its moments; kept, bias correction is off and the next updates are up to 6.6 times too long, which is what
 makes the published code diverge without a re-warm. The price is r·(in + out) fresh parameters per layer that start with
 no memory.
 """

@@ -24,7 +24,7 @@ from relora.recipes.run_folder import check_space, claim, write_environment
 from relora.report.console import Console
 from relora.report.html import write_report
 from relora.report.reporter import Reporter
-from relora.report.trackers import open_trackers
+from relora.report.trackers import check_trackers, open_trackers
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import Run, begin, train
 from relora.train.optim import OptimizerConfig
@@ -95,6 +95,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
 
 def gather(config: RunConfig) -> Ingredients:
     """Open data, tokenizer and model, and refuse what does not fit together."""
+    check_trackers(config.log.trackers)
     device = choose_device(config.device)
     sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
     validation = PreparedFolder.open(config.data.validation)

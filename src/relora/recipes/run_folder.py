@@ -82,12 +82,21 @@ def describe_environment() -> dict[str, str | int]:
             continue
     described["threads"] = torch.get_num_threads()
     described["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    if revision.returncode == 0:
-        described["git_revision"] = revision.stdout.strip()
+    if revision := _git_revision():
+        described["git_revision"] = revision
     return described
+
+
+def _git_revision() -> str | None:
+    """Of the checkout that this file stands in; None for an installed package, or without git."""
+    here = Path(__file__).resolve()
+    command = ["git", "rev-parse", "HEAD", "--show-prefix"]
+    try:
+        done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    revision, prefix = done.stdout.splitlines()
+    return revision if prefix == "src/relora/recipes/" else None  # else some other repository around an installation
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:

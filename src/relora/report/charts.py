@@ -219,9 +219,9 @@ def _focused(points: Sequence[Point], log: bool = False) -> dict[str, Any]:
     With `log`, values that span a factor of three or more get a logarithmic axis.
     """
     values = sorted(value for _, _, value in points if value is not None and value > 0)
-    if len(values) < 10:
+    if len(values) < 3:
         return {}
-    low, high = values[0], values[int(0.88 * len(values))]
+    low, high = values[0], values[min(int(0.88 * len(values)), len(values) - 2)]
     if not log or high < 3 * low:
         return {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
     return _log_axis(low, values[-1]) | {"range": [math.log10(low / 1.05), math.log10(high * 1.05)]}

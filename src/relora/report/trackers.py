@@ -4,6 +4,7 @@ None of them asks a question on the terminal: Weights & Biases without a configu
 the run folder. Each library is imported in the one function that needs it.
 """
 
+import importlib.util
 import netrc
 import os
 import secrets
@@ -23,6 +24,13 @@ class Tracker(Protocol):
     def log(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """`UserError` naming the extra of the first tracker whose library is absent; opens and writes nothing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed; run: pip install 'relora[{name}]'")
 
 
 def open_trackers(
@@ -68,10 +76,8 @@ class WeightsAndBiases:
     """One wandb run named after the run folder; offline, under RUN/wandb, when no API key is configured."""
 
     def __init__(self, run_folder: Path, config: Mapping[str, Any], first_step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        import wandb
+
         id_file = run_folder / "wandb_run_id"
         if not (first_step and id_file.exists()):
             id_file.write_text(secrets.token_hex(4))
@@ -97,10 +103,8 @@ class Trackio:
     """One trackio run named after the run folder, in trackio's local database."""
 
     def __init__(self, run_folder: Path, config: Mapping[str, Any], first_step: int) -> None:
-        try:
-            import trackio
-        except ImportError:
-            raise _missing("trackio") from None
+        import trackio
+
         self._run = trackio.init(
             project=PROJECT,
             name=run_folder.name,
@@ -124,15 +128,9 @@ def _open(name: str, run_folder: Path, config: Mapping[str, Any], first_step: in
     }
     try:
         return openers[name](run_folder, config, first_step)
-    except UserError:
-        raise
     except Exception as error:  # whatever the library raises: no network, no rights, a damaged database
         reason = " ".join(str(error).split())
         raise UserError(f"log.trackers: {name} cannot start: {reason}; mend that or leave it out") from error
-
-
-def _missing(extra: str) -> UserError:
-    return UserError(f"log.trackers: {extra} is not installed; run: pip install 'relora[{extra}]'")
 
 
 def _has_wandb_key() -> bool:

@@ -169,12 +169,12 @@ def _restart(run: Run, progress: Progress) -> None:
 
 
 def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
-    """A line of metrics where one is due; the live line always."""
-    state, schedule = progress.state, run.schedule
+    """A line of metrics every so often, at the end, and for the first step of every cycle; the live line always."""
+    state, schedule, taken = progress.state, run.schedule, progress.state.step - 1
     run.reporter.progress(state.step)
-    if state.step % run.log_every_steps and state.step < schedule.total_steps:
+    first_of_cycle = taken == schedule.cycle_start(taken)
+    if state.step % run.log_every_steps and state.step < schedule.total_steps and not first_of_cycle:
         return
-    taken = state.step - 1
     factor = schedule.lr_factor(taken)
     record = {"kind": "train", **_position(run, state, taken), "loss": outcome.loss, "lr": run.optimizer.lr * factor}
     if schedule.phase(taken) == "low_rank":

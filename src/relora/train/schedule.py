@@ -11,8 +11,8 @@ nothing can drift.
 with m = min_lr_ratio and w = restart_warmup_steps.
 
 Boundaries are the switch from warm start to low rank (fresh factors start cold there, too) and every restart. This is
-the jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's wherever that accepts its
-arguments, and with none of its divisibility conditions.
+the jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's for every argument that it
+accepts (no warm start: there that is a second run), and with none of its divisibility conditions.
 """
 
 import math

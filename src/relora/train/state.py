@@ -27,7 +27,7 @@ def numeric_environment(device: torch.device, dtype: str) -> dict[str, str | int
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "dtype": dtype,
     }

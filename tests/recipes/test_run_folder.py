@@ -1,0 +1,127 @@
+"""A run folder belongs to one configuration; what stands in it is never lost."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relora.config import RunConfig, load_config, parse_config
+from relora.errors import UserError
+from relora.recipes.run_folder import check_space, claim, describe_environment, open_run, write_environment
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """A configuration of `tmp_path / "run"`; its data need not exist here."""
+
+    def build(**overrides: object) -> RunConfig:
+        tree: dict[str, object] = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"preset": "llama-9m"},
+            "data": {"train": "t", "validation": "v"},
+            "schedule": {"total_steps": 9000},
+        }
+        return parse_config(tree | overrides)
+
+    return build
+
+
+def test_a_new_folder_holds_the_resolved_configuration(configure: Configure, tmp_path: Path) -> None:
+    config = configure(output_dir=str(tmp_path / "a" / "b" / "run"))
+    folder = claim(config, fresh=False)
+    assert folder == tmp_path / "a" / "b" / "run" and load_config(folder / "config.yaml") == config
+    assert open_run(folder) == (folder, config)
+
+
+def test_the_same_run_is_claimed_again(configure: Configure) -> None:
+    """Also when only what changes no number has changed; the newest configuration is kept."""
+    folder = claim(configure(), fresh=False)
+    (folder / "metrics.jsonl").write_text("a line\n")
+    changed = configure(log={"every_steps": 77}, checkpoint={"keep_last": 5}, samples={"max_new_tokens": 3})
+    assert claim(changed, fresh=False) == folder
+    assert load_config(folder / "config.yaml") == changed and (folder / "metrics.jsonl").read_text() == "a line\n"
+
+
+def test_a_moved_folder_is_still_the_same_run(configure: Configure, tmp_path: Path) -> None:
+    claim(configure(), fresh=False).rename(tmp_path / "moved")
+    assert claim(configure(output_dir=str(tmp_path / "moved")), fresh=False) == tmp_path / "moved"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"method": "lora"}, r"method \(relora there, lora here\)"),
+        ({"lowrank": {"r": 64}}, r"lowrank\.r \(128 there, 64 here\)"),
+        ({"schedule": {"total_steps": 9001}}, r"schedule\.total_steps \(9000 there, 9001 here\)"),
+        ({"data": {"train": "t", "validation": "w"}}, r"data\.validation \(v there, w here\)"),
+        ({"evaluate": {"tokens": 5}}, r"evaluate\.tokens"),
+        ({"precision": {"dtype": "bf16"}}, r"precision\.dtype"),
+    ],
+)
+def test_another_run_is_refused_by_name(configure: Configure, overrides: dict[str, object], named: str) -> None:
+    folder = claim(configure(), fresh=False)
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=named):
+        claim(configure(**overrides), fresh=False)
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert claim(configure(), fresh=False).is_dir()  # an empty one is nobody's
+    (tmp_path / "run" / "config.yaml").unlink()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run folder"):
+        claim(configure(), fresh=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_fresh_moves_aside_to_the_first_free_name(configure: Configure, tmp_path: Path) -> None:
+    assert claim(configure(), fresh=True) == tmp_path / "run"  # nothing there to move
+    for number in (1, 2, 3):
+        (tmp_path / "run" / "mark").write_text(str(number))
+        claim(configure(seed=number), fresh=True)
+        assert (tmp_path / f"run.{number}" / "mark").read_text() == str(number)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_fresh_moves_nothing_when_the_new_folder_cannot_be_had(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match=r"output_dir: .*file/run cannot be written"):
+        claim(configure(output_dir=str(tmp_path / "file" / "run")), fresh=True)
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_a_configuration_cut_short_is_refused_by_name(configure: Configure) -> None:
+    """As a full disk or a kill could leave it."""
+    folder = claim(configure(), fresh=False)
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        claim(configure(), fresh=False)
+
+
+def test_open_run_wants_a_run_folder(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="not a run folder"):
+            open_run(place)
+
+
+@given(st.integers(0, 1 << 20))
+def test_space_is_asked_of_the_disk_that_will_hold_the_folder(small: int) -> None:
+    check_space(Path("/no/such/folder/yet"), small)
+    with pytest.raises(UserError, match=r"output_dir: .* free"):
+        check_space(Path("/no/such/folder/yet"), 1 << 60)
+
+
+def test_environment(configure: Configure) -> None:
+    folder = claim(configure(), fresh=False)
+    write_environment(folder, 1234)
+    written = json.loads((folder / "environment.json").read_text())
+    assert written == {"parameters": 1234, **describe_environment()}
+    assert {"relora", "torch", "transformers", "python", "platform", "threads", "gpu"} <= written.keys()
