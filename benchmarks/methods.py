@@ -3,9 +3,10 @@
     python benchmarks/methods.py --corpus FOLDER --held-out FOLDER
 
 The same model, tokens and data order for every method (benchmarks/methods.yaml). Each gets the same budget for its
-learning rate: three full-length runs at seed 0, the best of which is repeated at seeds 1 and 2. The score is the
-perplexity of the whole held-out folder. Finished runs are kept under runs/methods and not repeated. Every run takes
-one thread.
+learning rate: three full-length runs at seed 0, the best of which is repeated at seeds 1 and 2. For full rank that is
+the rate of everything; the others train what they train at full rank at the rate that was best there, and choose the
+rate of their factors. The score is the perplexity of the whole held-out folder. Finished runs are kept under
+runs/methods and not repeated. Every run takes one thread.
 """
 
 import argparse
@@ -15,14 +16,36 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/methods")
 PREPARED = Path("prepared/methods")
-RATES = {"full": (1.5e-3, 3e-3, 6e-3), "low-rank": (3e-3, 6e-3, 1.2e-2)}
-"""Learning rates to choose from: of everything in full-rank training, of the factors in the others."""
+RATES = (7.5e-4, 1.5e-3, 3e-3)
+"""Learning rates to choose from at full rank."""
+RATIOS = (2.0, 4.0, 8.0)
+"""Rates of the factors to choose from, in multiples of the best full rate."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    method: str
+    lr: float
+    lowrank_lr: float
+    seed: int = 0
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Overrides of benchmarks/methods.yaml."""
+        rates = (f"optimizer.lr={self.lr}", f"optimizer.lowrank_lr={self.lowrank_lr}")
+        return (*METHODS[self.method].overrides, *rates, f"seed={self.seed}", f"output_dir={self.folder}")
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / f"{self.method}-{self.lr:g}-{self.lowrank_lr:g}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -31,15 +54,10 @@ class Method:
 
     title: str
     overrides: tuple[str, ...]
-    rate_key: str = "optimizer.lowrank_lr"
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        return RATES["full" if self.rate_key == "optimizer.lr" else "low-rank"]
 
 
 METHODS = {
-    "full": Method("full rank", ("method=full",), "optimizer.lr"),
+    "full": Method("full rank", ("method=full",)),
     "lora": Method("LoRA", ("method=lora", "warm_start.steps=0")),
     "lora-warm": Method("LoRA, warm start 24%", ("method=lora",)),
     "relora": Method("ReLoRA, warm start 24%, 4 restarts", ("method=relora",)),
@@ -55,13 +73,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     prepare(arguments)
+    seeds = range(1, arguments.seeds)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        trials = [(name, rate, 0) for name, method in METHODS.items() for rate in method.rates]
-        losses = dict(zip(trials, pool.map(score, trials), strict=True))
-        best = {name: min(method.rates, key=lambda rate: losses[name, rate, 0]) for name, method in METHODS.items()}
-        repeats = [(name, best[name], seed) for name in METHODS for seed in range(1, arguments.seeds)]
-        losses |= dict(zip(repeats, pool.map(score, repeats), strict=True))
-    print_table(losses, best, arguments.seeds)
+        full = best(pool, [Trial("full", rate, rate) for rate in RATES])
+        others = [[Trial(name, full.lr, ratio * full.lr) for ratio in RATIOS] for name in METHODS if name != "full"]
+        list(pool.map(score, (trial for trials in others for trial in trials)))  # all at once: no core stands idle
+        chosen = [full, *(best(pool, trials) for trials in others)]
+        repeats = {trial: [replace(trial, seed=seed) for seed in seeds] for trial in chosen}
+        list(pool.map(score, (trial for trials in repeats.values() for trial in trials)))
+    print_table({trial: [score(run) for run in (trial, *more)] for trial, more in repeats.items()})
+
+
+def best(pool: ThreadPoolExecutor, trials: list[Trial]) -> Trial:
+    """The trial of the lowest perplexity."""
+    return min(zip(pool.map(score, trials), trials, strict=True), key=lambda pair: pair[0])[1]
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -74,17 +99,16 @@ def prepare(arguments: argparse.Namespace) -> None:
     relora("prepare", str(arguments.held_out), "--out", held_out, "--tokenizer", tokenizer, "--validation", "0")
 
 
-def score(trial: tuple[str, float, int]) -> float:
+def score(trial: Trial) -> float:
     """Train one run, unless its score is there, and return its held-out perplexity."""
-    name, rate, seed = trial
-    method, folder = METHODS[name], RUNS / f"{name}-{rate:g}-{seed}"
-    result = folder / "score.json"
+    result = trial.folder / "score.json"
     if not result.exists():
-        settings = (*method.overrides, f"{method.rate_key}={rate}", f"seed={seed}", f"output_dir={folder}")
-        relora("pretrain", str(HERE / "methods.yaml"), *settings, "--quiet")
-        result.write_text(relora("evaluate", str(folder), "--data", str(PREPARED / "held-out" / "train"), "--json"))
+        relora("pretrain", str(HERE / "methods.yaml"), *trial.settings, "--quiet")
+        result.write_text(
+            relora("evaluate", str(trial.folder), "--data", str(PREPARED / "held-out" / "train"), "--json")
+        )
+        print(f"{trial.folder.name}: {result.read_text()}", file=sys.stderr, flush=True)
     perplexity: float = json.loads(result.read_text())[0]["perplexity"]
-    print(f"{name} at {rate:g}, seed {seed}: {perplexity:.2f}", file=sys.stderr, flush=True)
     return perplexity
 
 
@@ -98,16 +122,17 @@ def relora(*arguments: str) -> str:
     return done.stdout
 
 
-def print_table(losses: dict[tuple[str, float, int], float], best: dict[str, float], seeds: int) -> None:
+def print_table(scores: dict[Trial, list[float]]) -> None:
     """Markdown: mean and spread (lowest to highest) over the seeds, and the ratio to full rank."""
-    scores = {name: [losses[name, rate, seed] for seed in range(seeds)] for name, rate in best.items()}
-    reference = statistics.mean(scores["full"])
-    print("| method | held-out perplexity (lowest - highest) | ratio to full rank | learning rate |")
+    reference = statistics.mean(next(iter(scores.values())))
+    print(
+        "| method | held-out perplexity, mean (lowest - highest) | ratio to full rank | learning rate: rest / factors |"
+    )
     print("|---|---|---|---|")
-    for name, values in scores.items():
-        mean = statistics.mean(values)
-        spread = f"{min(values):.2f} - {max(values):.2f}"
-        print(f"| {METHODS[name].title} | {mean:.2f} ({spread}) | {mean / reference:.3f} | {best[name]:g} |")
+    for trial, values in scores.items():
+        mean, spread = statistics.mean(values), f"{min(values):.1f} - {max(values):.1f}"
+        rates = f"{trial.lr:g}" + (f" / {trial.lowrank_lr:g}" if trial.method != "full" else "")
+        print(f"| {METHODS[trial.method].title} | {mean:.1f} ({spread}) | {mean / reference:.3f} | {rates} |")
 
 
 if __name__ == "__main__":

@@ -386,6 +386,12 @@ def test_a_folder_in_place_of_the_configuration(tmp_path: Path) -> None:
     assert_refused(call("pretrain", tmp_path), str(tmp_path))
 
 
+def test_more_than_one_process(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun every process would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(call("pretrain", config), "WORLD_SIZE", "torchrun")
+
+
 def test_an_unknown_key_in_the_file(config: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text() + "restrat: {every_steps: 3}\n")
     assert_refused(call("pretrain", config), "config.yaml", "`restrat`", "`restart`")

@@ -1,0 +1,54 @@
+"""The first stop signal is noted, the second one acts; afterwards everything is as it was."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from relora.train.signals import StopSignals
+
+NUMBERS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_first_signal_is_noted_and_the_second_has_its_default_action(number: signal.Signals) -> None:
+    with StopSignals() as stop:
+        assert stop.requested is None
+        signal.raise_signal(number)
+        assert stop.requested == number
+        assert all(signal.getsignal(each) is signal.SIG_DFL for each in NUMBERS)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_handlers_are_restored(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in NUMBERS]
+    with StopSignals():
+        assert [signal.getsignal(each) for each in NUMBERS] != before
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+    with pytest.raises(ZeroDivisionError), StopSignals():
+        signal.raise_signal(number)
+        raise ZeroDivisionError
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+def test_a_run_that_ends_by_itself_asks_for_nothing() -> None:
+    with StopSignals() as stop:
+        pass
+    assert stop.requested is None
+
+
+@pytest.mark.parametrize("second", NUMBERS)
+def test_a_second_signal_ends_the_process(second: signal.Signals) -> None:
+    """Whichever came first: a person who presses Ctrl-C twice does not want to wait."""
+    script = f"""
+import signal
+from relora.train.signals import StopSignals
+with StopSignals() as stop:
+    signal.raise_signal({NUMBERS[0].value})
+    print("noted", stop.requested, flush=True)
+    signal.raise_signal({second.value})
+    print("still here")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == -second and ended.stdout == f"noted {NUMBERS[0].value}\n" and ended.stderr == ""
