@@ -140,6 +140,13 @@ def test_every_family_opens_as_it_was_saved(family_folder: Path, capfd: pytest.C
     assert open_model(family_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_weights_in_several_files_open_as_one(family_folder: Path, tmp_path: Path) -> None:
+    whole = open_model(family_folder)
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(open_model(tmp_path / "sharded")), logits(whole))
+
+
 def test_every_family_can_start_from_scratch(family_folder: Path) -> None:
     overrides = {"num_hidden_layers": 3, "hidden_size": 32, "vocab_size": 50}
     first, again = (

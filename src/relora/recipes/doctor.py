@@ -125,8 +125,13 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
 
 
 def _measure_dtypes(device: torch.device) -> dict[str, DtypeSpeed]:
-    """The best of several products of each dtype, taken in turn, so that a busy moment falls on all alike."""
+    """The best of several products of each dtype, taken in turn, so that a busy moment falls on all alike.
+
+    On a CPU by one thread: two that wait for each other on a busy machine measure the other processes.
+    """
     seconds: dict[str, float | None] = dict.fromkeys(DTYPES, math.inf)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     begin = time.perf_counter()
     while time.perf_counter() - begin < MEASURE_SECONDS or math.inf in seconds.values():
         for name, dtype in DTYPES.items():
@@ -134,6 +139,7 @@ def _measure_dtypes(device: torch.device) -> dict[str, DtypeSpeed]:
             if best is not None:
                 taken = _product_seconds(device, dtype)
                 seconds[name] = None if taken is None else min(best, taken)
+    torch.set_num_threads(threads)
     base = seconds["fp32"]
     flop = 2 * _size(device) ** 3
     return {
@@ -170,7 +176,7 @@ def _wait(device: torch.device) -> None:
 def _describe_speed(speed: DtypeSpeed) -> str:
     if speed.gflops is None or speed.ratio_to_fp32 is None:
         return "not supported"
-    return f"{speed.gflops:,.0f} GFLOP/s in matrix products, {speed.ratio_to_fp32:.2g} times fp32"
+    return f"{speed.gflops:,.0f} GFLOP/s in matrix products (on a CPU per thread), {speed.ratio_to_fp32:.2g} times fp32"
 
 
 def _warnings(

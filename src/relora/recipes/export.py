@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from relora.data.shards import PreparedFolder
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.lowrank import inject, load_exact_tensors, merge
@@ -27,12 +26,12 @@ def export(run: str | Path, *, step: int | None = None, out: str | Path | None =
     checkpoint = checkpoints.open(step) if step is not None else checkpoints.latest()[0]
     if checkpoint is None:
         raise UserError(f"{folder}: has no sound checkpoint; run `relora pretrain` first")
-    validation = PreparedFolder.open(config.data.validation)
-    model = open_configured_model(config, eos_token_id=validation.index.eos_token_id)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id)
     schedule = schedule_of(config)
     if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
         inject(model, lowrank_of(config), seed=config.seed)
     load_exact_tensors(model, checkpoint.tensors("weights"))
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
-    return save_model(model, out, load_tokenizer(str(validation.tokenizer_path)), stored)
+    return save_model(model, out, tokenizer, stored)

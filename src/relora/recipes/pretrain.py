@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from relora.config import RunConfig
 from relora.data.batches import HeldOut, TrainBatches, check_same_tokenizer
 from relora.data.shards import PreparedFolder
-from relora.data.tokenizer import load_tokenizer
+from relora.data.tokenizer import copy_tokenizer, load_tokenizer
 from relora.device import choose_device
 from relora.lowrank import LowRankConfig, merge
 from relora.lowrank.inject import find_targets
@@ -67,6 +67,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
     check_space(Path(config.output_dir), parameters * (12 * (config.checkpoint.keep_last + 1) + 4))
     folder = claim(config, fresh)
     write_environment(folder, parameters)
+    copy_tokenizer(parts.held_out.folder.tokenizer_path, folder / "tokenizer")  # an export needs no data
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     checkpoint, broken = checkpoints.latest()
     environment = numeric_environment(parts.device, config.precision.dtype)

@@ -1,6 +1,7 @@
 """The run folder: who may write into it, and what stands there.
 
-    config.yaml  environment.json  metrics.jsonl  restarts.jsonl  samples.json  checkpoints/  model/  report.html
+    config.yaml  environment.json  tokenizer/  metrics.jsonl  restarts.jsonl  checkpoints/
+    model/  samples.json  report.html
 
 A folder belongs to one configuration. The same command on it continues the run; another configuration is refused by
 name.
