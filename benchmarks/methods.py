@@ -24,7 +24,7 @@ RUNS = Path("runs/methods")
 PREPARED = Path("prepared/methods")
 RATES = (7.5e-4, 1.5e-3, 3e-3)
 """Learning rates to choose from at full rank."""
-RATIOS = (2.0, 4.0, 8.0)
+RATIOS = (1.0, 2.0, 4.0)
 """Rates of the factors to choose from, in multiples of the best full rate."""
 
 

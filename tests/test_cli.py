@@ -202,6 +202,7 @@ def test_a_finished_run_has_all_its_files(finished: Path) -> None:
     assert names == {
         "config.yaml",
         "environment.json",
+        "tokenizer",
         "metrics.jsonl",
         "restarts.jsonl",
         "samples.json",
@@ -550,7 +551,7 @@ def test_a_disk_that_fills_up_while_the_run_goes_on(config: Path, disk: Path) ->
     enlarge(disk, "32m")
     overrides = [f"output_dir={disk / 'run'}", "schedule.total_steps=200", *LONG_PHASES]
     process = start(config, *overrides)
-    wait_for(disk / "run", 5, process)
+    wait_for(disk / "run", 15, process)  # past a checkpoint
     filler = fill(disk)
     _, err = process.communicate(timeout=60)
     assert_stopped_itself(process.returncode, err, str(disk / "run"), "space")

@@ -18,7 +18,6 @@ from relora.errors import ReloraError, UserError
 
 app = typer.Typer(
     help="Pretrain language models through low-rank updates: prepare, pretrain, evaluate, generate.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -33,7 +32,7 @@ Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 def main() -> None:
     """Entry point: errors that carry a message for the user become one line on stderr and an exit status."""
     try:
-        app(standalone_mode=False)
+        app(sys.argv[1:] or ["--help"], prog_name="relora", standalone_mode=False)
     except ReloraError as error:
         _fail(str(error), error.exit_status)
     except typer.Exit as end:
@@ -43,6 +42,10 @@ def main() -> None:
     except BrokenPipeError:  # `relora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a disk that fills up in the wrong moment
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 3)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
             raise

@@ -64,12 +64,12 @@ class TrainBatches:
         batch_sequences: int,
         seed: int,
     ) -> None:
-        self._folders = [folder for folder, _ in sources]
-        check_same_tokenizer(self._folders)
+        self.folders = [folder for folder, _ in sources]
+        check_same_tokenizer(self.folders)
         self.sequence_length = sequence_length
         self.batch_sequences = batch_sequences
         self._seed = seed
-        self._windows = [(folder.tokens - 1) // sequence_length for folder in self._folders]
+        self._windows = [(folder.tokens - 1) // sequence_length for folder in self.folders]
         self._check_enough()
         self._shares = _block_shares(sources)
         # slot of a block -> its source, and how many slots of that source come before it
@@ -97,7 +97,7 @@ class TrainBatches:
             positions = blocks[mine] * self._shares[source] + self._slot_rank[slots[mine]]
             starts = self._order(source, positions) * self.sequence_length
             for row, start in zip(mine.tolist(), starts.tolist(), strict=True):
-                rows[row] = self._folders[source].window(start, self.sequence_length + 1)
+                rows[row] = self.folders[source].window(start, self.sequence_length + 1)
         tokens = torch.from_numpy(rows)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
@@ -113,16 +113,16 @@ class TrainBatches:
 
     def _check_enough(self) -> None:
         length, sequences = self.sequence_length, self.batch_sequences
-        for folder, windows in zip(self._folders, self._windows, strict=True):
+        for folder, windows in zip(self.folders, self._windows, strict=True):
             if windows == 0:
                 raise UserError(
                     f"{folder.path}: {folder.tokens} tokens, one sequence needs {length + 1}; "
                     "prepare more text or lower data.sequence_length"
                 )
         if sum(self._windows) < sequences:
-            names = ", ".join(str(folder.path) for folder in self._folders)
+            names = ", ".join(str(folder.path) for folder in self.folders)
             raise UserError(
-                f"{names}: {sum(folder.tokens for folder in self._folders)} tokens, one batch of {sequences} "
+                f"{names}: {sum(folder.tokens for folder in self.folders)} tokens, one batch of {sequences} "
                 f"sequences needs {sequences * length + 1}; prepare more text or lower batch.sequences"
             )
 

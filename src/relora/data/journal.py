@@ -7,6 +7,7 @@ The shards are synced before the line that speaks of them. To continue is to cut
 line and go on with the next document: the bytes come out as if nothing had happened.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -75,7 +76,8 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        self._file = (out / JOURNAL_NAME).open("a+b")
+        # unbuffered: what cannot be written now (a full disk) is not tried again by close()
+        self._file = (out / JOURNAL_NAME).open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -106,8 +108,9 @@ class Journal:
         self.close()
 
     def _append(self, line: object) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        data = json.dumps(line).encode() + b"\n"
+        if self._file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
 
     def _read(self) -> tuple[Header | None, PassState]:

@@ -1,5 +1,6 @@
 """What a long preparation says while it works: a bar on a terminal, a line every few seconds elsewhere."""
 
+import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +28,8 @@ class ConsoleProgress:
     """
 
     def __init__(self, console: Console | None = None, every_seconds: float = 5.0) -> None:
-        self._console = console or Console(stderr=True)
+        # force_terminal: FORCE_COLOR, which many CI systems set, must not put control codes into a log file
+        self._console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         self._every_seconds = every_seconds
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), console=self._console
@@ -44,7 +46,8 @@ class ConsoleProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere it never started, and would print an empty line
+            self._bar.stop()
 
     def __call__(self, progress: PrepareProgress) -> None:
         now = time.monotonic()

@@ -10,6 +10,7 @@ so a folder without one is unfinished. Shards are memory-mapped: a corpus larger
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,6 +123,15 @@ class PreparedFolder:
     def tokenizer_path(self) -> Path:
         """The folder that `transformers.AutoTokenizer` opens."""
         return self.path / TOKENIZER_NAME
+
+    def verify(self) -> None:
+        """Read every shard and compare it with the index's checksum; `UserError` names a damaged one."""
+        for shard, tokens in zip(self.index.shards, self._shards, strict=True):
+            crc = 0
+            for start in range(0, len(tokens), 1 << 22):
+                crc = zlib.crc32(tokens[start : start + (1 << 22)].data, crc)
+            if crc != shard.crc32:
+                raise UserError(f"{self.path / shard.file}: damaged (its checksum is not the index's); {PREPARE_AGAIN}")
 
     def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """The ids `start` to `start + length` of the stream, [length], copied, across shard borders.

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from relora.config import RunConfig
-from relora.data.batches import TrainBatches
-from relora.data.shards import PreparedFolder
+from relora.device import choose_device
 from relora.lowrank import inject
-from relora.recipes.pretrain import lowrank_of, open_configured_model, schedule_of
+from relora.recipes.pretrain import lowrank_of, open_data, open_fitting_model, schedule_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class RunPlan:
 def describe(config: RunConfig) -> RunPlan:
     """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run's."""
     schedule = schedule_of(config)
-    sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
-    batches = TrainBatches(sources, config.data.sequence_length, config.batch.sequences, config.seed)
+    choose_device(config.device)
+    batches, held_out = open_data(config)
     with torch.device("meta"):
-        model = open_configured_model(config)
+        model = open_fitting_model(config, held_out.folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = min(schedule.warm_start_steps, schedule.total_steps)
     phases = []

@@ -5,6 +5,7 @@ Raw text is scored as published figures are, through a sliding window: every tok
 `sequence_length - stride` tokens before it wherever its document has them, the first with the start token alone.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -203,7 +204,7 @@ def _with_progress(
     batches: Iterable[tuple[Tensor, Tensor]], total: int, source: str
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """A progress bar on a terminal, gone at the end; nothing elsewhere."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     return track(batches, source, total, console=console, transient=True, disable=not console.is_terminal)
 
 

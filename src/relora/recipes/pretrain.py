@@ -64,7 +64,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
     parts = gather(config)
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     # a checkpoint holds at most weights, m and v in fp32; one more than is kept while it is written, and the model
-    check_space(Path(config.output_dir), parameters * (12 * (config.checkpoint.keep_last + 1) + 4))
+    needed = parameters * (12 * (config.checkpoint.keep_last + 1) + 4)
+    check_space(Path(config.output_dir), needed, continuing=not fresh)
     folder = claim(config, fresh)
     write_environment(folder, parameters)
     copy_tokenizer(parts.held_out.folder.tokenizer_path, folder / "tokenizer")  # an export needs no data
@@ -98,18 +99,32 @@ def gather(config: RunConfig) -> Ingredients:
     """Open data, tokenizer and model, and refuse what does not fit together."""
     check_trackers(config.log.trackers)
     device = choose_device(config.device)
+    batches, held_out = open_data(config)
+    validation = held_out.folder
+    model = open_fitting_model(config, validation)
+    for folder in (*batches.folders, validation):
+        folder.verify()
+    tokenizer = load_tokenizer(str(validation.tokenizer_path))
+    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token)
+
+
+def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
+    """The prepared folders of a configuration, of one tokenizer and large enough."""
     sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
     validation = PreparedFolder.open(config.data.validation)
     check_same_tokenizer([*(folder for folder, _ in sources), validation])
     length = config.data.sequence_length
     batches = TrainBatches(sources, length, config.batch.sequences, config.seed)
-    held_out = HeldOut(validation, length, config.evaluate.tokens, config.batch.micro_sequences)
+    return batches, HeldOut(validation, length, config.evaluate.tokens, config.batch.micro_sequences)
+
+
+def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
+    """The model of a configuration, once it is sure that the data and the low-rank settings fit it."""
     model = open_configured_model(config, eos_token_id=validation.index.eos_token_id)
-    check_fit(model, validation.vocab_size, length)
+    check_fit(model, validation.vocab_size, config.data.sequence_length)
     if config.method != "full":
         find_targets(model, lowrank_of(config))
-    tokenizer = load_tokenizer(str(validation.tokenizer_path))
-    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token)
+    return model
 
 
 def open_configured_model(config: RunConfig, *, eos_token_id: int | None = None) -> PreTrainedModel:

@@ -48,14 +48,19 @@ def claim(config: RunConfig, fresh: bool) -> Path:
     return folder
 
 
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """`UserError` if the disk that will hold `folder` has less than `needed_bytes` free."""
+def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) -> None:
+    """`UserError` if the disk that will hold `folder` has less than `needed_bytes` free.
+
+    `continuing`: the checkpoints that are there count as free, since later ones take their place.
+    """
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
+    if continuing:
+        free += sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*.safetensors"))
     if free < needed_bytes:
         raise UserError(
-            f"output_dir: {folder} needs {needed_bytes / 1e9:.1f} GB for checkpoints and the model, but "
-            f"{free / 1e9:.1f} GB are free; make room, choose another output_dir or lower checkpoint.keep_last"
+            f"output_dir: {folder} needs {needed_bytes / 1e6:,.0f} MB for checkpoints and the model, but "
+            f"{free / 1e6:,.0f} MB are free; make room, choose another output_dir or lower checkpoint.keep_last"
         )
 
 

@@ -5,6 +5,7 @@ of their JSON as `\\u003c`, so that no string can end the script that holds them
 the page to load anything.
 """
 
+import errno
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -16,7 +17,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from relora.errors import UserError
+from relora.errors import RunStopped, UserError
 from relora.report.charts import Chart, charts
 from relora.report.console import PHASE_NAMES, format_duration, format_figure
 from relora.report.history import HeldOut, History, Segment, read_history
@@ -44,7 +45,8 @@ RESTART_NOTE = (
 def write_report(run_folder: Path) -> Path:
     """Write RUN/report.html from the files of the run and return its path.
 
-    Raises `UserError` if the run has no records yet, one of its files is damaged, or the report cannot be written.
+    Raises `UserError` if the run has no records yet, one of its files is damaged, or the report cannot be written
+    (`RunStopped` for want of space).
     """
     history = read_history(run_folder)
     path = run_folder / "report.html"
@@ -54,7 +56,8 @@ def write_report(run_folder: Path) -> Path:
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
+        kind = RunStopped if error.errno == errno.ENOSPC else UserError
+        raise kind(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
     return path
 
 

@@ -10,7 +10,6 @@ Plain tensors and JSON, nothing pickled. A kill at any moment leaves either the 
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,9 +83,9 @@ class Checkpoints:
                 shutil.rmtree(final)
             aside.rename(final)
             _sync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
             shutil.rmtree(aside, ignore_errors=True)
-            reason = "no space left" if error.errno == errno.ENOSPC else str(error)
+            reason = getattr(error, "strerror", None) or str(error)
             raise RunStopped(
                 f"{final}: checkpoint not written ({reason}); make room and run the same command again"
             ) from None
