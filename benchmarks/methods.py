@@ -1,6 +1,6 @@
 """Full-rank training, LoRA, LoRA with warm start and ReLoRA at equal tokens: held-out perplexity over three seeds.
 
-    python benchmarks/methods.py --corpus FOLDER --held-out FOLDER
+    python benchmarks/methods.py --corpus TRAIN.jsonl.gz ... --held-out VALID.jsonl.gz ...
 
 The same model, tokens and data order for every method (benchmarks/methods.yaml). Each gets the same budget for its
 learning rate: three full-length runs at seed 0, the best of which is repeated at seeds 1 and 2. For full rank that is
@@ -22,9 +22,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = Path("runs/methods")
 PREPARED = Path("prepared/methods")
-RATES = (7.5e-4, 1.5e-3, 3e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 """Learning rates to choose from at full rank."""
-RATIOS = (1.0, 2.0, 4.0)
+RATIOS = (0.5, 1.0, 2.0)
 """Rates of the factors to choose from, in multiples of the best full rate."""
 
 
@@ -59,16 +59,16 @@ class Method:
 METHODS = {
     "full": Method("full rank", ("method=full",)),
     "lora": Method("LoRA", ("method=lora", "warm_start.steps=0")),
-    "lora-warm": Method("LoRA, warm start 24%", ("method=lora",)),
-    "relora": Method("ReLoRA, warm start 24%, 4 restarts", ("method=relora",)),
+    "lora-warm": Method("LoRA, warm start 25%", ("method=lora",)),
+    "relora": Method("ReLoRA, warm start 25%, 4 restarts", ("method=relora",)),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="texts to train on")
-    parser.add_argument("--held-out", type=Path, required=True, help="texts to score")
-    parser.add_argument("--documents", type=int, default=200, help="of every file in the corpus")
+    parser.add_argument("--corpus", nargs="+", required=True, help="texts to train on")
+    parser.add_argument("--held-out", nargs="+", required=True, help="texts to score")
+    parser.add_argument("--documents", type=int, default=600, help="of every file in the corpus")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
@@ -91,12 +91,11 @@ def best(pool: ThreadPoolExecutor, trials: list[Trial]) -> Trial:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Token files of both corpora, with one tokenizer."""
-    files = sorted(str(path) for path in arguments.corpus.iterdir() if ".jsonl" in path.name)
     train = ["--take", str(arguments.documents), "--train-tokenizer", "4096", "--validation", "0"]
-    relora("prepare", *files, "--out", str(PREPARED), *train)
+    relora("prepare", *arguments.corpus, "--out", str(PREPARED), *train)
     tokenizer = str(PREPARED / "train" / "tokenizer")
     held_out = str(PREPARED / "held-out")
-    relora("prepare", str(arguments.held_out), "--out", held_out, "--tokenizer", tokenizer, "--validation", "0")
+    relora("prepare", *arguments.held_out, "--out", held_out, "--tokenizer", tokenizer, "--validation", "0")
 
 
 def score(trial: Trial) -> float:
