@@ -28,5 +28,5 @@ def low_rank_linear(
     # without autocast, half-precision activations meet fp32 factors: the factors' precision wins (small updates live
     # there)
     x = x.to(lora_A.dtype)
-    update = F.linear(F.linear(F.dropout(x, dropout) if dropout else x, lora_A), lora_B)
-    return frozen + (scaling * update).to(frozen.dtype)
+    compressed = F.linear(F.dropout(x, dropout) if dropout else x, lora_A)  # [..., r]: the cheapest place to scale
+    return frozen + F.linear(scaling * compressed, lora_B).to(frozen.dtype)
