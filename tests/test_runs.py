@@ -78,9 +78,12 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
 
 def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -> Path:
     """As the recipe does up to the last step, with a hand on the run."""
-    parts, folder = gather(config), claim(config, fresh=False)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
-    with Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter:
+    parts = gather(config)
+    with (
+        claim(config, fresh=False) as folder,
+        Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
+    ):
+        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         run = change(assemble(config, parts, reporter, checkpoints, {}))
         train(run, begin(run, checkpoints.latest()[0]))
     return folder
@@ -245,8 +248,8 @@ def test_another_run_in_the_folder_is_refused_and_fresh_moves_it_aside(configure
         pretrain(configure(batch__sequences=8), quiet=True)
     assert bytes_of(folder) == before
     execute(configure(log__every_steps=7))  # changes nothing that is trained
-    claim(config, fresh=True)
-    assert not (folder / "checkpoints").exists() and bytes_of(folder.with_name("run.1")) == before
+    with claim(config, fresh=True):
+        assert not (folder / "checkpoints").exists() and bytes_of(folder.with_name("run.1")) == before
 
 
 def test_a_damaged_checkpoint_is_passed_over(configure: Configure) -> None:

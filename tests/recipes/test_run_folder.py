@@ -31,25 +31,31 @@ def configure(tmp_path: Path) -> Configure:
     return build
 
 
+def claimed(config: RunConfig, fresh: bool) -> Path:
+    """Claim a folder and let it go."""
+    with claim(config, fresh) as folder:
+        return folder
+
+
 def test_a_new_folder_holds_the_resolved_configuration(configure: Configure, tmp_path: Path) -> None:
     config = configure(output_dir=str(tmp_path / "a" / "b" / "run"))
-    folder = claim(config, fresh=False)
+    folder = claimed(config, fresh=False)
     assert folder == tmp_path / "a" / "b" / "run" and load_config(folder / "config.yaml") == config
     assert open_run(folder) == (folder, config)
 
 
 def test_the_same_run_is_claimed_again(configure: Configure) -> None:
     """Also when only what changes no number has changed; the newest configuration is kept."""
-    folder = claim(configure(), fresh=False)
+    folder = claimed(configure(), fresh=False)
     (folder / "metrics.jsonl").write_text("a line\n")
     changed = configure(log={"every_steps": 77}, checkpoint={"keep_last": 5}, samples={"max_new_tokens": 3})
-    assert claim(changed, fresh=False) == folder
+    assert claimed(changed, fresh=False) == folder
     assert load_config(folder / "config.yaml") == changed and (folder / "metrics.jsonl").read_text() == "a line\n"
 
 
 def test_a_moved_folder_is_still_the_same_run(configure: Configure, tmp_path: Path) -> None:
-    claim(configure(), fresh=False).rename(tmp_path / "moved")
-    assert claim(configure(output_dir=str(tmp_path / "moved")), fresh=False) == tmp_path / "moved"
+    claimed(configure(), fresh=False).rename(tmp_path / "moved")
+    assert claimed(configure(output_dir=str(tmp_path / "moved")), fresh=False) == tmp_path / "moved"
 
 
 @pytest.mark.parametrize(
@@ -65,28 +71,28 @@ def test_a_moved_folder_is_still_the_same_run(configure: Configure, tmp_path: Pa
     ],
 )
 def test_another_run_is_refused_by_name(configure: Configure, overrides: dict[str, object], named: str) -> None:
-    folder = claim(configure(), fresh=False)
+    folder = claimed(configure(), fresh=False)
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=named):
-        claim(configure(**overrides), fresh=False)
+        claimed(configure(**overrides), fresh=False)
     assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_refused(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert claim(configure(), fresh=False).is_dir()  # an empty one is nobody's
+    assert claimed(configure(), fresh=False).is_dir()  # an empty one is nobody's
     (tmp_path / "run" / "config.yaml").unlink()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a run folder"):
-        claim(configure(), fresh=False)
+        claimed(configure(), fresh=False)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_fresh_moves_aside_to_the_first_free_name(configure: Configure, tmp_path: Path) -> None:
-    assert claim(configure(), fresh=True) == tmp_path / "run"  # nothing there to move
+    assert claimed(configure(), fresh=True) == tmp_path / "run"  # nothing there to move
     for number in (1, 2, 3):
         (tmp_path / "run" / "mark").write_text(str(number))
-        claim(configure(seed=number), fresh=True)
+        claimed(configure(seed=number), fresh=True)
         assert (tmp_path / f"run.{number}" / "mark").read_text() == str(number)
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
@@ -94,16 +100,16 @@ def test_fresh_moves_aside_to_the_first_free_name(configure: Configure, tmp_path
 def test_fresh_moves_nothing_when_the_new_folder_cannot_be_had(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     with pytest.raises(UserError, match=r"output_dir: .*file/run cannot be written"):
-        claim(configure(output_dir=str(tmp_path / "file" / "run")), fresh=True)
+        claimed(configure(output_dir=str(tmp_path / "file" / "run")), fresh=True)
     assert (tmp_path / "file").read_text() == "a file"
 
 
 def test_a_configuration_cut_short_is_refused_by_name(configure: Configure) -> None:
     """As a full disk or a kill could leave it."""
-    folder = claim(configure(), fresh=False)
+    folder = claimed(configure(), fresh=False)
     (folder / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"config\.yaml"):
-        claim(configure(), fresh=False)
+        claimed(configure(), fresh=False)
 
 
 def test_open_run_wants_a_run_folder(tmp_path: Path) -> None:
@@ -120,8 +126,18 @@ def test_space_is_asked_of_the_disk_that_will_hold_the_folder(small: int) -> Non
 
 
 def test_environment(configure: Configure) -> None:
-    folder = claim(configure(), fresh=False)
+    folder = claimed(configure(), fresh=False)
     write_environment(folder, 1234)
     written = json.loads((folder / "environment.json").read_text())
     assert written == {"parameters": 1234, **describe_environment()}
     assert {"relora", "torch", "transformers", "python", "platform", "threads", "gpu"} <= written.keys()
+
+
+def test_one_process_at_a_time(configure: Configure, tmp_path: Path) -> None:
+    with claim(configure(), fresh=False) as folder:
+        for fresh in (False, True):
+            with pytest.raises(UserError, match="another process is writing"):
+                claimed(configure(), fresh)
+        assert folder.is_dir() and not (tmp_path / "run.1").exists()
+        assert claimed(configure(output_dir=str(tmp_path / "other")), fresh=False).is_dir()
+    assert claimed(configure(), fresh=False) == folder  # let go: taken over without a question

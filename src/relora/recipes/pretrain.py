@@ -66,9 +66,14 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
     # a checkpoint holds at most weights, m and v in fp32; one more than is kept while it is written, and the model
     needed = parameters * (12 * (config.checkpoint.keep_last + 1) + 4)
     check_space(Path(config.output_dir), needed, continuing=not fresh)
-    folder = claim(config, fresh)
-    write_environment(folder, parameters)
-    copy_tokenizer(parts.held_out.folder.tokenizer_path, folder / "tokenizer")  # an export needs no data
+    with claim(config, fresh) as folder:
+        write_environment(folder, parameters)
+        copy_tokenizer(parts.held_out.folder.tokenizer_path, folder / "tokenizer")  # an export needs no data
+        return _run(config, parts, folder, quiet)
+
+
+def _run(config: RunConfig, parts: Ingredients, folder: Path, quiet: bool) -> PretrainResult:
+    """From the newest checkpoint, if there is one, to the model, the samples and the report."""
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     checkpoint, broken = checkpoints.latest()
     environment = numeric_environment(parts.device, config.precision.dtype)
@@ -82,8 +87,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, quiet: bool = False) -> 
             reporter.message(f"continuing after step {checkpoint.step} of {config.total_steps}")
             _warn_of_changes(checkpoint.settings, environment, reporter)
         run = assemble(config, parts, reporter, checkpoints, environment)
-        progress = begin(run, checkpoint)
-        state = train(run, progress)
+        state = train(run, begin(run, checkpoint))
         merge(parts.model)
         evaluation = run.evaluate(parts.model)
         save_model(parts.model, folder / "model", parts.tokenizer)

@@ -7,10 +7,15 @@ A folder belongs to one configuration. The same command on it continues the run;
 name.
 """
 
+import fcntl
+import itertools
 import json
+import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,29 +28,34 @@ FREE_SECTIONS = ("log", "checkpoint", "samples")
 """Sections that change nothing in what is trained or measured; they may differ when a run is continued."""
 
 
-def claim(config: RunConfig, fresh: bool) -> Path:
-    """The run's folder, ready to be written: new, or holding an earlier part of the same run.
+@contextmanager
+def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
+    """The run's folder, ready to be written and held alone: new, or holding an earlier part of the same run.
 
     `fresh` moves what is there aside, to the first free `NAME.1`, `NAME.2` ...; nothing is deleted.
 
     Raises:
-        UserError: the folder holds another run, or something else, or cannot be written.
+        UserError: the folder holds another run or something else, another process is writing it, or it cannot be
+            written. Nothing was changed.
     """
     folder = Path(config.output_dir)
-    try:
-        if fresh and folder.exists():
-            folder.rename(
-                next(aside for n in range(1, 10_000) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
-            )
-        if (folder / "config.yaml").is_file():
-            _check_same_run(folder, config)
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"output_dir: {folder} exists and is not a run folder; choose another")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
-    return folder
+    with ExitStack() as held:
+        try:
+            if folder.is_dir():
+                held.enter_context(_locked(folder))
+            if fresh and folder.exists():
+                folder.rename(_free_name(folder))
+            if (folder / "config.yaml").is_file():
+                _check_same_run(folder, config)
+            elif folder.exists() and any(folder.iterdir()):
+                raise UserError(f"output_dir: {folder} exists and is not a run folder; choose another")
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                held.enter_context(_locked(folder))
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+        yield folder
 
 
 def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) -> None:
@@ -103,6 +113,26 @@ def _git_revision() -> str | None:
         return None
     revision, prefix = done.stdout.splitlines()
     return revision if prefix == "src/relora/recipes/" else None  # else some other repository around an installation
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder alone. The lock is on the folder itself and dies with its process, so none is ever stale."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"output_dir: another process is writing {folder}; wait for it, or stop it first"
+            raise UserError(message) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(folder: Path) -> Path:
+    """`NAME.1`, or the next that is not there."""
+    return next(aside for n in itertools.count(1) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
