@@ -63,7 +63,7 @@ def merge(model: nn.Module) -> None:
     A weight that was stored in bf16 comes back as its exact fp32 master.
 
     Raises:
-        FloatingPointError: an update is not finite; it names the layer.
+        RunStopped: an update is not finite; it names the layer.
     """
     for name, layer in low_rank_layers(model).items():
         layer.merge_()
@@ -92,14 +92,16 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Inverse of `exact_tensors` into a model of the same structure.
 
     Raises:
-        KeyError: names differ; ValueError: a shape differs. Nothing was copied.
+        UserError: names or a shape differ. Nothing was copied.
     """
     own = exact_tensors(model)
     if own.keys() != tensors.keys():
-        raise KeyError(f"tensor names differ: {', '.join(sorted(own.keys() ^ tensors.keys())[:4])}")
+        differing = ", ".join(sorted(own.keys() ^ tensors.keys())[:4])
+        raise UserError(f"the saved tensors are another model's: {differing} are not in both")
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, the model's is {tuple(tensor.shape)}")
+            shapes = f"{tuple(tensors[name].shape)} there, {tuple(tensor.shape)} here"
+            raise UserError(f"the saved tensors are another model's: {name} is {shapes}")
     layers = low_rank_layers(model)
     for name, tensor in own.items():
         path, _, kind = name.rpartition(".")

@@ -104,12 +104,7 @@ def update_spectrum(layer: LowRankLinear) -> Tensor:
 def _merge_and_redraw(name: str, layer: LowRankLinear, cycle: int) -> MergedUpdate:
     spectrum = update_spectrum(layer).cpu()
     weight_norm = layer.base.exact.norm().item()
-    try:
-        delta = layer.merge_()
-    except FloatingPointError as error:
-        raise RunStopped(
-            f"restart into cycle {cycle}: {error}; continue from the last checkpoint with a lower lowrank_lr"
-        ) from None
+    delta = layer.merge_()
     layer.redraw_(cycle)
     return MergedUpdate(
         name=name,

@@ -1,6 +1,4 @@
-"""One optimizer step: micro-batches, loss per valid token of the whole step, clip, finite check before any weight
-moves.
-"""
+"""One optimizer step: micro-batches, loss per valid token, clip, and a finite check before any weight moves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
