@@ -77,6 +77,14 @@ def test_what_a_kill_leaves_is_ignored_and_swept(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
+def test_a_damaged_newer_checkpoint_takes_no_sound_ones_place(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    (save(checkpoints, 3) / "weights.safetensors").write_bytes(b"")
+    save(checkpoints, 2)
+    newest, _ = checkpoints.latest()
+    assert newest is not None and newest.step == 2
+
+
 def test_another_format_is_refused(tmp_path: Path) -> None:
     manifest = save(Checkpoints(tmp_path), 1) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))

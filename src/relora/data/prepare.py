@@ -300,7 +300,8 @@ def _one_pass(
         for chunk, encoded in encode_all(_chunks(corpus, skip=state.documents), encoder, workers):
             train.append(encoded.train)
             validation.append(encoded.validation)
-            state.lowest_draw = min(encoded.lowest_draw, state.lowest_draw or DRAWS)
+            lowest = DRAWS if state.lowest_draw is None else state.lowest_draw
+            state.lowest_draw = min(encoded.lowest_draw, lowest)
             if time.monotonic() - noted >= JOURNAL_SECONDS:
                 train.sync()
                 validation.sync()

@@ -25,8 +25,7 @@ def low_rank_linear(
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)  # a base stored in bf16 under fp32 arithmetic
     frozen = F.linear(x, weight, bias)
-    # without autocast, half-precision activations meet fp32 factors: the factors' precision wins (small updates live
-    # there)
+    # without autocast, half-precision activations meet fp32 factors: small updates live there, so their precision wins
     x = x.to(lora_A.dtype)
     compressed = F.linear(F.dropout(x, dropout) if dropout else x, lora_A)  # [..., r]: the cheapest place to scale
     return frozen + F.linear(scaling * compressed, lora_B).to(frozen.dtype)

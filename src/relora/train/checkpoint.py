@@ -89,7 +89,8 @@ class Checkpoints:
             raise RunStopped(
                 f"{final}: checkpoint not written ({reason}); make room and run the same command again"
             ) from None
-        for step in self.steps()[: -self.keep_last]:
+        # a later step that is there failed to verify, or this one would not be trained again: it counts for nothing
+        for step in [step for step in self.steps() if step <= state["step"]][: -self.keep_last]:
             shutil.rmtree(self.folder / f"step-{step:08d}")
         return final
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from relora.draws import keyed_seed
 from relora.errors import RunStopped
 from relora.lowrank import low_rank_layers
+from relora.measure import IGNORED
 
 
 class Batch(Protocol):
-    """Sequences of one step, both [sequences, sequence_length]; labels are the next tokens, or -100 (not scored)."""
+    """Sequences of one step, both [sequences, sequence_length]; labels are the next tokens, or IGNORED."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -59,7 +60,7 @@ def train_step(
     """
     torch.manual_seed(keyed_seed(seed, "step", step))
     device = next(model.parameters()).device
-    valid_tokens = int((batch.labels != -100).sum())
+    valid_tokens = int((batch.labels != IGNORED).sum())
     loss_sum = torch.zeros((), device=device)
     micro_batches = zip(
         torch.split(batch.input_ids, micro_sequences), torch.split(batch.labels, micro_sequences), strict=True
