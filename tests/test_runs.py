@@ -16,13 +16,15 @@ from relora.config import RunConfig, parse_config
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
 from relora.recipes.export import export
-from relora.recipes.pretrain import assemble, gather, pretrain
-from relora.recipes.run_folder import claim
+from relora.recipes.parts import gather
+from relora.recipes.pretrain import assemble, pretrain
+from relora.recipes.run_folder import claim, describe_run
 from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
-from relora.train.loop import Run, begin, train
+from relora.train.loop import train
+from relora.train.run import Run, begin
 
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
 """What differs between two runs of the same numbers."""
@@ -79,13 +81,14 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
 def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -> Path:
     """As the recipe does up to the last step, with a hand on the run."""
     parts = gather(config)
-    with (
-        claim(config, fresh=False) as folder,
-        Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
-    ):
-        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
-        run = change(assemble(config, parts, reporter, checkpoints, {}))
-        train(run, begin(run, checkpoints.latest()[0]))
+    with claim(config, fresh=False) as folder:
+        describe_run(folder, config, 0)
+        with (
+            Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
+            Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
+        ):
+            run = change(assemble(config, parts, reporter, checkpoints, {}))
+            train(run, begin(run, checkpoints.latest()[0]))
     return folder
 
 
@@ -107,7 +110,7 @@ def figures(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, object]
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     final = max((folder / "checkpoints").iterdir())
-    return {name: (final / f"{name}.safetensors").read_bytes() for name in ("weights", "optimizer")}
+    return {path.name: path.read_bytes() for path in final.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize(

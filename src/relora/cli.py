@@ -6,6 +6,7 @@ number. Verbs import what they need when they run, so that a misspelt key or `--
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -95,10 +96,15 @@ def pretrain(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over; what is in the run folder is moved aside.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Continue from the newest checkpoint and to the last bit, or not at all.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
     """Pretrain by a configuration; on a run folder that holds a checkpoint, continue."""
+    # what asks a run for a checkpoint must not end one that has not begun, or has trained its last step
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     settings = _configuration(config, overrides)
     if dry_run:
         from relora.recipes.dry_run import describe, print_plan
@@ -108,7 +114,7 @@ def pretrain(
         return
     from relora.recipes.pretrain import pretrain as run_pretrain
 
-    result = run_pretrain(settings, fresh=fresh, quiet=quiet or as_json)
+    result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json)
     if as_json:
         _print_json(asdict(result))
 

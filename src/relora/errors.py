@@ -23,6 +23,19 @@ class RunStopped(ReloraError):
     exit_status = 3
 
 
+class NonFinite(RunStopped):
+    """A loss, a gradient, a weight or an update is not a finite number; it went no further.
+
+    `sequences`: those of the step's batch that it may have come from; empty where it was not found in a step.
+    """
+
+    def __init__(
+        self, message: str, *, loss: float | None = None, grad_norm: float | None = None, sequences: range = range(0)
+    ) -> None:
+        super().__init__(message)
+        self.loss, self.grad_norm, self.sequences = loss, grad_norm, sequences
+
+
 class Interrupted(ReloraError):
     """A signal ended the run after a checkpoint was written; `exit_status` is 128 + the signal's number."""
 

@@ -6,7 +6,7 @@ bits per byte   loss / ln 2 * tokens / bytes; unlike perplexity it compares acro
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,6 +70,7 @@ def evaluate(
     bytes_per_token: float | None = None,
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score batches of `(input_ids, labels)` (see `token_loss`); the model comes back in the mode it was in.
 
@@ -79,11 +80,13 @@ def evaluate(
         bytes_per_token: of the text behind the batches, for bits per byte.
         device: where the model is; by default that of its first parameter.
         autocast: the dtype of matrix products, where it is not that of the weights.
+        each_batch: called before every batch; what it raises ends the evaluation.
     """
     device = device or next(model.parameters()).device
     loss_sum, tokens = 0.0, 0
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for input_ids, labels in batches:
+            each_batch()
             batch_loss, batch_tokens = token_loss(model, input_ids.to(device), labels.to(device))
             loss_sum += batch_loss.item()  # a Python float is fp64
             tokens += int(batch_tokens.item())

@@ -9,7 +9,7 @@ from relora.config import RunConfig, parse_config
 from relora.errors import UserError
 from relora.lowrank import inject
 from relora.recipes.dry_run import describe, print_plan
-from relora.recipes.pretrain import gather, lowrank_of, schedule_of
+from relora.recipes.parts import gather, lowrank_of, schedule_of
 
 Configure = Callable[..., RunConfig]
 

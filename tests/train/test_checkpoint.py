@@ -1,33 +1,44 @@
-"""Checkpoints are whole or ignored, and hold nothing that runs."""
+"""Checkpoints are whole or ignored, hold nothing that runs, and share frozen weights without hanging on each other."""
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from relora.errors import RunStopped, UserError
-from relora.train.checkpoint import Checkpoints
+from relora.train import checkpoint as module
+from relora.train.checkpoint import FROZEN, Checkpoints, SavedState
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
+FROZEN_WEIGHTS = {"w": torch.arange(4.0)}
 MOMENTS = {"a:exp_avg": torch.zeros(2, 3), "a:step": torch.tensor(4.0)}
 
 
-def save(checkpoints: Checkpoints, step: int) -> Path:
-    return checkpoints.save({"step": step, "tokens": step * 10}, WEIGHTS, MOMENTS, {"torch": "x"})
+def save(checkpoints: Checkpoints, step: int, frozen_since: int | None = None, needed: int | None = None) -> Path:
+    """With frozen weights where `frozen_since` says since when."""
+    state = SavedState(step=step, tokens=step * 10, positions={}, frozen_since=frozen_since)
+    frozen = FROZEN_WEIGHTS if frozen_since is not None else {}
+    checkpoints.save(state, WEIGHTS, frozen, MOMENTS, {"torch": "x"}, needed=needed)
+    checkpoints.wait()
+    return checkpoints.folder / f"step-{step:08d}"
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    save(checkpoints, 7)
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("frozen_since", [None, 5])
+def test_round_trip(tmp_path: Path, background: bool, frozen_since: int | None) -> None:
+    checkpoints = Checkpoints(tmp_path, background=background)
+    folder = save(checkpoints, 7, frozen_since)
     checkpoint, broken = checkpoints.latest()
     assert checkpoint is not None and not broken
-    assert (checkpoint.step, checkpoint.state["tokens"], checkpoint.settings) == (7, 70, {"torch": "x"})
-    for kind, tensors in (("weights", WEIGHTS), ("optimizer", MOMENTS)):
-        loaded = checkpoint.tensors(kind)
+    assert (checkpoint.step, checkpoint.state.tokens, checkpoint.manifest.settings) == (7, 70, {"torch": "x"})
+    weights = WEIGHTS | (FROZEN_WEIGHTS if frozen_since is not None else {})
+    for loaded, tensors in ((checkpoint.weights(), weights), (checkpoint.optimizer(), MOMENTS)):
         assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
-        assert loaded.keys() == tensors.keys() and all(loaded[k].dtype == tensors[k].dtype for k in tensors)
+        assert all(loaded[k].dtype == tensors[k].dtype for k in tensors)
+    assert (folder / FROZEN).exists() == (frozen_since is not None)
 
 
 def test_only_safetensors_and_json(tmp_path: Path) -> None:
@@ -61,7 +72,7 @@ def test_damage_is_named_and_the_older_one_used(tmp_path: Path, name: str, damag
     checkpoint, broken = checkpoints.latest()
     assert checkpoint is not None and checkpoint.step == 1
     assert len(broken) == 1 and "step-00000002" in broken[0]
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged|missing"):
         checkpoints.open(2)
 
 
@@ -100,3 +111,135 @@ def test_a_write_that_fails_keeps_the_old_checkpoint(tmp_path: Path) -> None:
         save(checkpoints, 2)
     newest, _ = checkpoints.latest()
     assert newest is not None and newest.step == 1
+
+
+def inode(folder: Path) -> int:
+    return (folder / FROZEN).stat().st_ino
+
+
+def test_frozen_weights_are_written_once_a_cycle_and_two_copies_are_kept(tmp_path: Path) -> None:
+    """The second checkpoint of the first cycle writes them again: else one damaged file could damage all there is."""
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    copies = [inode(save(checkpoints, step, frozen_since=0)) for step in (1, 2, 3, 4)]
+    assert copies[1] == copies[2] == copies[3] != copies[0] and checkpoints.steps() == [1, 3, 4]
+    copies = [inode(save(checkpoints, step, frozen_since=4)) for step in (5, 6, 7, 8)]
+    assert len(set(copies)) == 1 and checkpoints.steps() == [4, 7, 8]
+    for step in checkpoints.steps():
+        assert torch.equal(Checkpoints(tmp_path).open(step).weights()["w"], FROZEN_WEIGHTS["w"])
+
+
+def test_a_damaged_shared_file_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4):
+        folder = save(checkpoints, step, frozen_since=0)
+    with (folder / FROZEN).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    newest, broken = Checkpoints(tmp_path).latest()
+    assert newest is not None and newest.step == 1
+    assert [FROZEN in line for line in broken] == [True, True]
+
+
+def test_a_continued_run_links_to_what_it_began_from(tmp_path: Path) -> None:
+    for step in (1, 2):
+        first = inode(save(Checkpoints(tmp_path), step, frozen_since=0))
+    continued = Checkpoints(tmp_path)
+    assert continued.latest()[0] is not None
+    assert inode(save(continued, 3, frozen_since=0)) == first
+    assert inode(save(continued, 4, frozen_since=3)) != first
+
+
+def test_without_hard_links_the_frozen_weights_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(module.os, "link", refuse)
+    checkpoints = Checkpoints(tmp_path, keep_last=4)
+    assert len({inode(save(checkpoints, step, frozen_since=0)) for step in (1, 2, 3)}) == 3
+    assert Checkpoints(tmp_path).latest()[0] is not None
+
+
+def test_the_needed_one_is_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step in (10, 11, 12, 13):
+        save(checkpoints, step, needed=10)
+    assert checkpoints.steps() == [10, 13]
+    save(checkpoints, 20, needed=20)
+    assert checkpoints.steps() == [20]
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    before = (save(checkpoints, 3) / "manifest.json").stat().st_mtime_ns
+    assert (save(checkpoints, 3) / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    (save(Checkpoints(tmp_path), 3) / "weights.safetensors").write_bytes(b"")
+    save(Checkpoints(tmp_path), 3)
+    assert Checkpoints(tmp_path).open(3).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is held back until the tensor has changed."""
+    go, write = threading.Event(), module.save_file
+
+    def late(*arguments: object) -> None:
+        assert go.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "save_file", late)
+    checkpoints, tensor = Checkpoints(tmp_path), torch.zeros(3)
+    state = SavedState(step=1, tokens=0, positions={})
+    checkpoints.save(state, {"a": tensor}, {"w": tensor[1:]}, {}, {})
+    tensor.fill_(7.0)
+    go.set()
+    checkpoints.wait()
+    saved = Checkpoints(tmp_path).open(1).weights()
+    assert not saved["a"].any() and not saved["w"].any()
+
+
+def test_a_failure_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    monkeypatch.setattr(module, "save_file", full)
+    checkpoints.save(SavedState(step=2, tokens=0, positions={}), WEIGHTS, {}, MOMENTS, {})
+    with pytest.raises(RunStopped, match="No space left on device.*make room"):
+        while True:
+            checkpoints.check()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("manifest.json", {"files": {"../../secret": {"bytes": 1, "crc32": 1, "sha256": ""}}}, "damaged"),
+        ("manifest.json", {"files": {}}, "does not list optimizer.safetensors"),
+        ("manifest.json", {"settings": 3}, "damaged"),
+        ("manifest.json", {"format": "2"}, "damaged"),
+        ("state.json", {"step": 2}, "step 2, in the folder of step 1"),
+        ("state.json", {"tokens": "many"}, "damaged"),
+    ],
+)
+def test_a_lie_is_refused(tmp_path: Path, file: str, change: dict[str, object], message: str) -> None:
+    """Written by hand, with checksums that are right."""
+    folder = save(Checkpoints(tmp_path), 1)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    if file != "manifest.json":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][file] = module.asdict(module._digest(folder / file))
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path).open(1)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    folder = save(Checkpoints(tmp_path / "run"), 1)
+    (folder / "weights.safetensors").rename(tmp_path / "elsewhere")
+    (folder / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"weights\.safetensors: missing, or not a plain file"):
+        Checkpoints(tmp_path / "run").open(1)

@@ -19,8 +19,9 @@ from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
-from relora.train.loop import Progress, Run, begin, train
+from relora.train.loop import train
 from relora.train.optim import OptimizerConfig, named_state
+from relora.train.run import Progress, Run, begin
 from relora.train.schedule import Schedule
 
 TEN_STEPS = {"total_steps": 10, "warm_start_steps": 3, "restart_every_steps": 3, "restart_warmup_steps": 1}
@@ -79,6 +80,7 @@ class Stage:
             "model": self.model,
             "schedule": Schedule(**TEN_STEPS),
             "batch_at": self.batch_at,
+            "place_of": lambda number, sequences: f"batch {number}, {sequences}",
             "loss": loss,
             "evaluate": self.evaluate,
             "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
@@ -87,11 +89,13 @@ class Stage:
             "restart_keep_ratio": 0.1,
             "reporter": self.reporter,
             "checkpoints": Checkpoints(folder / "checkpoints"),
-            "numeric_environment": {},
+            "settings": {},
             "autocast": None,
             "seed": 0,
             "micro_sequences": 2,
             "clip_grad_norm": 1.0,
+            "non_finite": "stop",
+            "non_finite_limit": 3,
             "log_every_steps": 1,
             "evaluate_every_steps": 100,
             "checkpoint_every_steps": 100,
@@ -103,7 +107,8 @@ class Stage:
         self.events.append(("batch", step, rank_state(self.model)))
         return batch(step)
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        each_batch()
         self.events.append(("evaluate", rank_state(model)))
         with evaluating(model):
             summed, tokens = loss(model, *batch(-1))
@@ -114,6 +119,7 @@ class Stage:
             self.progress = begin(self.run, self.run.checkpoints.latest()[0])
             train(self.run, self.progress)
         finally:
+            self.run.checkpoints.__exit__(None, None, None)
             self.reporter.close()
         return self
 
@@ -187,11 +193,11 @@ def test_evaluations_in_between(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("boundary", [3, 6, 9])
 def test_continued_at_a_boundary_crosses_it_once(tmp_path: Path, boundary: int) -> None:
-    """A checkpoint at a boundary is of the time before it; the restart is measured on both sides all the same."""
+    """A checkpoint at a boundary is of the time before it, and before its evaluation, which is done again."""
     with pytest.raises(Killed):
         Stage(tmp_path, checkpoint_every_steps=boundary).until(boundary, kill).play()
     stage = Stage(tmp_path).play()
-    crossing = [("evaluate", "moved"), ("evaluate", "fresh")] if boundary > 3 else []
+    crossing = [("evaluate", "moved"), ("evaluate", "fresh")] if boundary > 3 else [("evaluate", "full")]
     assert stage.events[: len(crossing) + 1] == [*crossing, ("batch", boundary, "fresh")]
     assert [line["step"] for line in stage.lines("restarts.jsonl")] == [6, 9]
     assert [line["step"] for line in stage.lines(kind="train")] == list(range(1, 11))
@@ -324,9 +330,35 @@ def test_a_stop_signal_saves_after_the_step_and_the_next_run_continues(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_signal_in_the_last_step_does_not_spoil_the_end(tmp_path: Path) -> None:
-    stage = Stage(tmp_path).until(9, lambda: signal.raise_signal(signal.SIGTERM)).play()
-    assert stage.run.checkpoints.steps() == [10] and stage.lines()[-1]["step"] == 10
+def test_a_signal_in_the_last_step_leaves_the_end_to_the_next_run(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped after step 10"):
+        Stage(tmp_path).until(9, lambda: signal.raise_signal(signal.SIGTERM)).play()
+    stage = Stage(tmp_path).play()
+    assert stage.events == [("evaluate", "moved")] or stage.events == [("evaluate", "fresh")]
+    assert stage.run.checkpoints.steps() == [10] and stage.lines()[-1]["kind"] == "evaluation"
+
+
+def test_a_signal_cuts_an_evaluation_short_and_it_is_done_by_the_next_run(tmp_path: Path) -> None:
+    whole, stage = Stage(tmp_path / "whole").play(), Stage(tmp_path / "cut")
+
+    def evaluate(model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        if len(stage.events) == 8:  # before the restart of step 6
+            signal.raise_signal(signal.SIGTERM)
+        return stage.evaluate(model, each_batch)
+
+    stage.run = dataclasses.replace(stage.run, evaluate=evaluate)
+    with pytest.raises(Interrupted, match="stopped after step 6"):
+        stage.play()
+    assert stage.run.checkpoints.steps() == [6] and len(stage.events) == 8
+    continued = Stage(tmp_path / "cut").play()
+    assert [line["step"] for line in continued.lines(kind="evaluation")] == [0, 3, 6, 9, 10]
+    weights = [exact_tensors(each.model) for each in (whole, continued)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_on_demand(tmp_path: Path) -> None:
+    stage = Stage(tmp_path).until(4, lambda: signal.raise_signal(signal.SIGUSR1)).play()
+    assert stage.run.checkpoints.steps() == [5, 10] and stage.lines()[-1]["step"] == 10
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_kept(tmp_path: Path) -> None:
@@ -343,10 +375,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_kept(tmp_p
 
 
 def test_the_checkpoint_says_where_it_stands(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, numeric_environment={"threads": 1}).play()
+    stage = Stage(tmp_path, settings={"threads": 1}).play()
     checkpoint = stage.run.checkpoints.open(10)
-    assert (checkpoint.state["step"], checkpoint.state["tokens"]) == (10, 240)
-    assert checkpoint.settings == {"threads": 1}
-    sizes = {name: (tmp_path / name).stat().st_size for name in ("metrics.jsonl", "restarts.jsonl")}
-    assert checkpoint.state["positions"] == sizes
+    assert (checkpoint.state.step, checkpoint.state.tokens) == (10, 240)
+    assert checkpoint.manifest.settings == {"threads": 1}
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    until_then = sum(len(line) for line in lines[:-1])  # the evaluation of its step comes after it
+    restarts = (tmp_path / "restarts.jsonl").stat().st_size
+    assert checkpoint.state.positions == {"metrics.jsonl": until_then, "restarts.jsonl": restarts}
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 0

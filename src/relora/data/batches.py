@@ -85,21 +85,33 @@ class TrainBatches:
         """Windows of all sources together: one pass over the data, if the weights follow the sizes."""
         return sum(self._windows)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of optimizer step `step`, counted from 0; [batch_sequences, S]."""
-        first = step * self.batch_sequences
+    def batch(self, number: int) -> Batch:
+        """The batch of a number, counted from 0; [batch_sequences, S]."""
+        rows = np.empty((self.batch_sequences, self.sequence_length + 1), dtype=np.int64)
+        for row, (source, start) in enumerate(self._windows_of(number)):
+            rows[row] = self.folders[source].window(start, self.sequence_length + 1)
+        tokens = torch.from_numpy(rows)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def place(self, number: int, sequences: range) -> str:
+        """Where sequences of a batch come from, for a person: folders, and the tokens at which they begin."""
+        windows = self._windows_of(number)[sequences.start : sequences.stop]
+        named = [f"{self.folders[source].path} from token {start:,}" for source, start in windows[:4]]
+        more = [f"and {len(windows) - 4} more"] if len(windows) > 4 else []
+        return f"batch {number:,}: {', '.join(named + more)}"
+
+    def _windows_of(self, number: int) -> list[tuple[int, int]]:
+        """The source of each sequence of a batch, and the token at which it begins there."""
+        first = number * self.batch_sequences
         numbers = np.arange(first, first + self.batch_sequences, dtype=np.int64)
         blocks, slots = np.divmod(numbers, len(self._slot_source))
         source_of = self._slot_source[slots]
-        rows = np.empty((self.batch_sequences, self.sequence_length + 1), dtype=np.int64)
+        starts = np.empty_like(numbers)
         for source in np.unique(source_of).tolist():
             mine = np.flatnonzero(source_of == source)
             positions = blocks[mine] * self._shares[source] + self._slot_rank[slots[mine]]
-            starts = self._order(source, positions) * self.sequence_length
-            for row, start in zip(mine.tolist(), starts.tolist(), strict=True):
-                rows[row] = self.folders[source].window(start, self.sequence_length + 1)
-        tokens = torch.from_numpy(rows)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            starts[mine] = self._order(source, positions) * self.sequence_length
+        return list(zip(source_of.tolist(), starts.tolist(), strict=True))
 
     def _order(self, source: int, positions: Int64Array) -> Int64Array:
         """Positions in the endless sequence of a source's epochs -> windows, [n] -> [n]."""

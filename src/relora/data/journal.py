@@ -12,21 +12,32 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
 from relora.data.encode import SplitTokens
-from relora.data.shards import Shard, sync
+from relora.data.shards import Count, Options, Shard, Source
+from relora.durable import sync
 from relora.errors import UserError
+from relora.untrusted import inside
 
 JOURNAL_NAME = "journal.jsonl"
 
+HEADER_START = b'{"request": {"sources": '
+
 SHARD_TOKENS = 1 << 27
 """A shard is closed once it holds this many tokens."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; equal requests have equal results."""
+
+    sources: tuple[Source, ...]
+    options: Options
 
 
 @dataclass
@@ -34,8 +45,8 @@ class SplitState:
     """How far one split is written."""
 
     shards: list[Shard] = field(default_factory=list)
-    documents: int = 0
-    text_bytes: int = 0
+    documents: Count = 0
+    text_bytes: Count = 0
 
     @property
     def tokens(self) -> int:
@@ -49,7 +60,7 @@ class PassState:
 
     train: SplitState = field(default_factory=SplitState)
     validation: SplitState = field(default_factory=SplitState)
-    lowest_draw: int | None = None
+    lowest_draw: Count | None = None
     """Of all documents so far (see `encode.SplitRule`)."""
 
     @property
@@ -62,9 +73,9 @@ class PassState:
 class Header:
     """What the journal's first line holds."""
 
-    request: Mapping[str, Any]
+    request: Request
     """The sources and options: a journal of another request cannot be continued."""
-    threshold: int
+    threshold: Count
     """See `encode.SplitRule`."""
 
 
@@ -118,15 +129,28 @@ class Journal:
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
         whole, torn = lines[:-1], lines[-1]
-        if torn:
-            self._file.truncate(sum(len(line) + 1 for line in whole))
         try:
+            if not whole and not _begins_header(torn):
+                raise UserError("not a header")
             header = TypeAdapter(Header).validate_json(whole[0]) if whole else None
             state = TypeAdapter(PassState).validate_json(whole[-1]) if len(whole) > 1 else PassState()
-        except ValidationError:
+            for shard in (*state.train.shards, *state.validation.shards):
+                inside(self._out, shard.file)
+        except (ValidationError, UserError):
             self._file.close()
-            raise UserError(f"{self._out / JOURNAL_NAME}: damaged; delete {self._out} and prepare again") from None
+            raise UserError(
+                f"{self._out / JOURNAL_NAME}: damaged; delete {self._out} and prepare again, "
+                "or choose another --out if `relora prepare` did not write it"
+            ) from None
+        if torn:
+            self._file.truncate(sum(len(line) + 1 for line in whole))
         return header, state
+
+
+def _begins_header(torn: bytes) -> bool:
+    """Whether a journal without a whole line is the rest of a kill, and not a file of the user's."""
+    start = HEADER_START[: len(torn)]
+    return torn[: len(start)] == start
 
 
 class SplitWriter:

@@ -8,19 +8,22 @@ The shards together are one long stream of tokens; where one shard ends means no
 so a folder without one is unfinished. Shards are memory-mapped: a corpus larger than main memory costs none.
 """
 
+import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from relora.durable import write_durably
 from relora.errors import UserError
+from relora.mistakes import first_mistake, shown
+from relora.untrusted import INDEX_BYTES, inside, regular_file
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -28,6 +31,9 @@ TOKENIZER_NAME = "tokenizer"
 PREPARE_AGAIN = "delete the folder and run `relora prepare` again"
 
 TokenDtype = Literal["uint16", "uint32"]
+Options = Mapping[str, str | int | float | bool | None]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Shard:
     """One token file."""
 
     file: str
-    tokens: int
-    crc32: int
+    tokens: Positive
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class Source:
     """One source as it was given, and what tells whether it changed."""
 
     source: str
-    files: int
-    bytes: int | None
+    files: Count
+    bytes: Count | None
     """On disk; None for a dataset that is streamed from the hub."""
     fingerprint: str
     """Over the names, sizes and modification times of its files; of a streamed one, over its commit."""
@@ -56,19 +62,19 @@ class Index:
     """What `index.json` holds."""
 
     format_version: int
-    tokens: int
-    documents: int
-    text_bytes: int
+    tokens: Positive
+    documents: Positive
+    text_bytes: Positive
     """Of the documents as UTF-8, without the EOS that ends each."""
-    skipped_records: int
+    skipped_records: Count
     """Bad records that `skip_bad` left out of the whole corpus (both splits together)."""
     dtype: TokenDtype
-    vocab_size: int
-    eos_token_id: int
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
+    eos_token_id: Count
     tokenizer_fingerprint: str
     shards: tuple[Shard, ...]
     sources: tuple[Source, ...]
-    options: Mapping[str, str | int | float | bool | None]
+    options: Options
 
 
 class PreparedFolder:
@@ -88,15 +94,17 @@ class PreparedFolder:
         index = read_index(path)
         itemsize = token_dtype(index.dtype).itemsize
         for shard in index.shards:
-            file, expected = path / shard.file, shard.tokens * itemsize
+            file, expected = inside(path, shard.file), shard.tokens * itemsize
             try:
-                size = file.stat().st_size
+                size = regular_file(file).stat().st_size
             except OSError as error:
                 raise UserError(f"{file}: {error.strerror}; {PREPARE_AGAIN}") from None
             if size != expected:
                 raise UserError(f"{file}: {size} bytes, the index says {expected}; {PREPARE_AGAIN}")
-        if sum(shard.tokens for shard in index.shards) != index.tokens or index.tokens == 0:
+        if sum(shard.tokens for shard in index.shards) != index.tokens:
             raise UserError(f"{path / INDEX_NAME}: `shards` and `tokens` disagree; {PREPARE_AGAIN}")
+        if index.eos_token_id >= index.vocab_size:
+            raise UserError(f"{path / INDEX_NAME}: `eos_token_id` is not below `vocab_size`; {PREPARE_AGAIN}")
         return cls(path, index)
 
     @property
@@ -115,6 +123,13 @@ class PreparedFolder:
         return self.index.tokenizer_fingerprint
 
     @property
+    def content(self) -> str:
+        """Equal for folders of the same tokens, wherever they lie."""
+        shards = [(shard.tokens, shard.crc32) for shard in self.index.shards]
+        what = json.dumps([self.index.dtype, self.fingerprint, self.index.eos_token_id, shards])
+        return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text per token, EOS counted: loss in nats / ln 2 / this is bits per byte."""
         return self.index.text_bytes / self.index.tokens
@@ -125,7 +140,9 @@ class PreparedFolder:
         return self.path / TOKENIZER_NAME
 
     def verify(self) -> None:
-        """Read every shard and compare it with the index's checksum; `UserError` names a damaged one."""
+        """Read every shard and compare it with the index's checksum; `UserError` names what is damaged or missing."""
+        if not self.tokenizer_path.is_dir():
+            raise UserError(f"{self.tokenizer_path}: No such folder; {PREPARE_AGAIN}")
         for shard, tokens in zip(self.index.shards, self._shards, strict=True):
             crc = 0
             for start in range(0, len(tokens), 1 << 22):
@@ -168,45 +185,25 @@ def read_index(folder: Path) -> Index:
     """The checked content of `folder/index.json`; `UserError` when there is none or not of this format."""
     file = folder / INDEX_NAME
     try:
-        text = file.read_text(encoding="utf-8")
+        text = regular_file(file, INDEX_BYTES).read_text(encoding="utf-8")
         version = json.loads(text)["format_version"]
     except OSError:
         raise UserError(_why_no_index(folder)) from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{file}: not an index written by `relora prepare`") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}; {PREPARE_AGAIN}")
+        raise UserError(
+            f"{file}: format version {shown(version)}, this release reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
+        )
     try:
         return TypeAdapter(Index).validate_json(text)
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        key = ".".join(map(str, mistake["loc"]))
-        raise UserError(f"{file}: `{key}`: {mistake['msg']}; {PREPARE_AGAIN}") from None
+        raise UserError(f"{file}: {first_mistake(error)}; {PREPARE_AGAIN}") from None
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Write `folder/index.json`, durably and in one step: it is there whole, or not there."""
     write_durably(folder / INDEX_NAME, json.dumps(asdict(index), indent=1, ensure_ascii=False) + "\n")
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Written aside, synced, renamed: after a crash `file` holds what it held before or all of `text`."""
-    aside = file.with_name(file.name + ".partial")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
-    sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or what was created and renamed in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _why_no_index(folder: Path) -> str:

@@ -17,8 +17,10 @@ import tokenizers
 from huggingface_hub import snapshot_download
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from relora.data.shards import sync
+from relora.durable import sync
 from relora.errors import UserError
+from relora.mistakes import shown
+from relora.untrusted import check_folder, check_model_folder, no_address, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,13 +31,21 @@ SMALLEST_VOCABULARY = 256 + 2
 """Every byte, and the two special tokens."""
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a folder or on the hub; `UserError` unless it opens, is a fast one and has an EOS token."""
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a folder or on the hub; `UserError` unless it opens, is a fast one and has an EOS token.
+
+    `trust_remote_code` runs code that comes with it (see `relora.untrusted`).
+    """
     from transformers import AutoTokenizer  # here, because it takes seconds to load
 
-    folder = name if Path(name).is_dir() else _from_hub(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        folder = Path(name) if Path(no_address(name)).is_dir() else _from_hub(name)
+    except ValueError as error:
+        raise UserError(f"tokenizer: {error}") from None
+    check_model_folder(folder, trust_remote_code=trust_remote_code)
+    _check_class(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the library and its file formats raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{name}: cannot be opened as a tokenizer: {reason}") from None
@@ -46,10 +56,23 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _from_hub(name: str) -> str:
+def _check_class(folder: Path) -> None:
+    """`UserError` unless the classes that a folder names are tokenizers: transformers would open any of its classes."""
+    import transformers
+
+    for file, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "tokenizer_class")):
+        name = read_json(folder / file).get(key) if (folder / file).exists() else None
+        found = getattr(transformers, name, None) if isinstance(name, str) else name
+        if found is not None and not (
+            isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
+        ):
+            raise UserError(f"{folder / file}: `{key}` is {shown(name)}, which is not a tokenizer of transformers")
+
+
+def _from_hub(name: str) -> Path:
     """The folder that holds a hub tokenizer's files, fetched once."""
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
     except Exception:  # whatever the hub and the network raise; a wrong name is the commonest reason by far
         raise UserError(f"{name}: no such folder, and the hub gave no tokenizer of that name") from None
 
@@ -99,6 +122,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """The same files in `folder`, in one step, if it is not there yet."""
+    check_folder(source)  # or a link would put a file of this machine into a model that is passed on
     _in_one_step(folder, lambda aside: shutil.copytree(source, aside, dirs_exist_ok=True))
 
 

@@ -6,6 +6,7 @@ from relora.lowrank.inject import inject as inject
 from relora.lowrank.inject import load_exact_tensors as load_exact_tensors
 from relora.lowrank.inject import low_rank_layers as low_rank_layers
 from relora.lowrank.inject import merge as merge
+from relora.lowrank.inject import strip as strip
 from relora.lowrank.linear import LowRankConfig as LowRankConfig
 from relora.lowrank.linear import LowRankLinear as LowRankLinear
 from relora.lowrank.restart import RestartReport as RestartReport

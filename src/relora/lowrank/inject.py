@@ -63,10 +63,16 @@ def merge(model: nn.Module) -> None:
     A weight that was stored in bf16 comes back as its exact fp32 master.
 
     Raises:
-        RunStopped: an update is not finite; it names the layer.
+        NonFinite: an update is not finite; it names the layer.
     """
-    for name, layer in low_rank_layers(model).items():
+    for layer in low_rank_layers(model).values():
         layer.merge_()
+    strip(model)
+
+
+def strip(model: nn.Module) -> None:
+    """Put the plain layers back, in place, with their weights as they are; what the factors hold is dropped."""
+    for name, layer in low_rank_layers(model).items():
         model.set_submodule(name, layer.plain())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.draws import keyed_generator
-from relora.errors import RunStopped, UserError
+from relora.errors import NonFinite, UserError
 from relora.lowrank.base import FrozenWeight, Storage
 from relora.lowrank.kernel import low_rank_linear
 
@@ -123,12 +123,12 @@ class LowRankLinear(nn.Linear):
         """weight += s·B A in fp32 or better, and B = 0, so the layer's function stays; returns the update.
 
         Raises:
-            RunStopped: the update or the weight is not finite; the weight has not moved.
+            NonFinite: the update or the weight is not finite; the weight has not moved.
         """
         delta = self.delta()
         # one sum tells of any NaN or infinity: cheaper than a mask of the weight's size
         if not torch.isfinite(delta.sum() + self.base.exact.sum().to(delta.device)):
-            raise RunStopped(
+            raise NonFinite(
                 f"the update of {self.name or 'a low-rank layer'} is not finite, so it was not merged; "
                 "continue from the last checkpoint with a lower lowrank_lr"
             )

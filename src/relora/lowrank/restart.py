@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.draws import keyed_generator
-from relora.errors import RunStopped, UserError
+from relora.errors import NonFinite, UserError
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
 
@@ -64,7 +64,7 @@ def restart(
             and v, and keep step (the paper's pruning); `keep` touches nothing.
 
     Raises:
-        RunStopped: a factor or an update is not finite. Checked before the first weight moves, and again layer by
+        NonFinite: a factor or an update is not finite. Checked before the first weight moves, and again layer by
             layer. UserError: pruning was asked for on moments that are not floating point (8-bit optimizers).
     """
     started = time.perf_counter()
@@ -72,7 +72,7 @@ def restart(
     for name, layer in layers.items():
         for kind, factor in layer.factors.items():
             if not torch.isfinite(factor.sum()):
-                raise RunStopped(
+                raise NonFinite(
                     f"{name}.{kind} is not finite before the restart into cycle {cycle}; no weight was changed"
                 )
     merged, cleared = [], 0

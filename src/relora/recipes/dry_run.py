@@ -12,7 +12,7 @@ from rich.table import Table
 from relora.config import RunConfig
 from relora.device import choose_device
 from relora.lowrank import inject
-from relora.recipes.pretrain import lowrank_of, open_data, open_fitting_model, schedule_of
+from relora.recipes.parts import lowrank_of, open_data, open_fitting_model, schedule_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.lowrank import inject, load_exact_tensors, merge
 from relora.model.load import dtype_named, save_model
-from relora.recipes.pretrain import lowrank_of, open_configured_model, schedule_of
+from relora.recipes.parts import lowrank_of, open_configured_model, schedule_of
 from relora.recipes.run_folder import open_run
 from relora.train.checkpoint import Checkpoints
 
@@ -31,7 +31,7 @@ def export(run: str | Path, *, step: int | None = None, out: str | Path | None =
     schedule = schedule_of(config)
     if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
         inject(model, lowrank_of(config), seed=config.seed)
-    load_exact_tensors(model, checkpoint.tensors("weights"))
+    load_exact_tensors(model, checkpoint.weights())
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
     return save_model(model, out, tokenizer, stored)

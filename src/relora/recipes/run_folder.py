@@ -22,21 +22,19 @@ from pathlib import Path
 import torch
 
 from relora.config import RunConfig, load_config, to_yaml
+from relora.durable import write_durably
 from relora.errors import UserError
-
-FREE_SECTIONS = ("log", "checkpoint", "samples")
-"""Sections that change nothing in what is trained or measured; they may differ when a run is continued."""
 
 
 @contextmanager
 def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
-    """The run's folder, ready to be written and held alone: new, or holding an earlier part of the same run.
+    """The run's folder, ready to be written and held alone: new, or holding an earlier part of a run.
 
     `fresh` moves what is there aside, to the first free `NAME.1`, `NAME.2` ...; nothing is deleted.
 
     Raises:
-        UserError: the folder holds another run or something else, another process is writing it, or it cannot be
-            written. Nothing was changed.
+        UserError: the folder holds something else, another process is writing it, or it cannot be written. Nothing
+            was changed.
     """
     folder = Path(config.output_dir)
     with ExitStack() as held:
@@ -45,14 +43,11 @@ def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
                 held.enter_context(_locked(folder))
             if fresh and folder.exists():
                 folder.rename(_free_name(folder))
-            if (folder / "config.yaml").is_file():
-                _check_same_run(folder, config)
-            elif folder.exists() and any(folder.iterdir()):
+            if folder.exists() and not _may_hold_a_run(folder):
                 raise UserError(f"output_dir: {folder} exists and is not a run folder; choose another")
             if not folder.exists():
                 folder.mkdir(parents=True)
                 held.enter_context(_locked(folder))
-            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
         yield folder
@@ -66,7 +61,8 @@ def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) ->
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if continuing:
-        free += sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*.safetensors"))
+        files = [file.stat() for file in (folder / "checkpoints").rglob("*.safetensors")]
+        free += sum({file.st_ino: file.st_size for file in files}.values())  # one that several share counts once
     if free < needed_bytes:
         raise UserError(
             f"output_dir: {folder} needs {needed_bytes / 1e6:,.0f} MB for checkpoints and the model, but "
@@ -74,10 +70,14 @@ def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) ->
         )
 
 
-def write_environment(folder: Path, parameters: int) -> None:
-    """Write environment.json: what the run runs on."""
-    environment = json.dumps({"parameters": parameters, **describe_environment()}, indent=1)
-    (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+def describe_run(folder: Path, config: RunConfig, parameters: int) -> None:
+    """Write config.yaml and environment.json: what the run is, and what it runs on."""
+    environment = {"parameters": parameters, **describe_environment()}
+    try:
+        write_durably(folder / "config.yaml", to_yaml(config))  # first: it makes the folder a run's
+        write_durably(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
 
 
 def open_run(folder: str | Path) -> tuple[Path, RunConfig]:
@@ -135,21 +135,6 @@ def _free_name(folder: Path) -> Path:
     return next(aside for n in itertools.count(1) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
 
 
-def _check_same_run(folder: Path, config: RunConfig) -> None:
-    """`UserError` naming the first keys in which a folder's run differs from `config`."""
-    there, here = (_flat(c.model_dump(mode="json")) for c in (load_config(folder / "config.yaml"), config))
-    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    differing = [key for key in keys if key.partition(".")[0] not in (*FREE_SECTIONS, "output_dir")]
-    if differing:
-        shown = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in differing[:3])
-        raise UserError(
-            f"output_dir: {folder} holds another run; it differs in {shown}; choose another output_dir, "
-            "or --fresh to move that run aside"
-        )
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, object]:
-    """Nested settings as dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+def _may_hold_a_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or holds no more than what a run leaves that was killed as it began."""
+    return {path.name for path in folder.iterdir()} <= {"config.yaml.partial"} or (folder / "config.yaml").is_file()

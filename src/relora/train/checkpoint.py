@@ -1,33 +1,83 @@
-"""Checkpoints: written aside, made sure of, renamed; a folder counts only if its manifest verifies.
+"""Checkpoints: snapshot, written aside in the background, made sure of, renamed; only a manifest that verifies counts.
 
     checkpoints/step-00000500/
-        weights.safetensors      parameters and buffers by name, frozen weights exact, factors as they are
+        weights.safetensors      all that trains and the buffers, by name; factors as they are
+        frozen.safetensors       frozen weights, exact; the previous checkpoint's file where nothing was merged since
         optimizer.safetensors    `parameter name:key`
-        state.json               step, tokens, lengths of the metric files
+        state.json               where the run stands, and the lengths of the metric files
         manifest.json            written last: length, crc32 and sha256 of the other files, and what changes numbers
 
 Plain tensors and JSON, nothing pickled. A kill at any moment leaves either the whole new checkpoint or the old ones.
+
+Frozen weights change at restarts only, so in between they are a hard link to the file that is there: no bytes, and no
+chain that could break, since a file lives as long as one checkpoint holds it. One damaged file would damage all that
+share it, so two copies are kept: there is always an older checkpoint that shares nothing with the newest.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Final, Literal, Self, TypeVar
 
+import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from relora.durable import sync, write_durably
 from relora.errors import RunStopped, UserError
+from relora.train.state import TrainState
 
-FORMAT = 1
-_TENSOR_FILES = ("weights", "optimizer")
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""1 (release 0.1) has no frozen.safetensors: every weight is in weights.safetensors."""
+
+FileName = Literal["weights.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"]
+FROZEN: Final = "frozen.safetensors"
+Tensors = Mapping[str, Tensor]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file must be."""
+
+    bytes: int
+    crc32: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds."""
+
+    format: int
+    settings: dict[str, str | int]
+    """What changes numbers: versions, threads, device, dtype, the data."""
+    files: dict[FileName, Digest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState(TrainState):
+    """What state.json holds."""
+
+    positions: dict[str, int]
+    """Bytes of the metric files."""
+    frozen_since: int | None = None
+    """The step before which the frozen weights last changed."""
+
+    @property
+    def progress(self) -> TrainState:
+        """Without what is there for the files' sake."""
+        return TrainState(self.step, self.tokens, self.incidents, self.skipped_batches)
 
 
 @dataclass(frozen=True)
@@ -35,74 +85,110 @@ class Checkpoint:
     """A checkpoint on disk whose manifest has been verified."""
 
     folder: Path
-    step: int
-    state: dict[str, Any]
-    settings: dict[str, Any]
-    """What changes numbers: versions, threads, device, dtype."""
+    state: SavedState
+    manifest: Manifest
 
-    def tensors(self, kind: str) -> dict[str, Tensor]:
-        """`weights` or `optimizer`, on the CPU."""
-        return load_file(self.folder / f"{kind}.safetensors")
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers, frozen ones included, on the CPU."""
+        frozen = self._load(FROZEN) if FROZEN in self.manifest.files else {}
+        return self._load("weights.safetensors") | frozen
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, on the CPU."""
+        return self._load("optimizer.safetensors")
+
+    def _load(self, name: FileName) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder / name}: cannot be read: {error}") from None
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run; one checkpoint is written at a time, by a thread unless `background` is off."""
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+    def __init__(self, folder: Path, keep_last: int = 2, *, background: bool = True) -> None:
         self.folder, self.keep_last = folder, keep_last
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._writing: Future[Checkpoint] | None = None
+        self._last: Checkpoint | None = None  # written or opened here
 
     def save(
         self,
-        state: Mapping[str, Any],
-        weights: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        settings: Mapping[str, Any],
-    ) -> Path:
-        """Write the checkpoint of `state["step"]`, then drop the oldest beyond `keep_last`.
+        state: SavedState,
+        weights: Tensors,
+        frozen: Tensors,
+        optimizer: Tensors,
+        settings: Mapping[str, str | int],
+        *,
+        needed: int | None = None,
+    ) -> None:
+        """Begin to write the checkpoint of `state.step`; returns when a snapshot is taken, so that training goes on.
+
+        Waits for the checkpoint before to be done. Afterwards the oldest beyond `keep_last` are dropped, but for
+        step `needed` and for one that shares no file with those that stay.
 
         Raises:
-            RunStopped: the disk is full or cannot be written; earlier checkpoints are untouched.
+            RunStopped: this or the last checkpoint could not be written; earlier ones are untouched.
         """
-        final = self.folder / f"step-{state['step']:08d}"
-        aside = self.folder / f".{final.name}.partial"
+        self.wait()
+        if self._last is not None and self._last.step == state.step:
+            return
+        aside = self.folder / f".{_name(state.step)}.partial"
         try:
-            for leftover in self.folder.glob(".step-*.partial"):  # of a run that was killed while it saved
+            for leftover in self.folder.glob(".step-*"):  # of a run that was killed while it saved
                 shutil.rmtree(leftover)
             aside.mkdir(parents=True)
-            for kind, tensors in zip(_TENSOR_FILES, (weights, optimizer), strict=True):
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in tensors.items()}, aside / f"{kind}.safetensors"
-                )
-            (aside / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-            files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-            manifest = {"format": FORMAT, "settings": dict(settings), "files": files}
-            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (*aside.iterdir(), aside):
-                _sync(path)
-            if final.exists():  # the same step again, after a resume: same bytes
-                shutil.rmtree(final)
-            aside.rename(final)
-            _sync(self.folder)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
-            shutil.rmtree(aside, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error)
-            raise RunStopped(
-                f"{final}: checkpoint not written ({reason}); make room and run the same command again"
-            ) from None
-        # a later step that is there failed to verify, or this one would not be trained again: it counts for nothing
-        for step in [step for step in self.steps() if step <= state["step"]][: -self.keep_last]:
-            shutil.rmtree(self.folder / f"step-{step:08d}")
-        return final
+            linked = self._link_frozen(aside, state) if frozen else None
+        except OSError as error:
+            raise self._not_written(state.step, error) from None
+        snapshot: dict[FileName, Tensors] = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
+        if frozen and linked is None:
+            snapshot[FROZEN] = frozen
+        if self._writer is None:
+            self._last = self._write(aside, state, snapshot, linked, settings, needed)
+            return
+        snapshot = {name: {key: _copied(tensor) for key, tensor in part.items()} for name, part in snapshot.items()}
+        self._writing = self._writer.submit(self._write, aside, state, snapshot, linked, settings, needed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """What is being written is finished, also where an error ends the run."""
+        if self._writer is not None:
+            self._writer.shutdown()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong with the last `save`."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._last = writing.result()
+
+    def check(self) -> None:
+        """Raise what went wrong with the last `save`, if that is known by now; never waits."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def steps(self) -> list[int]:
         """Steps of the folders that look like checkpoints, ascending; not yet verified."""
-        names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
-        return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) == 8)
 
-    def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and one line for every newer one that does not."""
+    def latest(self, *, up_to: int = 10**8, every: int = 1) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that verifies, and one line for every newer one that does not.
+
+        Among those of a step that is at most `up_to` and a multiple of `every`.
+        """
         broken: list[str] = []
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if step <= up_to and step % every == 0]):
             try:
                 return self.open(step), broken
             except UserError as error:
@@ -111,44 +197,142 @@ class Checkpoints:
 
     def open(self, step: int) -> Checkpoint:
         """Verify and open one checkpoint; `UserError` names the file that is missing or damaged."""
-        folder = self.folder / f"step-{step:08d}"
-        manifest = _read_json(folder / "manifest.json")
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{folder}: checkpoint format {manifest.get('format')}; this version reads format {FORMAT}")
-        for name, expected in manifest["files"].items():
+        folder = self.folder / _name(step)
+        manifest = _read_manifest(folder)
+        for name, expected in manifest.files.items():
             path = folder / name
-            if not path.is_file() or _digest(path) != expected:
-                raise UserError(f"{path}: missing or damaged (its checksum differs from the manifest's)")
-        return Checkpoint(folder, step, _read_json(folder / "state.json"), manifest["settings"])
+            if path.is_symlink() or not path.is_file():
+                raise UserError(f"{path}: missing, or not a plain file")
+            try:
+                sound = path.stat().st_size == expected.bytes and _digest(path) == expected
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+            if not sound:
+                raise UserError(f"{path}: damaged (its checksum differs from the manifest's)")
+        state = _parse(SavedState, folder / "state.json")
+        if state.step != step:
+            raise UserError(f"{folder / 'state.json'}: of step {state.step}, in the folder of step {step}")
+        self._last = Checkpoint(folder, state, manifest)
+        return self._last
+
+    def _link_frozen(self, aside: Path, state: SavedState) -> Digest | None:
+        """The last checkpoint's frozen weights as those of the next, if they are the same; None if not, or no link.
+
+        Not either if no other checkpoint would be left with a copy of its own.
+        """
+        last = self._last
+        if last is None or FROZEN not in last.manifest.files or last.state.frozen_since != state.frozen_since:
+            return None
+        if all(self._copy(step) == self._copy(last.step) for step in self.steps()):
+            return None
+        try:
+            os.link(last.folder / FROZEN, aside / FROZEN)
+        except OSError:  # gone, or a file system without hard links
+            return None
+        return last.manifest.files[FROZEN]
+
+    def _write(
+        self,
+        aside: Path,
+        state: SavedState,
+        tensors: Mapping[FileName, Tensors],
+        linked: Digest | None,
+        settings: Mapping[str, str | int],
+        needed: int | None,
+    ) -> Checkpoint:
+        final, old = self.folder / _name(state.step), self.folder / f".{_name(state.step)}.replaced"
+        try:
+            for name, part in tensors.items():
+                save_file({key: tensor.contiguous() for key, tensor in part.items()}, aside / name)
+                sync(aside / name)
+            write_durably(aside / "state.json", json.dumps(asdict(state), indent=1))
+            files: dict[FileName, Digest] = {name: _digest(aside / name) for name in (*tensors, "state.json")}
+            if linked is not None:
+                files[FROZEN] = linked
+            manifest = Manifest(FORMAT, dict(settings), files)
+            write_durably(aside / "manifest.json", json.dumps(asdict(manifest), indent=1))
+            if final.exists():  # of a part of the run that did not count, or damaged
+                final.rename(old)
+            aside.rename(final)
+            sync(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+            self._prune(state.step, needed)
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+            shutil.rmtree(aside, ignore_errors=True)
+            raise self._not_written(state.step, error) from None
+        return Checkpoint(final, state, manifest)
+
+    def _prune(self, newest: int, needed: int | None) -> None:
+        # a later step that is there failed to verify, or this one would not be trained again: it counts for nothing
+        steps = [step for step in self.steps() if step <= newest]
+        kept = {step for step in steps if step in steps[-self.keep_last :] or step == needed}
+        copies = {self._copy(step) for step in kept}
+        if len(kept) > len(copies) == 1:  # they share one file
+            kept |= set([step for step in steps if self._copy(step) not in copies][-1:])
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self.folder / _name(step))
+
+    def _copy(self, step: int) -> int:
+        """Which copy of the frozen weights a checkpoint holds: its inode; one without is like no other."""
+        try:
+            return (self.folder / _name(step) / FROZEN).stat().st_ino
+        except OSError:
+            return -step
+
+    def _not_written(self, step: int, error: Exception) -> RunStopped:
+        reason = getattr(error, "strerror", None) or str(error)
+        return RunStopped(
+            f"{self.folder / _name(step)}: checkpoint not written ({reason}); make room and run the same command again"
+        )
 
 
-def _digest(path: Path) -> dict[str, int | str]:
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On the CPU, and not touched by what training does next."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / "manifest.json"
+    number = _parse(_Format, path).format
+    if number not in READABLE_FORMATS:
+        raise UserError(
+            f"{path}: checkpoint format {number}, this version reads {' and '.join(map(str, READABLE_FORMATS))}; "
+            "continue with the version that wrote it"
+        )
+    manifest = _parse(Manifest, path)
+    missing = {"weights.safetensors", "optimizer.safetensors", "state.json"} - manifest.files.keys()
+    if missing:
+        raise UserError(f"{path}: damaged (it does not list {min(missing)})")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Format:
+    format: int
+
+
+def _parse(kind: type[T], path: Path) -> T:
+    """A JSON file of ours as a checked dataclass."""
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path}: missing, or not a plain file")
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError:
+        raise UserError(f"{path}: damaged") from None
+
+
+def _digest(path: Path) -> Digest:
     """Length, crc32 and sha256 of a file."""
     length, crc, sha = 0, 0, hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             length, crc = length + len(chunk), zlib.crc32(chunk, crc)
             sha.update(chunk)
-    return {"bytes": length, "crc32": crc, "sha256": sha.hexdigest()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: missing or damaged") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged (not a JSON object)")
-    return value
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # some file systems cannot sync a folder and say so by OSError; a file that cannot be synced is a lost
-        # checkpoint
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return Digest(length, crc, sha.hexdigest())

@@ -1,20 +1,27 @@
-"""SIGINT and SIGTERM ask a run to stop; it stops at the next step boundary, after a checkpoint."""
+"""What a run listens to. SIGINT and SIGTERM ask it to stop; it does at the next step boundary, after a checkpoint.
+
+SIGUSR1 asks for a checkpoint; the run goes on.
+"""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopSignals:
-    """While entered, `requested` holds the number of the first stop signal, or None. A second one stops at once."""
+class Signals:
+    """While entered, notes what was asked for. A second stop signal does what it does to any process: it ends it."""
 
     def __init__(self) -> None:
-        self.requested: int | None = None
+        self.stop: int | None = None
+        """The number of the first stop signal."""
+        self.save = False
+        """A checkpoint was asked for; set it back when it is written."""
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._note_stop) for number in _STOP}
+        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note_save)
         return self
 
     def __exit__(
@@ -23,7 +30,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
-        for each in _SIGNALS:
+    def _note_stop(self, number: int, frame: FrameType | None) -> None:
+        self.stop = number
+        for each in _STOP:
             signal.signal(each, signal.SIG_DFL)
+
+    def _note_save(self, number: int, frame: FrameType | None) -> None:
+        self.save = True

@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches, loss per valid token, clip, and a finite check before any weight moves."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.draws import keyed_seed
-from relora.errors import RunStopped
+from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
 from relora.measure import IGNORED
 
@@ -56,12 +57,13 @@ def train_step(
     Dropout draws from the global stream, reseeded here by (seed, step): a resumed run draws the same.
 
     Raises:
-        RunStopped: loss or gradient is not finite, or a trainable tensor is dead; no weight and no moment has moved.
+        NonFinite: loss or gradient is not finite. RunStopped: a trainable tensor is dead. No weight and no moment has
+            moved.
     """
     torch.manual_seed(keyed_seed(seed, "step", step))
     device = next(model.parameters()).device
     valid_tokens = int((batch.labels != IGNORED).sum())
-    loss_sum = torch.zeros((), device=device)
+    micro_losses = []
     micro_batches = zip(
         torch.split(batch.input_ids, micro_sequences), torch.split(batch.labels, micro_sequences), strict=True
     )
@@ -69,20 +71,22 @@ def train_step(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             micro_loss, _ = loss(model, input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
         torch.autograd.backward(micro_loss / valid_tokens)
-        loss_sum += micro_loss.detach()
+        micro_losses.append(micro_loss.detach())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    grad_norm = nn.utils.clip_grad_norm_(trainable, clip_grad_norm or torch.inf)
-    mean_loss, norm = (loss_sum / valid_tokens).item(), grad_norm.item()
-    if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
+    grad_norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+    loss_sum = torch.stack(micro_losses).sum()
+    outcome = StepOutcome((loss_sum / valid_tokens).item(), grad_norm.item(), valid_tokens)
+    if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+        failure = _non_finite(model, outcome, micro_losses, step, micro_sequences)
         optimizer.zero_grad()
-        raise RunStopped(
-            f"step {step}: loss {mean_loss:g}, gradient norm {norm:g}; no weight has moved. Lower the learning rate"
-        )
+        raise failure
     if check_gradients:
         _stop_on_dead(model, step)
+    if clip_grad_norm:
+        nn.utils.clip_grads_with_norm_(trainable, clip_grad_norm, grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return StepOutcome(mean_loss, norm, valid_tokens)
+    return outcome
 
 
 def dead_tensors(model: nn.Module) -> list[str]:
@@ -98,6 +102,26 @@ def dead_tensors(model: nn.Module) -> list[str]:
         and id(parameter) not in excused
         and (parameter.grad is None or not parameter.grad.any())
     ]
+
+
+def _non_finite(
+    model: nn.Module, outcome: StepOutcome, micro_losses: list[Tensor], step: int, micro_sequences: int
+) -> NonFinite:
+    """Names the micro-batch whose loss is at fault, else the first tensor whose gradient is."""
+    where, sequences = "", range(len(micro_losses) * micro_sequences)
+    at_fault = [index for index, loss in enumerate(micro_losses) if not torch.isfinite(loss)]
+    if at_fault:
+        sequences = range(at_fault[0] * micro_sequences, (at_fault[0] + 1) * micro_sequences)
+    else:
+        gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+        named = (name for name, grad in gradients if grad is not None and not torch.isfinite(grad.sum()))
+        where = f" (first in {next(named, 'their sum')})"
+    return NonFinite(
+        f"step {step}: loss {outcome.loss:g}, gradient norm {outcome.grad_norm:g}{where}; no weight has moved",
+        loss=outcome.loss,
+        grad_norm=outcome.grad_norm,
+        sequences=sequences,
+    )
 
 
 def _stop_on_dead(model: nn.Module, step: int) -> None:

@@ -1,0 +1,133 @@
+"""Continuing a run: what may have changed since, what follows from it, and from which checkpoint it goes on.
+
+Every key of the configuration is in one of three classes:
+
+    free       changes nothing that is trained or measured: not spoken of
+    allowed    changes what comes; said in one line each
+    refused    makes another run of it: named, and nothing is touched
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from relora.config import RunConfig, load_config
+from relora.errors import UserError
+from relora.recipes.parts import schedule_of
+from relora.train.checkpoint import Checkpoint, Checkpoints
+
+FREE = ("output_dir", "log", "checkpoint", "samples")
+"""Keys and sections."""
+ALLOWED = {
+    "schedule.total_steps": "",
+    "schedule.total_tokens": "",
+    "optimizer": "the moments stay",
+    "evaluate": "held-out figures before and after do not compare",
+    "non_finite": "",
+    "batch.micro_sequences": "sums are rounded differently",
+    "device": "sums are rounded differently",
+    "data.train.path": "the same tokens",
+    "data.validation": "the same tokens",
+}
+"""Keys and sections, with what is to be said of a change."""
+_REFUSED_IN_ALLOWED = ("optimizer.name",)
+
+
+def changes_since(folder: Path, config: RunConfig) -> list[str]:
+    """What differs between the run in `folder`, if there is one, and `config`: a line for every allowed change.
+
+    Raises:
+        UserError: a key of the third class differs, or the run is longer already than `config` wants it.
+    """
+    if not (folder / "config.yaml").is_file():
+        return []
+    there = load_config(folder / "config.yaml")
+    old, new = _flat(there), _flat(config)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _in(key, FREE)]
+    refused = [key for key in changed if not _in(key, ALLOWED) or key in _REFUSED_IN_ALLOWED]
+    if refused:
+        shown = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in refused[:3])
+        raise UserError(
+            f"output_dir: {folder} holds another run; it differs in {shown}; choose another output_dir, "
+            "or --fresh to move that run aside"
+        )
+    done = max(Checkpoints(folder / "checkpoints").steps(), default=0)
+    if config.total_steps < done:
+        raise UserError(
+            f"schedule: {folder} has done {done} steps, more than the {config.total_steps} asked for; "
+            "see `relora export --checkpoint` for an earlier state"
+        )
+    lines = [f"{key}: {old.get(key)} -> {new.get(key)}{_remark(key)}" for key in changed]
+    if there.total_steps != config.total_steps and done:
+        lines.append(_longer(there, config, done))
+    return lines
+
+
+def newest(checkpoints: Checkpoints, *, strict: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, None where there is none yet, and a line for every damaged one passed over.
+
+    Raises:
+        UserError: there are checkpoints but none is sound, or with `strict` the newest is not.
+    """
+    checkpoint, broken = checkpoints.latest()
+    if broken and checkpoint is None:
+        raise UserError(
+            f"{broken[0]}; no checkpoint in {checkpoints.folder} is sound: put a copy of one there, "
+            "or --fresh to move the run aside and start over"
+        )
+    if broken and strict:
+        raise UserError(f"{broken[0]}; without --strict the run goes on from step {checkpoint and checkpoint.step}")
+    return checkpoint, [f"{line}; an older checkpoint is used" for line in broken]
+
+
+def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, strict: bool) -> list[str]:
+    """Lines on what changed around the run: it goes on, but its last bits are not those of an uninterrupted one.
+
+    Raises:
+        UserError: the prepared data holds other tokens; or with `strict` anything differs.
+    """
+    if then.get("data", now["data"]) != now["data"]:
+        raise UserError("data: the prepared folders hold other tokens than when the run began; put the old ones back")
+    changed = [f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value]
+    changed = [line for line in changed if not line.startswith("data ")]
+    lines = []
+    if changed:
+        lines.append(f"not bit for bit what an uninterrupted run gives: {'; '.join(changed)}")
+    if "data" not in then:
+        lines.append("the checkpoint does not say which data it was trained on; that it is the same was not checked")
+    if lines and strict:
+        raise UserError(f"{lines[0]}; without --strict the run goes on")
+    return lines
+
+
+def _longer(there: RunConfig, here: RunConfig, done: int) -> str:
+    old, new = schedule_of(there), schedule_of(here)
+    return (
+        f"the cosine now ends at step {new.total_steps} instead of {old.total_steps}: at step {done} the learning rate "
+        f"goes from {old.lr_factor(min(done, old.total_steps - 1)):.3f} to {new.lr_factor(done):.3f} of its peak; "
+        f"{len(new.restarts)} restarts in all instead of {len(old.restarts)}. A run of {new.total_steps} steps from "
+        "the start would have had the new rates all along"
+    )
+
+
+def _remark(key: str) -> str:
+    remark = next(remark for name, remark in ALLOWED.items() if _in(key, (name,)))
+    return f" ({remark})" if remark else ""
+
+
+def _in(key: str, names: Sequence[str] | dict[str, str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _flat(config: RunConfig) -> dict[str, object]:
+    """The settings as dotted keys, with paths and weights of the training data apart."""
+    tree = config.model_dump(mode="json")
+    sources = config.data.sources
+    tree["data"]["train"] = {"path": [s.path for s in sources], "weight": [s.weight for s in sources]}
+    return _dotted(tree)
+
+
+def _dotted(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = [_dotted(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}

@@ -1,0 +1,106 @@
+"""From a configuration to the parts of a run: data, model, timetable, each checked against the others.
+
+Nothing is written here.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from relora.config import RunConfig
+from relora.data.batches import HeldOut, TrainBatches, check_same_tokenizer
+from relora.data.shards import PreparedFolder
+from relora.data.tokenizer import load_tokenizer
+from relora.device import choose_device
+from relora.lowrank import LowRankConfig
+from relora.lowrank.inject import find_targets
+from relora.model.load import build_model, check_fit, open_model
+from relora.report.trackers import check_trackers
+from relora.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Everything a run is made of, opened and checked against each other."""
+
+    device: torch.device
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batches: TrainBatches
+    held_out: HeldOut
+    bytes_per_token: float
+
+    @property
+    def data_content(self) -> str:
+        """One fingerprint of the tokens of all folders, wherever they lie."""
+        contents = "".join(folder.content for folder in (*self.batches.folders, self.held_out.folder))
+        return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()
+
+
+def gather(config: RunConfig) -> Ingredients:
+    """Open data, tokenizer and model, and refuse what does not fit together."""
+    check_trackers(config.log.trackers)
+    device = choose_device(config.device)
+    batches, held_out = open_data(config)
+    validation = held_out.folder
+    model = open_fitting_model(config, validation)
+    for folder in (*batches.folders, validation):
+        folder.verify()
+    tokenizer = load_tokenizer(str(validation.tokenizer_path))
+    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token)
+
+
+def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
+    """The prepared folders of a configuration, of one tokenizer and large enough."""
+    sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
+    validation = PreparedFolder.open(config.data.validation)
+    check_same_tokenizer([*(folder for folder, _ in sources), validation])
+    length = config.data.sequence_length
+    batches = TrainBatches(sources, length, config.batch.sequences, config.seed)
+    return batches, HeldOut(validation, length, config.evaluate.tokens, config.batch.micro_sequences)
+
+
+def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
+    """The model of a configuration, once it is sure that the data and the low-rank settings fit it."""
+    model = open_configured_model(config, eos_token_id=validation.index.eos_token_id)
+    check_fit(model, validation.vocab_size, config.data.sequence_length)
+    if config.method != "full":
+        find_targets(model, lowrank_of(config))
+    return model
+
+
+def open_configured_model(config: RunConfig, *, eos_token_id: int | None = None) -> PreTrainedModel:
+    """The model of the `model` section, on the CPU, before any training."""
+    model = config.model
+    if model.preset is not None:
+        return build_model(model.preset, model.overrides, seed=config.seed, eos_token_id=eos_token_id)
+    assert model.path is not None  # ModelSettings sees to it
+    return open_model(
+        model.path,
+        from_scratch=model.from_scratch,
+        overrides=model.overrides,
+        seed=config.seed,
+        eos_token_id=eos_token_id,
+    )
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """The timetable of a configuration."""
+    return Schedule(
+        total_steps=config.total_steps,
+        warmup_steps=config.schedule.warmup_steps,
+        warm_start_steps=config.total_steps if config.method == "full" else config.warm_start.steps,
+        restart_every_steps=config.restart.every_steps if config.method == "relora" else None,
+        restart_warmup_steps=config.restart.warmup_steps,
+        min_lr_ratio=config.schedule.min_lr_ratio,
+    )
+
+
+def lowrank_of(config: RunConfig) -> LowRankConfig:
+    """What the switch to low rank injects; with `base: auto`, precision bf16 stores frozen weights in bf16."""
+    settings = config.lowrank.model_dump()
+    if config.lowrank.base == "auto":
+        settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
+    return LowRankConfig(**settings)

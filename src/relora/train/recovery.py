@@ -1,0 +1,56 @@
+"""Numbers that went wrong: stop, leave the step out, or go back past the batches that led there.
+
+What follows an incident is a function of what is saved, like everything else: a run that is killed after one and
+continued meets the same failure and takes the same way.
+"""
+
+from relora.errors import NonFinite, RunStopped
+from relora.train.run import Progress, Run, begin, last_regular
+
+
+def recover(run: Run, progress: Progress, failure: NonFinite) -> Progress:
+    """The progress from which the run goes on; no weight and no moment has moved since `failure` was found.
+
+    `skip` counts the step and leaves its update out. `rewind` loads the last regular checkpoint and goes on with the
+    batch after the failed one, so that none of those in between is seen again.
+
+    Raises:
+        RunStopped: the policy is `stop`, the limit is used up, or there is nothing that could be skipped or gone back
+            to.
+    """
+    place = _place(run, progress, failure)
+    what = f"{failure}{place and f' ({place})'}"
+    if run.non_finite == "stop":
+        raise RunStopped(f"{what}; lower the learning rate, or let the run go on by `non_finite.policy`")
+    if progress.state.incidents >= run.non_finite_limit:
+        raise RunStopped(f"{what}; non_finite.limit ({run.non_finite_limit}) is used up, so lower the learning rate")
+    if run.non_finite == "rewind":
+        return _rewind(run, progress, what, place)
+    if not failure.sequences:  # weights or factors: no step to leave out would mend them
+        raise RunStopped(f"{what}; nothing to skip, so lower the learning rate or set `non_finite.policy: rewind`")
+    return _skip(run, progress, failure, place)
+
+
+def _skip(run: Run, progress: Progress, failure: NonFinite, place: str) -> Progress:
+    taken = progress.state.step
+    progress.state = progress.state.skipping()
+    figures = {"loss": failure.loss, "grad_norm": failure.grad_norm, "batch": place}
+    run.reporter.incident({"kind": "skipped", **run.position(progress.state, taken), **figures})
+    return progress
+
+
+def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
+    failed = progress.state
+    run.checkpoints.wait()
+    checkpoint, _ = run.checkpoints.latest(up_to=last_regular(run, failed.step), every=run.checkpoint_every_steps)
+    if checkpoint is None:
+        raise RunStopped(f"{what}; no sound checkpoint to go back to, so lower the learning rate")
+    earlier = begin(run, checkpoint)
+    earlier.state = earlier.state.gone_back_from(failed)
+    event = {"kind": "rewind", **run.position(earlier.state, max(earlier.state.step - 1, 0))}
+    run.reporter.incident({**event, "failed_step": failed.step, "batch": place})
+    return earlier
+
+
+def _place(run: Run, progress: Progress, failure: NonFinite) -> str:
+    return run.place_of(progress.state.batch, failure.sequences) if failure.sequences else ""

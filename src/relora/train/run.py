@@ -1,0 +1,134 @@
+"""What a run is made of, how it is saved, and how it is brought back.
+
+`begin` is the inverse of `save`: from a checkpoint it makes the model, the optimizer and the metric files what they
+were. What cannot be told from the step alone is saved; there is nothing else.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from relora.errors import NonFinite, UserError
+from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, strip
+from relora.lowrank.restart import Reset
+from relora.measure import Evaluation
+from relora.report.reporter import Reporter
+from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
+from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
+from relora.train.schedule import Schedule
+from relora.train.state import TrainState
+from relora.train.step import Batch, Loss
+
+NonFinitePolicy = Literal["stop", "skip", "rewind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a recipe hands to the loop."""
+
+    model: nn.Module
+    schedule: Schedule
+    batch_at: Callable[[int], Batch]
+    """Number -> batch: a pure function."""
+    place_of: Callable[[int, range], str]
+    """(number of a batch, sequences in it) -> where these lie in the data, for a person."""
+    loss: Loss
+    evaluate: Callable[[nn.Module, Callable[[], None]], Evaluation]
+    """(model, called before each batch) -> held-out loss; leaves weights, modes and random streams as they are."""
+    optimizer: OptimizerConfig
+    lowrank: LowRankConfig
+    restart_reset: Reset
+    restart_keep_ratio: float
+    reporter: Reporter
+    checkpoints: Checkpoints
+    settings: dict[str, str | int]
+    """Saved with every checkpoint: what changes numbers though the configuration is the same."""
+    autocast: torch.dtype | None
+    """Dtype of the products, where it is not the weights'."""
+    seed: int
+    micro_sequences: int
+    clip_grad_norm: float
+    non_finite: NonFinitePolicy
+    non_finite_limit: int
+    log_every_steps: int
+    evaluate_every_steps: int
+    checkpoint_every_steps: int
+
+    def position(self, state: TrainState, taken: int) -> dict[str, str | int]:
+        """Where a record belongs; phase and cycle are those of the step `taken` last."""
+        phase, cycle = self.schedule.phase(taken), self.schedule.cycle(taken)
+        return {"step": state.step, "tokens": state.tokens, "phase": phase, "cycle": cycle}
+
+
+@dataclass
+class Progress:
+    """Where the loop stands: all that changes while it runs, beside the weights."""
+
+    optimizer: torch.optim.Optimizer
+    state: TrainState = field(default_factory=TrainState)
+    unlogged_tokens: int = 0
+    unlogged_seconds: float = 0.0
+    evaluated_loss: float = math.nan
+    """Of the last held-out measurement."""
+
+
+def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
+    """The progress at a checkpoint, model, optimizer and metric files brought back to it; without one, at step 0."""
+    step = checkpoint.step if checkpoint else 0
+    strip(run.model)  # what a part of the run that does not count left in it
+    run.model.train()
+    if run.schedule.phase(step) == "low_rank" and not run.schedule.switch_due(step):
+        inject(run.model, run.lowrank, seed=run.seed)
+    if checkpoint is None:
+        run.reporter.rewind({"metrics.jsonl": 0, "restarts.jsonl": 0})
+        return Progress(build_optimizer(run.model, run.optimizer))
+    load_exact_tensors(run.model, checkpoint.weights())
+    optimizer = build_optimizer(run.model, run.optimizer)
+    load_named_state(run.model, optimizer, checkpoint.optimizer())
+    if name := _first_non_finite(run.model, optimizer):
+        raise UserError(f"{checkpoint.folder}: {name} is not finite; delete this checkpoint to use an older one")
+    run.reporter.rewind(checkpoint.state.positions)
+    return Progress(optimizer, checkpoint.state.progress)
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Begin to write a checkpoint of where the run stands; no-op where the newest is of this step.
+
+    Raises:
+        NonFinite: a tensor is not finite; nothing is written, so no checkpoint ever holds one.
+        RunStopped: the disk; see `Checkpoints.save`.
+    """
+    state = progress.state
+    if name := _first_non_finite(run.model, progress.optimizer):
+        raise NonFinite(f"after step {state.step}: {name} is not finite; no checkpoint was written")
+    tensors = exact_tensors(run.model)
+    frozen = {name for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
+    run.checkpoints.save(
+        SavedState(
+            **asdict(state),
+            positions=run.reporter.positions(),
+            frozen_since=run.schedule.cycle_start(max(state.step - 1, 0)),
+        ),
+        weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
+        frozen={name: tensor for name, tensor in tensors.items() if name in frozen},
+        optimizer=named_state(run.model, progress.optimizer),
+        settings=run.settings,
+        needed=last_regular(run, state.step),
+    )
+
+
+def last_regular(run: Run, step: int) -> int:
+    """The step of the last checkpoint that the configuration asks for, at or before `step`; 0 if there was none."""
+    return step // run.checkpoint_every_steps * run.checkpoint_every_steps
+
+
+def _first_non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    for name, tensor in (exact_tensors(model) | named_state(model, optimizer)).items():
+        # one sum tells of any NaN or infinity, without a mask of the tensor's size
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
+            return name
+    return None
