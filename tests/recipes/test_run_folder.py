@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from relora.config import RunConfig, load_config, parse_config
 from relora.errors import UserError
-from relora.recipes.run_folder import check_space, claim, describe_environment, open_run, write_environment
+from relora.recipes.run_folder import check_space, claim, describe_environment, describe_run, open_run
 
 Configure = Callable[..., RunConfig]
 
@@ -32,8 +32,9 @@ def configure(tmp_path: Path) -> Configure:
 
 
 def claimed(config: RunConfig, fresh: bool) -> Path:
-    """Claim a folder and let it go."""
+    """Claim a folder, make it the run's and let it go."""
     with claim(config, fresh) as folder:
+        describe_run(folder, config, 0)
         return folder
 
 
@@ -58,30 +59,11 @@ def test_a_moved_folder_is_still_the_same_run(configure: Configure, tmp_path: Pa
     assert claimed(configure(output_dir=str(tmp_path / "moved")), fresh=False) == tmp_path / "moved"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
-        ({"method": "lora"}, r"method \(relora there, lora here\)"),
-        ({"lowrank": {"r": 64}}, r"lowrank\.r \(128 there, 64 here\)"),
-        ({"schedule": {"total_steps": 9001}}, r"schedule\.total_steps \(9000 there, 9001 here\)"),
-        ({"data": {"train": "t", "validation": "w"}}, r"data\.validation \(v there, w here\)"),
-        ({"evaluate": {"tokens": 5}}, r"evaluate\.tokens"),
-        ({"precision": {"dtype": "bf16"}}, r"precision\.dtype"),
-    ],
-)
-def test_another_run_is_refused_by_name(configure: Configure, overrides: dict[str, object], named: str) -> None:
-    folder = claimed(configure(), fresh=False)
-    before = (folder / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=named):
-        claimed(configure(**overrides), fresh=False)
-    assert (folder / "config.yaml").read_bytes() == before
-
-
 def test_a_folder_of_something_else_is_refused(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert claimed(configure(), fresh=False).is_dir()  # an empty one is nobody's
-    (tmp_path / "run" / "config.yaml").unlink()
+    for path in (tmp_path / "run").iterdir():
+        path.unlink()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a run folder"):
         claimed(configure(), fresh=False)
@@ -94,7 +76,7 @@ def test_fresh_moves_aside_to_the_first_free_name(configure: Configure, tmp_path
         (tmp_path / "run" / "mark").write_text(str(number))
         claimed(configure(seed=number), fresh=True)
         assert (tmp_path / f"run.{number}" / "mark").read_text() == str(number)
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "environment.json"}
 
 
 def test_fresh_moves_nothing_when_the_new_folder_cannot_be_had(configure: Configure, tmp_path: Path) -> None:
@@ -104,12 +86,14 @@ def test_fresh_moves_nothing_when_the_new_folder_cannot_be_had(configure: Config
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def test_a_configuration_cut_short_is_refused_by_name(configure: Configure) -> None:
-    """As a full disk or a kill could leave it."""
-    folder = claimed(configure(), fresh=False)
-    (folder / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=r"config\.yaml"):
-        claimed(configure(), fresh=False)
+@pytest.mark.parametrize(
+    "left", [[], ["config.yaml.partial"], ["config.yaml"], ["config.yaml", "environment.json.partial"]]
+)
+def test_what_a_kill_leaves_of_a_beginning_is_taken_up(configure: Configure, tmp_path: Path, left: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).write_text("seed: ")
+    assert open_run(claimed(configure(), fresh=False))[1] == configure()
 
 
 def test_open_run_wants_a_run_folder(tmp_path: Path) -> None:
@@ -127,7 +111,7 @@ def test_space_is_asked_of_the_disk_that_will_hold_the_folder(small: int) -> Non
 
 def test_environment(configure: Configure) -> None:
     folder = claimed(configure(), fresh=False)
-    write_environment(folder, 1234)
+    describe_run(folder, configure(), 1234)
     written = json.loads((folder / "environment.json").read_text())
     assert written == {"parameters": 1234, **describe_environment()}
     assert {"relora", "torch", "transformers", "python", "platform", "threads", "gpu"} <= written.keys()

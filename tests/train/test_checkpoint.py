@@ -72,7 +72,7 @@ def test_damage_is_named_and_the_older_one_used(tmp_path: Path, name: str, damag
     checkpoint, broken = checkpoints.latest()
     assert checkpoint is not None and checkpoint.step == 1
     assert len(broken) == 1 and "step-00000002" in broken[0]
-    with pytest.raises(UserError, match="damaged|missing"):
+    with pytest.raises(UserError, match=r"damaged|missing"):
         checkpoints.open(2)
 
 
@@ -208,7 +208,7 @@ def test_a_failure_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest
     save(checkpoints, 1)
     monkeypatch.setattr(module, "save_file", full)
     checkpoints.save(SavedState(step=2, tokens=0, positions={}), WEIGHTS, {}, MOMENTS, {})
-    with pytest.raises(RunStopped, match="No space left on device.*make room"):
+    with pytest.raises(RunStopped, match=r"No space left on device.*make room"):
         while True:
             checkpoints.check()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

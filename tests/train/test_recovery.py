@@ -1,0 +1,295 @@
+"""Numbers that went wrong: nothing moves, the place is named, and what comes next is the same for a run that is killed.
+
+The runs are those of test_loop.py in small: a network of two blocks, restarts before steps 6 and 9.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.train.small import Net, Sequences, batch
+from tests.train.small import loss as good_loss
+from torch import Tensor, nn
+
+from relora.errors import NonFinite, RunStopped
+from relora.lowrank import LowRankConfig, low_rank_layers
+from relora.measure import Evaluation
+from relora.report.console import Console
+from relora.report.metrics import read_json_lines
+from relora.report.reporter import Reporter
+from relora.train.checkpoint import Checkpoints
+from relora.train.loop import train
+from relora.train.optim import OptimizerConfig
+from relora.train.run import Run, begin
+from relora.train.schedule import Schedule
+from relora.train.state import TrainState
+
+
+def loss_of(bad: Callable[[Tensor], bool], infect: float = math.nan) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A loss that is not finite for the sequences that `bad` picks."""
+
+    def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        summed, count = good_loss(model, input_ids, labels)
+        return summed * (infect if bad(input_ids) else 1.0), count
+
+    return loss
+
+
+def is_batch(*numbers: int) -> Callable[[Tensor], bool]:
+    """Whether sequences are the second half (the second micro-batch) of one of these batches."""
+    return lambda ids: any(torch.equal(ids, batch(number).input_ids[2:]) for number in numbers)
+
+
+def never(_: Tensor) -> bool:
+    return False
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    state: TrainState
+    tensors: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    metrics: list[dict[str, object]]
+    restarts: list[dict[str, object]]
+    batches: list[int]
+
+    def incidents(self) -> list[dict[str, object]]:
+        return [line for line in self.metrics if line["kind"] not in ("train", "evaluation")]
+
+
+def play(folder: Path, bad: Callable[[Tensor], bool], *, kill_at: int | None = None, **changes: object) -> Outcome:
+    """A run of 12 steps, checkpoints every 4; `kill_at` counts the batches that were asked for in this process."""
+    folder.mkdir(exist_ok=True)
+    model, asked = Net(), []
+
+    def batch_at(number: int) -> Sequences:
+        if len(asked) == kill_at:
+            raise Killed
+        asked.append(number)
+        return batch(number)
+
+    def evaluate(model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        each_batch()
+        with torch.no_grad():
+            summed, tokens = good_loss(model, *batch(1000))
+        return Evaluation.of(summed.item(), int(tokens), None)
+
+    settings: dict[str, object] = {
+        "model": model,
+        "schedule": Schedule(total_steps=12, warm_start_steps=3, restart_every_steps=3, restart_warmup_steps=1),
+        "batch_at": batch_at,
+        "place_of": lambda number, sequences: f"batch {number}, sequences {sequences.start}-{sequences.stop - 1}",
+        "loss": loss_of(bad),
+        "evaluate": evaluate,
+        "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
+        "lowrank": LowRankConfig(r=2, lora_alpha=2),
+        "restart_reset": "zero",
+        "restart_keep_ratio": 0.1,
+        "settings": {},
+        "autocast": None,
+        "seed": 0,
+        "micro_sequences": 2,
+        "clip_grad_norm": 1.0,
+        "non_finite": "stop",
+        "non_finite_limit": 3,
+        "log_every_steps": 1,
+        "evaluate_every_steps": 100,
+        "checkpoint_every_steps": 4,
+    }
+    with (
+        Reporter(folder, 12, [], Console(quiet=True)) as reporter,
+        Checkpoints(folder / "checkpoints", background=False) as checkpoints,
+    ):
+        run = Run(**(settings | {"reporter": reporter, "checkpoints": checkpoints} | changes))
+        progress = begin(run, checkpoints.latest()[0])
+        state = train(run, progress)
+    newest = checkpoints.open(12)
+    files = [
+        [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in read_json_lines(file)]
+        for file in (folder / "metrics.jsonl", folder / "restarts.jsonl")
+    ]
+    assert newest.state.progress == state
+    return Outcome(state, newest.weights(), newest.optimizer(), *files, asked)
+
+
+def same(one: Outcome, other: Outcome) -> bool:
+    return (
+        one.state == other.state
+        and one.metrics == other.metrics
+        and one.restarts == other.restarts
+        and all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+        and all(torch.equal(one.moments[name], other.moments[name]) for name in one.moments | other.moments)
+    )
+
+
+# Stop
+
+
+@pytest.mark.parametrize("infect", [math.nan, math.inf])
+def test_stop_says_where_in_the_data(tmp_path: Path, infect: float) -> None:
+    with pytest.raises(
+        RunStopped, match=r"step 5: loss (nan|inf).*no weight has moved \(batch 5, sequences 2-3\); lower"
+    ):
+        play(tmp_path, never, loss=loss_of(is_batch(5), infect))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
+    assert play(tmp_path, never).state == TrainState(12, 288)
+
+
+def test_a_gradient_alone_is_named_by_its_first_tensor(tmp_path: Path) -> None:
+    """The loss is finite: the square root of 0 has an infinite slope."""
+
+    def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        summed, count = good_loss(model, input_ids, labels)
+        return summed + torch.sqrt(model.head.bias[0] * 0.0), count
+
+    with pytest.raises(RunStopped, match=r"loss \d.*gradient norm nan \(first in head.bias\).*batch 0, sequences 0-3"):
+        play(tmp_path, never, loss=loss)
+
+
+def test_no_checkpoint_holds_a_weight_that_is_not_finite(tmp_path: Path) -> None:
+    """A weight that no loss shows: found when it is to be saved."""
+    model = Net()
+    model.register_buffer("unused", torch.tensor([1.0, math.inf]))
+    with pytest.raises(RunStopped, match="after step 4: unused is not finite; no checkpoint was written"):
+        play(tmp_path, never, model=model)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == []
+
+
+# Skip
+
+
+def test_a_skipped_step_moves_nothing_and_the_timetable_goes_on(tmp_path: Path) -> None:
+    whole = play(tmp_path / "whole", never)
+    skipping = play(tmp_path / "skipping", is_batch(5, 7), non_finite="skip")
+    assert skipping.state == TrainState(12, 240, incidents=2)
+    assert [line["step"] for line in skipping.incidents()] == [6, 8]
+    assert skipping.incidents()[0]["batch"] == "batch 5, sequences 2-3" and skipping.incidents()[0]["loss"] is None
+    assert [line["step"] for line in skipping.restarts] == [line["step"] for line in whole.restarts] == [6, 9]
+    rates = {line["step"]: line["lr"] for line in whole.metrics if line["kind"] == "train"}
+    for line in skipping.metrics:
+        assert line["kind"] != "train" or line["lr"] == rates[line["step"]]
+
+
+def test_a_skipped_step_equals_one_that_was_never_taken(tmp_path: Path) -> None:
+    """Against a plain loop that leaves the optimizer alone at that step."""
+    schedule = Schedule(total_steps=12, warm_start_steps=12)
+    skipping = play(tmp_path, is_batch(5), non_finite="skip", schedule=schedule)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    for step in range(12):
+        if step == 5:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * schedule.lr_factor(step)
+        for half in (slice(0, 2), slice(2, 4)):
+            ids, labels = (part[half] for part in batch(step))
+            summed, _ = good_loss(model, ids, labels)
+            (summed / 24).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, skipping.tensors[name]), name
+
+
+@pytest.mark.parametrize("bad", [(0,), (3,), (6,), (9,), (11,), (3, 4), (5, 6)])
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_killed_around_an_incident_and_continued_gives_the_same_bytes(
+    tmp_path: Path, policy: str, bad: tuple[int, ...]
+) -> None:
+    """Incidents in the warm start, at the switch, at a restart, at the end, in a row."""
+    whole = play(tmp_path / "whole", is_batch(*bad), non_finite=policy)
+    for kill_at in range(1, len(whole.batches)):
+        folder = tmp_path / f"killed-{kill_at}"
+        with pytest.raises(Killed):
+            play(folder, is_batch(*bad), non_finite=policy, kill_at=kill_at)
+        assert same(play(folder, is_batch(*bad), non_finite=policy), whole), kill_at
+
+
+def test_the_limit_ends_the_run_and_counts_over_kills(tmp_path: Path) -> None:
+    bad = is_batch(1, 5, 7)
+    with pytest.raises(RunStopped, match=r"step 7: .*non_finite.limit \(2\) is used up"):
+        play(tmp_path, bad, non_finite="skip", non_finite_limit=2)
+    with pytest.raises(RunStopped, match=r"step 7: .*used up"):  # from step 4, where one of the two had been counted
+        play(tmp_path, bad, non_finite="skip", non_finite_limit=2)
+    assert play(tmp_path, bad, non_finite="skip", non_finite_limit=3).state.incidents == 3
+
+
+def test_skip_stops_where_there_is_no_step_to_skip(tmp_path: Path) -> None:
+    model = Net()
+    model.register_buffer("unused", torch.tensor(math.nan))
+    with pytest.raises(RunStopped, match="nothing to skip"):
+        play(tmp_path, never, model=model, non_finite="skip")
+
+
+# Rewind
+
+
+def test_rewind_goes_past_the_batches_that_led_there(tmp_path: Path) -> None:
+    rewound = play(tmp_path, is_batch(6), non_finite="rewind")
+    assert rewound.batches == [0, 1, 2, 3, 4, 5, 6, *range(7, 15)]  # step 4 again, with batch 7
+    assert rewound.state == TrainState(12, 288, incidents=1, skipped_batches=3)
+    [event] = rewound.incidents()
+    assert (event["kind"], event["step"], event["failed_step"]) == ("rewind", 4, 6)
+    assert event["batch"] == "batch 6, sequences 2-3"
+    assert [line["step"] for line in rewound.metrics if line["kind"] == "train"] == list(range(1, 13))
+    assert [line["step"] for line in rewound.restarts] == [6, 9]
+
+
+def test_rewind_before_the_first_regular_checkpoint_begins_again(tmp_path: Path) -> None:
+    rewound = play(tmp_path, is_batch(2), non_finite="rewind")
+    assert rewound.batches == [0, 1, 2, *range(3, 15)] and rewound.state.skipped_batches == 3
+
+
+def test_rewind_from_a_bad_weight(tmp_path: Path) -> None:
+    """Found by the save of step 8; whatever the batches since step 4 did is undone."""
+    model, poisoned = Net(), []
+
+    def place_poison(number: int) -> Sequences:
+        if number == 7 and not poisoned:
+            poisoned.append(number)
+            layer = next(iter(low_rank_layers(model).values()))
+            layer.weight.data[0, 0] = math.inf
+        return batch(number)
+
+    def blind(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sees the infinite weight only through a tanh."""
+        summed, count = good_loss(model, input_ids, labels)
+        return torch.nan_to_num(summed), count
+
+    with pytest.raises((RunStopped, NonFinite)):
+        play(tmp_path / "stop", never, model=model, batch_at=place_poison, loss=blind)
+    model, poisoned = Net(), []
+    rewound = play(tmp_path / "back", never, model=model, batch_at=place_poison, loss=blind, non_finite="rewind")
+    assert rewound.state.incidents == 1 and rewound.incidents()[0]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in rewound.tensors.values())
+
+
+def test_rewind_is_refused_without_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    """The policy was changed when the run went on: the start was not saved."""
+    with pytest.raises(RunStopped, match="no sound checkpoint to go back to"):
+        play(tmp_path, is_batch(2), non_finite="rewind", checkpoints=_Nothing(tmp_path / "checkpoints"))
+
+
+class _Nothing(Checkpoints):
+    """A folder that forgets what is saved."""
+
+    def save(self, *_: object, **__: object) -> None:
+        return
+
+
+def test_exact_tensors_of_a_rewound_model_are_those_of_a_new_one(tmp_path: Path) -> None:
+    """Stored in bf16, with masters: injected twice into one model."""
+    lowrank = LowRankConfig(r=2, lora_alpha=2, base="bf16", trainable_scaling=True)
+    whole = play(tmp_path / "one", is_batch(10), non_finite="rewind", lowrank=lowrank)
+    with pytest.raises(Killed):
+        play(tmp_path / "two", is_batch(10), non_finite="rewind", lowrank=lowrank, kill_at=9)
+    assert same(play(tmp_path / "two", is_batch(10), non_finite="rewind", lowrank=lowrank), whole)
+    assert {"blocks.0.scaling", "blocks.0.lora_A"} <= whole.tensors.keys()
