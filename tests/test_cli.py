@@ -458,7 +458,7 @@ def test_a_run_folder_that_holds_another_run(finished: Path) -> None:
     before = contents(finished)
     config = finished.with_name("config.yaml")
     assert_refused(call("pretrain", config, "batch.sequences=8"), "batch.sequences (4 there, 8 here)", "--fresh")
-    assert_refused(call("pretrain", config, "seed=1", "optimizer.lr=1"), "optimizer.lr", "seed")
+    assert_refused(call("pretrain", config, "seed=1", "method=lora"), "method", "seed")
     assert contents(finished) == before
 
 

@@ -87,8 +87,8 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     """
     if then.get("data", now["data"]) != now["data"]:
         raise UserError("data: the prepared folders hold other tokens than when the run began; put the old ones back")
-    changed = [f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value]
-    changed = [line for line in changed if not line.startswith("data ")]
+    around = {key: value for key, value in now.items() if key != "data" and then.get(key) != value}
+    changed = [f"{key} was {then.get(key, 'not noted')}, is {value}" for key, value in around.items()]
     lines = []
     if changed:
         lines.append(f"not bit for bit what an uninterrupted run gives: {'; '.join(changed)}")

@@ -6,6 +6,7 @@ draw. The two counts beside it stay 0 as long as every loss is a number.
 
 import platform
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import torch
 
@@ -42,6 +43,7 @@ class TrainState:
 def numeric_environment(device: torch.device, dtype: str) -> dict[str, str | int]:
     """What changes the last bits of a result though the configuration is the same. Saved with every checkpoint."""
     return {
+        "relora": version("relora"),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
