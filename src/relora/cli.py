@@ -28,6 +28,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE].
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model, if you read it.")]
 
 
 def main() -> None:
@@ -44,9 +45,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a disk that fills up in the wrong moment
-        if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}", 3)
+        _fail(f"{error.filename or 'disk'}: {error.strerror or error}; make room and run the same command again", 3)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
             raise
@@ -125,11 +124,12 @@ def export(
     checkpoint: Annotated[int | None, typer.Option(help="Step; by default the newest.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/model-STEP.")] = None,
     dtype: Dtype = "fp32",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write any checkpoint as a plain Hugging Face model folder, factors merged."""
     from relora.recipes.export import export as run_export
 
-    print(run_export(run, step=checkpoint, out=out, dtype=dtype))
+    print(run_export(run, step=checkpoint, out=out, dtype=dtype, trust_remote_code=trust_remote_code))
 
 
 @app.command(epilog="Example: relora evaluate runs/quickstart --data prepared/quickstart/validation")
@@ -142,6 +142,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "fp32",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity and bits per byte on prepared folders or raw text (sliding window)."""
@@ -156,6 +157,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         batch=batch,
+        trust_remote_code=trust_remote_code,
     )
     _print_json([asdict(score) for score in scores]) if as_json else print_scores(scores)
 
@@ -173,6 +175,7 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     device: Device = "auto",
     dtype: Dtype = "fp32",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts; streams the text and says how fast it went."""
@@ -181,7 +184,16 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, do_sample, repetition_penalty)
     write = None if as_json else lambda text: print(text, end="", flush=True)
-    generation = run_generate(model, prompt, sampling, seed=seed, device=device, dtype=dtype, write=write)
+    generation = run_generate(
+        model,
+        prompt,
+        sampling,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        write=write,
+    )
     if as_json:
         _print_json(asdict(generation))
     else:
@@ -242,5 +254,7 @@ def _print_json(figures: Any) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"relora: {' '.join(message.split())}", file=sys.stderr)
+    # one line, in which a file's name cannot move the cursor
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    print(f"relora: {line}", file=sys.stderr)
     sys.exit(status)

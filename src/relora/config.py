@@ -6,22 +6,43 @@ anything is loaded.
 Nothing here imports torch, so that a misspelt key is reported at once.
 """
 
-import difflib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from relora.errors import UserError
+from relora.mistakes import first_mistake, shown
+from relora.untrusted import DEPTH, no_address, parse_yaml, read_yaml
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+
+def _no_bool(value: object) -> object:
+    """YAML reads `yes` and `on` as true, and Python takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
+
+
+def _is_text(value: str) -> str:
+    """What YAML can spell in quotes and no file name or UTF-8 file can hold."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("must be text, without NUL characters and halves of surrogate pairs")
+    return value
+
+
+Number = BeforeValidator(_no_bool)
+PositiveInt = Annotated[int, Number, Field(gt=0, le=10**15)]
+NonNegativeInt = Annotated[int, Number, Field(ge=0, le=10**15)]
+Seed = Annotated[int, Number, Field(ge=0, lt=2**64)]
+PositiveFloat = Annotated[float, Number, Field(gt=0, le=1e9)]
+NonNegativeFloat = Annotated[float, Number, Field(ge=0, le=1e9)]
+Share = Annotated[float, Number, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Number, Field(gt=0, le=1)]
+Text = Annotated[str, AfterValidator(_is_text)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_is_text), AfterValidator(no_address)]
+"""A path, or a hub id."""
 
 
 class Settings(BaseModel):
@@ -33,12 +54,14 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """Which model: a preset to build, or a Hugging Face causal LM to open. Shape keys override a preset's."""
 
-    preset: str | None = None
+    preset: Text | None = None
     """A LLaMA shape of the ReLoRA paper: llama-9m ... llama-7b."""
-    path: str | None = None
+    path: Place | None = None
     """A Hugging Face model folder or hub id."""
     from_scratch: bool = False
     """With `path`: take the architecture only and draw the weights anew."""
+    trust_remote_code: bool = False
+    """With `path`: run code that comes with the model. Only for a model whose code you have read."""
     vocab_size: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     intermediate_size: PositiveInt | None = None
@@ -51,7 +74,7 @@ class ModelSettings(Settings):
     @property
     def overrides(self) -> dict[str, int | bool]:
         """The shape keys that were given, under the names of `transformers`."""
-        return self.model_dump(exclude={"preset", "path", "from_scratch"}, exclude_none=True)
+        return self.model_dump(exclude={"preset", "path", "from_scratch", "trust_remote_code"}, exclude_none=True)
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSettings":
@@ -67,7 +90,7 @@ class ModelSettings(Settings):
 class WeightedSource(Settings):
     """One prepared folder of a mixture."""
 
-    path: str
+    path: Place
     weight: PositiveFloat = 1.0
     """Share of the sequences, relative to the other weights."""
 
@@ -75,9 +98,9 @@ class WeightedSource(Settings):
 class DataSettings(Settings):
     """Folders written by `relora prepare`."""
 
-    train: str | Annotated[tuple[WeightedSource, ...], Field(min_length=1)]
+    train: Place | Annotated[tuple[WeightedSource, ...], Field(min_length=1)]
     """A folder, or a list of {path, weight} to mix."""
-    validation: str
+    validation: Place
     sequence_length: PositiveInt = 256
     """Tokens per sequence."""
 
@@ -93,7 +116,7 @@ class LowRankSettings(Settings):
     r: PositiveInt = 128
     lora_alpha: PositiveFloat = 32.0
     lora_dropout: Share = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Text | tuple[Text, ...] = "all-linear"
     """`all-linear` (every linear layer of the decoder blocks), a list of names, or a regular expression."""
     rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
@@ -116,7 +139,7 @@ class RestartSettings(Settings):
     warmup_steps: NonNegativeInt = 50
     optimizer: Literal["zero", "random", "magnitude", "keep"] = "zero"
     """The factors' optimizer state: zero all of it (m, v and step), prune m and v by one mask, or keep it."""
-    keep_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    keep_ratio: Annotated[float, Number, Field(gt=0, lt=1)] = 0.1
     """For random and magnitude: the share of the entries that stays."""
     init: Literal["kaiming"] = "kaiming"
 
@@ -129,7 +152,7 @@ class ScheduleSettings(Settings):
     total_tokens: PositiveInt | None = None
     """Stands in for total_steps; tokens, rounded up to whole steps."""
     warmup_steps: NonNegativeInt = 500
-    min_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    min_lr_ratio: Ratio = 0.1
 
     @model_validator(mode="after")
     def _one_length(self) -> "ScheduleSettings":
@@ -184,6 +207,18 @@ class CheckpointSettings(Settings):
 
     every_steps: PositiveInt = 500
     keep_last: PositiveInt = 2
+    """One more is kept where these share one copy of the frozen weights."""
+    background: bool = True
+    """Write from a copy in main memory while training goes on; false saves that memory and waits for the disk."""
+
+
+class NonFiniteSettings(Settings):
+    """What to do when a loss, a gradient or a weight is not finite."""
+
+    policy: Literal["stop", "skip", "rewind"] = "stop"
+    """Stop; leave the step out; or go back to the last checkpoint and past the batches that led there."""
+    limit: PositiveInt = 3
+    """Stop after so many incidents in one run."""
 
 
 class EvaluateSettings(Settings):
@@ -204,19 +239,19 @@ class LogSettings(Settings):
 class SampleSettings(Settings):
     """Text generated at the end of the run."""
 
-    prompts: tuple[str, ...] = ("The",)
+    prompts: tuple[Text, ...] = ("The",)
     max_new_tokens: PositiveInt = 80
     temperature: PositiveFloat = 0.8
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_p: Ratio = 0.95
 
 
 class RunConfig(Settings):
     """Everything that `relora pretrain` reads."""
 
-    output_dir: str
+    output_dir: Place
     """The run folder."""
-    seed: NonNegativeInt = 0
-    device: str = "auto"
+    seed: Seed = 0
+    device: Text = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     model: ModelSettings
     data: DataSettings
@@ -229,6 +264,7 @@ class RunConfig(Settings):
     batch: BatchSettings = BatchSettings()
     precision: PrecisionSettings = PrecisionSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    non_finite: NonFiniteSettings = NonFiniteSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     log: LogSettings = LogSettings()
     samples: SampleSettings = SampleSettings()
@@ -244,7 +280,7 @@ class RunConfig(Settings):
         if self.schedule.total_steps is not None:
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None  # ScheduleSettings sees to it
-        return math.ceil(self.schedule.total_tokens / self.batch_tokens)
+        return -(-self.schedule.total_tokens // self.batch_tokens)
 
     @property
     def lowrank_lr(self) -> float:
@@ -284,7 +320,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_mistake(error)}") from None
+        raise UserError(f"{source}: {first_mistake(error, RunConfig)}") from None
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -294,15 +330,11 @@ def to_yaml(config: RunConfig) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a YAML configuration") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a YAML mapping of keys to values")
     return tree
@@ -311,52 +343,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override!r}: an override is written key.sub=value, e.g. optimizer.lr=1e-3")
+        raise UserError(f"{shown(override)}: an override is written key.sub=value, e.g. optimizer.lr=1e-3")
     *parents, last = key.split(".")
+    if len(parents) >= DEPTH:
+        raise UserError(f"{shown(override)}: more than {DEPTH} levels")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UserError(f"{override!r}: `{parent}` is not a section")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not valid YAML; quote it if it is text") from None
-
-
-def _first_mistake(error: ValidationError) -> str:
-    """One line for the first thing that pydantic found: the dotted key, what is wrong, the nearest valid key."""
-    mistake = error.errors(include_url=False)[0]
-    location = [str(part) for part in mistake["loc"] if part not in ("str", "tuple[WeightedSource, ...]")]
-    key = ".".join(location)
-    if mistake["type"] == "extra_forbidden":
-        return f"unknown key `{key}`; {_nearest(location)}"
-    if mistake["type"] == "missing":
-        return f"`{key}` is missing"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"`{key}` is {mistake['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _nearest(location: list[str]) -> str:
-    """The valid key nearest to an unknown one: in its own section first, then anywhere."""
-    keys = list(_all_keys(RunConfig))
-    section = ".".join(location[:-1])
-    siblings = [key for key in keys if key.rpartition(".")[0] == section]
-    for candidates in (siblings, keys):
-        near = difflib.get_close_matches(".".join(location), candidates, n=1, cutoff=0.7)
-        if near:
-            return f"did you mean `{near[0]}`?"
-    by_name = [key for key in keys if key.rpartition(".")[2] == location[-1]]
-    if by_name:
-        return f"did you mean `{by_name[0]}`?"
-    return f"valid here: {', '.join(key.rpartition('.')[2] for key in siblings)}"
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+            raise UserError(f"{shown(override)}: `{parent}` is not a section")
+    tree[last] = parse_yaml(value, shown(override))

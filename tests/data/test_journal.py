@@ -5,10 +5,10 @@ import pytest
 
 from relora.data import journal
 from relora.data.encode import SplitTokens
-from relora.data.journal import Header, Journal, SplitState, SplitWriter
+from relora.data.journal import Header, Journal, Request, SplitState, SplitWriter
 from relora.errors import UserError
 
-HEADER = Header({"options": {"seed": 0}, "sources": []}, 1 << 63)
+HEADER = Header(Request((), {"seed": 0}), 1 << 63)
 
 
 def _split(*tokens: int) -> SplitTokens:

@@ -64,8 +64,8 @@ def test_damaged_shards_are_refused(tmp_path: Path, write_folder) -> None:
     [
         ({"format_version": 99}, "format version 99, this release reads 1"),
         ({"tokens": 11}, "`shards` and `tokens` disagree"),
-        ({"tokens": "many"}, "`tokens`: Input should be a valid integer"),
-        ({"dtype": "float16"}, "`dtype`: Input should be"),
+        ({"tokens": "many"}, "`tokens` is 'many': input should be a valid integer"),
+        ({"dtype": "float16"}, "`dtype` is 'float16': input should be"),
     ],
 )
 def test_a_wrong_index_is_refused(tmp_path: Path, write_folder, change: dict[str, object], message: str) -> None:

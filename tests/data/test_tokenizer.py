@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from relora.data.tokenizer import (
     END_OF_TEXT,
     PAD,
+    copy_tokenizer,
     fingerprint,
     load_tokenizer,
     save_tokenizer,
@@ -91,3 +93,46 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path: Path, tokenizer_folder: Path
         with pytest.raises(UserError, match=message) as caught:
             load_tokenizer(str(tmp_path / folder))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["own.Own", None]}}, "`auto_map` asks for code"),
+        ({"tokenizer_class": "AutoModelForCausalLM"}, "is not a tokenizer of transformers"),
+        ({"vocab_file": "../vocabulary.txt"}, "not a file of this folder"),
+        ({"vocab_file": "/etc/passwd"}, "not a file of this folder"),
+    ],
+)
+def test_a_tokenizer_that_asks_for_more_than_its_folder(
+    tmp_path: Path, tokenizer_folder: Path, settings: dict[str, object], message: str
+) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(str(folder))
+
+
+def test_paths_of_where_a_tokenizer_was_made_do_no_harm(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Many on the hub still carry them."""
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    file = folder / "tokenizer_config.json"
+    old = {"special_tokens_map_file": "/home/author/map.json", "tokenizer_file": "/home/author/tokenizer.json"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **old}))
+    assert fingerprint(load_tokenizer(str(folder))) == fingerprint(load_tokenizer(str(tokenizer_folder)))
+
+
+def test_a_copy_holds_no_file_of_this_machine(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "given")
+    (tmp_path / "secret").write_text("the reader's own")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"notes.txt: a link that leads out of its folder"):
+        copy_tokenizer(folder, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_web_address_is_not_repeated() -> None:
+    with pytest.raises(UserError, match="a web address cannot be used") as caught:
+        load_tokenizer("https://reader:hf_secret@hub.example/owner/name")
+    assert "hf_secret" not in str(caught.value)

@@ -38,6 +38,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
 }
 IDS = torch.arange(12).view(2, 6)
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""The shortest safetensors file."""
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +211,12 @@ def test_only_safetensors_are_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "weights", "message"),
     [
-        ("{not json", b"", "not a model that transformers knows"),
-        ('{"model_type": "no-such"}', b"", "not a model that transformers knows"),
-        ('{"model_type": "vit"}', b"", "cannot be opened as a causal LM"),
+        ("{not json", NO_TENSORS, r"config.json: not valid JSON"),
+        ("[]", NO_TENSORS, "config.json: not a JSON object"),
+        ('{"model_type": "no-such"}', NO_TENSORS, "not a model that transformers knows"),
+        ('{"model_type": "vit"}', NO_TENSORS, "cannot be opened as a causal LM"),
         (json.dumps({"model_type": "llama", **SMALL}), b"\0" * 40, "cannot be opened as a causal LM"),
+        (json.dumps({"model_type": "llama", **SMALL}), b"\0", "model.safetensors: damaged"),
     ],
 )
 def test_broken_folders_give_one_line(tmp_path: Path, config: str, weights: bytes, message: str) -> None:
@@ -353,3 +357,67 @@ def test_a_failed_write_leaves_the_old_model(tmp_path: Path, tokenizer: PreTrain
     with pytest.raises(RunStopped, match="could not be written"):
         save_model(build_model("llama-9m", SMALL, seed=1), folder, tokenizer)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_kill_between_the_renames_loses_nothing_and_leaves_nothing_behind(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = build_model("llama-9m", SMALL, seed=0)
+    folder = save_model(old, tmp_path / "model", tokenizer)
+    before = (folder / "model.safetensors").read_bytes()
+    rename, renames = Path.rename, []
+
+    def rename_once(self: Path, target: Path) -> Path:
+        if renames:
+            raise KeyboardInterrupt  # as good as a kill: nothing of ours catches it
+        renames.append(target)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_once)
+        save_model(build_model("llama-9m", SMALL, seed=1), folder, tokenizer)
+    assert (tmp_path / ".model.replaced" / "model.safetensors").read_bytes() == before
+    save_model(build_model("llama-9m", SMALL, seed=1), folder, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_cannot_be_moved_into_place_leaves_the_old_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(build_model("llama-9m", SMALL, seed=0), tmp_path / "model", tokenizer)
+    before = (folder / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def rename_but_the_new(self: Path, target: Path) -> Path:
+        if self.name == ".model.partial":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="No space left"):
+        patch.setattr(Path, "rename", rename_but_the_new)
+        save_model(build_model("llama-9m", SMALL, seed=1), folder, tokenizer)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_every_file_of_a_model_is_synced_before_it_is_in_place(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", note)
+    folder = save_model(build_model("llama-9m", SMALL, seed=0), tmp_path / "model", tokenizer)
+    aside = tmp_path / ".model.partial"
+    assert {*synced} == {aside, tmp_path, *(aside / file.name for file in folder.iterdir())}
+    assert synced[-1] == tmp_path
+
+
+def test_safetensors_are_taken_and_a_pickle_beside_them_is_not(tmp_path: Path) -> None:
+    model = build_model("llama-9m", SMALL, seed=0)
+    model.save_pretrained(tmp_path)
+    for name in ("pytorch_model.bin", "model.ckpt", "pytorch_model.bin.index.json"):
+        (tmp_path / name).write_bytes(b'{"weight_map": {}}')
+    assert torch.equal(logits(open_model(tmp_path)), logits(model))

@@ -47,6 +47,23 @@ def test_the_loss_axis_looks_past_the_first_fall(tmp_path: Path, make_run: MakeR
     assert perplexity.figure["layout"]["yaxis"]["type"] == "log"
 
 
+def test_the_loss_chart_marks_spikes_and_what_was_not_finite(tmp_path: Path, make_run: MakeRun) -> None:
+    folder = make_run(tmp_path)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train" and record["step"] == 1030:
+            record["loss"] = 9.0
+    skipped = {"kind": "skipped", "step": 1234, "tokens": 1234 * 8192, "phase": "low_rank", "cycle": 2, "loss": None}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records, skipped]))
+    loss, *others = charts(read_history(folder))
+    marks = loss.figure["data"][-1]
+    assert (marks["mode"], marks["x"], marks["y"], marks["customdata"]) == ("markers", [1030 * 8192], [9.0], [1030])
+    assert loss.figure["layout"]["yaxis"]["range"][1] > 9
+    dotted = [shape["x0"] for shape in loss.figure["layout"]["shapes"] if shape["line"].get("dash") == "dot"]
+    assert dotted == [1234 * 8192]
+    assert not any(shape["line"].get("dash") for other in others[:-1] for shape in other.figure["layout"]["shapes"])
+
+
 def test_thinning_keeps_the_end_and_passes_over_what_is_null() -> None:
     points = [(step * 10, step, None if step % 2 else float(step)) for step in range(10 * MAX_POINTS)]
     thin = thinned(points)

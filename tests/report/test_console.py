@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from relora.report.console import Console, format_duration, format_figure
+from relora.report.spikes import Boundary, Rise
 
 EVALUATION = {
     "kind": "evaluation",
@@ -153,6 +154,55 @@ def test_a_pipe_that_is_gone_does_not_stop_the_run() -> None:
     console.train(train_record(10))
     console.warning("nobody reads this")
     console.close()
+
+
+@pytest.mark.parametrize(
+    ("rise", "text"),
+    [
+        (
+            Rise(Boundary(1000, 2), 3.52, 3.93, 1030, 0.05, 60),
+            "warning: step 1100  after the restart at step 1000 the training loss rose by 0.410 (3.520 -> 3.930), "
+            "back after 60 steps",
+        ),
+        (
+            Rise(Boundary(500, 0), 3.52, 3.93, 530, 0.05, None),
+            "warning: step 1100  after the switch to low rank at step 500 the training loss rose by 0.410 "
+            "(3.520 -> 3.930), not back yet",
+        ),
+        (
+            Rise(Boundary(1000, 2), 3.52, 3.6, 1030, 0.05, 60),
+            "step 1100  after the restart at step 1000 the training loss rose by 0.080 (3.520 -> 3.600), "
+            "within its noise",
+        ),
+        (
+            Rise(Boundary(1000, 2), 3.52, 3.5, 1010, 0.05, 10),
+            "step 1100  after the restart at step 1000 the training loss did not rise (3.520 -> 3.500)",
+        ),
+    ],
+)
+def test_how_the_loss_took_a_restart_is_one_line(rise: Rise, text: str) -> None:
+    loud, quiet = io.StringIO(), io.StringIO()
+    for stream in (loud, quiet):
+        console = Console(stream=stream, quiet=stream is quiet)
+        console.start(2000)
+        console.rise(1100, rise)
+    assert loud.getvalue() == text + "\n"
+    assert quiet.getvalue() == (text + "\n" if text.startswith("warning") else "")
+
+
+def test_what_was_not_finite_is_a_warning_that_says_where() -> None:
+    stream = io.StringIO()
+    console = Console(quiet=True, stream=stream)
+    console.start(2000)
+    where = {"phase": "low_rank", "cycle": 2, "batch": "sequence 3 of batch 12"}
+    console.incident({"kind": "skipped", "step": 13, **where, "loss": float("nan"), "grad_norm": None})
+    console.incident({"kind": "rewind", "step": 10, **where, "failed_step": 13})
+    console.incident({"kind": "rewind", "step": 10, **where, "failed_step": 14, "batch": ""})
+    assert stream.getvalue().splitlines() == [
+        "warning: step   13  left out, nothing was updated: loss -, gradient norm - in sequence 3 of batch 12",
+        "warning: step   10  gone back to here, past what was not finite at step 13 in sequence 3 of batch 12",
+        "warning: step   10  gone back to here, past what was not finite at step 14",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,21 @@ def test_figures_that_are_null_are_left_out(tmp_path: Path) -> None:
     assert (history.held_out, history.segments, history.seconds) == ([], [], 0.0)
 
 
+def test_incidents_are_kept_apart_and_may_be_all_there_is(tmp_path: Path, make_run: MakeRun) -> None:
+    folder = make_run(tmp_path, steps=100)
+    whole = read_history(folder)
+    place = {"step": 104, "tokens": 104 * 8192, "phase": "warm_start", "cycle": 0}
+    skipped = {"kind": "skipped", **place, "loss": None, "grad_norm": None, "batch": "batch 103"}
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(skipped) + "\n")
+    history = read_history(folder)
+    assert history.incidents == [skipped]
+    assert (history.train, history.segments, history.seconds) == (whole.train, whole.segments, whole.seconds)
+    assert history.last == (104, 104 * 8192)
+    (folder / "metrics.jsonl").write_text(json.dumps(skipped) + "\n")
+    assert read_history(folder).last == (104, 104 * 8192)
+
+
 def test_perplexity_of_a_hopeless_loss_does_not_overflow() -> None:
     assert HeldOut(1, 1, 1e9).perplexity > 1e300
 
@@ -77,6 +93,7 @@ def test_perplexity_of_a_hopeless_loss_does_not_overflow() -> None:
         ("metrics.jsonl", "", "holds no records yet"),
         ("metrics.jsonl", "broken\n{}\n", "metrics.jsonl:1: not a JSON object"),
         ("samples.json", "[{", "samples.json: not valid JSON"),
+        ("samples.json", 100_000 * "[", "samples.json: nested too deeply"),
     ],
 )
 def test_a_run_that_cannot_be_read_is_one_line(
@@ -96,3 +113,16 @@ def test_a_configuration_that_is_no_yaml_is_kept_as_text(tmp_path: Path, make_ru
     (folder / "config.yaml").write_text("a: [1")
     history = read_history(folder)
     assert (history.config_text, history.config) == ("a: [1", {})
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "restarts.jsonl", "config.yaml", "environment.json", "samples.json"])
+def test_links_out_of_the_run_folder_and_pipes_are_refused(tmp_path: Path, make_run: MakeRun, name: str) -> None:
+    folder = make_run(tmp_path / "run", steps=100)
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match="a link that leads out of its folder"):
+        read_history(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match="not a regular file"):
+        read_history(folder)

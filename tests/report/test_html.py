@@ -52,8 +52,12 @@ def test_the_report_of_a_finished_run(tmp_path: Path, make_run: MakeRun) -> None
     for text in ("9,437,184", "relora", "llama-9m", "The morning was cold", "total_steps: 2000", "torch: 2.13.0"):
         assert text in page.text
     assert page.cells[:6] == ["warm start", "0 to 500", "4,096,000", "10,404.57", "39.63", "-99.6 %"]
-    first_restart = page.cells[7 * 6 : 7 * 6 + 9]
-    assert first_restart == ["1", "750", "3.4577", "3.4577", "28.47", "28.47", "0.1048", "31.0 of 64", "0.3"]
+    first_restart = page.cells[7 * 6 : 7 * 6 + 11]
+    measured = ["1", "750", "3.4577", "3.4577", "28.47", "28.47", "0.1048", "31.0 of 64", "+0.006", "noise", "0.3"]
+    assert first_restart == measured
+    assert "After the switch to low rank at step 509 the training loss did not rise (" in page.text
+    assert "loss spike" not in page.text
+    assert "Not finite" not in page.text
     assert set(json.loads(page.figures)) == {"loss", "perplexity", "rate", "speed", "gradient", "spectrum"}
     assert page.tags.count("figure") == 6
 
@@ -65,7 +69,7 @@ def test_it_is_one_file_that_loads_nothing(tmp_path: Path, make_run: MakeRun) ->
     assert "link" not in page.tags
     assert "plotly.js v" in path.read_text(encoding="utf-8")
     assert "default-src 'none'" in path.read_text(encoding="utf-8")
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_every_color_of_a_figure_is_a_variable_of_both_themes(tmp_path: Path, make_run: MakeRun) -> None:
@@ -88,6 +92,33 @@ def test_the_report_of_a_run_of_method_full(tmp_path: Path, make_run: MakeRun) -
     assert page.cells[0] == "full rank"
 
 
+def test_a_spike_and_what_was_not_finite_are_shown(tmp_path: Path, make_run: MakeRun) -> None:
+    folder = make_run(tmp_path, steps=1500)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train" and 1000 < record["step"] <= 1040:
+            record["loss"] += 1.0
+    where = {"phase": "low_rank", "cycle": 3, "batch": "batch 1255, sequences 3 to 5"}
+    records += [
+        {"kind": "skipped", "step": 1255, "tokens": 1, **where, "loss": None, "grad_norm": None},
+        {"kind": "rewind", "step": 1250, "tokens": 1, **where, "failed_step": 1256},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = Page(write_report(folder))
+    start = 5 * 6 + 11
+    assert page.cells[start : start + 2] == ["2", "1,000"]
+    rise, back = page.cells[start + 8 : start + 10]
+    assert rise.startswith(("+0.9", "+1.0", "+1.1"))
+    assert rise.endswith("\N{BLACK DOWN-POINTING TRIANGLE}")
+    assert 50 <= int(back) <= 90
+    assert page.cells[-10:] == [
+        *("1,255", "step left out", "-", "-", "batch 1255, sequences 3 to 5"),
+        *("1,250", "gone back to this step, from step 1,256", "-", "-", "batch 1255, sequences 3 to 5"),
+    ]
+    assert "loss spike" in page.text
+    assert "step left out or gone back to" in page.text
+
+
 def test_hostile_strings_stay_text(tmp_path: Path, make_run: MakeRun) -> None:
     folder = make_run(tmp_path, steps=1000)
     plain = Page(write_report(folder))
@@ -97,6 +128,8 @@ def test_hostile_strings_stay_text(tmp_path: Path, make_run: MakeRun) -> None:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records[-20:]:
         record |= dict.fromkeys(("phase", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second"), HOSTILE)
+    records.append(records[-1] | {"kind": "skipped", "batch": HOSTILE})
+    records.append(records[-1] | {"kind": "rewind", "failed_step": HOSTILE, "step": 10**400, "loss": 10**400})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     restart = json.loads((folder / "restarts.jsonl").read_text().splitlines()[0])
     restart |= dict.fromkeys(("loss_before", "loss_after", "seconds", "optimizer"), HOSTILE)
@@ -132,7 +165,7 @@ def test_an_old_report_is_replaced_and_one_that_cannot_be_written_is_one_line(
     (folder / "report.html").mkdir()
     with pytest.raises(UserError, match=r"report\.html: cannot be written: Is a directory"):
         write_report(folder)
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.partial"))
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:

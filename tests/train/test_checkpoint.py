@@ -1,5 +1,6 @@
 """Checkpoints are whole or ignored, hold nothing that runs, and share frozen weights without hanging on each other."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -223,17 +224,28 @@ def test_a_failure_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest
         ("manifest.json", {"format": "2"}, "damaged"),
         ("state.json", {"step": 2}, "step 2, in the folder of step 1"),
         ("state.json", {"tokens": "many"}, "damaged"),
+        ("state.json", {"incidents": -1}, "damaged"),
+        ("state.json", {"skipped_batches": 10**400}, "damaged"),
     ],
 )
 def test_a_lie_is_refused(tmp_path: Path, file: str, change: dict[str, object], message: str) -> None:
     """Written by hand, with checksums that are right."""
     folder = save(Checkpoints(tmp_path), 1)
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    manifest = json.loads((folder / "manifest.json").read_text())
     if file != "manifest.json":
-        manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"][file] = module.asdict(module._digest(folder / file))
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+    unsigned = json.dumps(manifest | {"sha256": None}, sort_keys=True)
+    manifest["sha256"] = hashlib.sha256(unsigned.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path).open(1)
+
+
+def test_a_manifest_speaks_for_itself(tmp_path: Path) -> None:
+    manifest = save(Checkpoints(tmp_path), 1) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"torch": "x"', '"torch": "y"'))
+    with pytest.raises(UserError, match="its own checksum differs"):
         Checkpoints(tmp_path).open(1)
 
 

@@ -199,7 +199,7 @@ def test_a_skipped_step_equals_one_that_was_never_taken(tmp_path: Path) -> None:
         assert torch.equal(parameter, skipping.tensors[name]), name
 
 
-@pytest.mark.parametrize("bad", [(0,), (3,), (6,), (9,), (11,), (3, 4), (5, 6)])
+@pytest.mark.parametrize("bad", [(0,), (3,), (6,), (9,), (11,), (3, 4), (5, 6), (6, 8)])
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 def test_killed_around_an_incident_and_continued_gives_the_same_bytes(
     tmp_path: Path, policy: str, bad: tuple[int, ...]
@@ -241,6 +241,12 @@ def test_rewind_goes_past_the_batches_that_led_there(tmp_path: Path) -> None:
     assert event["batch"] == "batch 6, sequences 2-3"
     assert [line["step"] for line in rewound.metrics if line["kind"] == "train"] == list(range(1, 13))
     assert [line["step"] for line in rewound.restarts] == [6, 9]
+
+
+def test_every_return_to_one_checkpoint_is_on_record(tmp_path: Path) -> None:
+    rewound = play(tmp_path, is_batch(6, 8), non_finite="rewind")
+    assert [(line["step"], line["failed_step"]) for line in rewound.incidents()] == [(4, 6), (4, 5)]
+    assert rewound.state.incidents == 2 and rewound.state.skipped_batches == 5
 
 
 def test_rewind_before_the_first_regular_checkpoint_begins_again(tmp_path: Path) -> None:

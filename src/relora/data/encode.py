@@ -28,6 +28,9 @@ from relora.draws import keyed_seed
 CHUNK_CHARS = 1024 * 1024
 """Text per task: enough to make a task's costs vanish, little enough to hold hundreds."""
 
+PIECE_CHARS = 256 * 1024
+"""A longer document is encoded in pieces of this length: the tokenizer takes 160 bytes for each byte of a text."""
+
 DRAWS = 1 << 64
 """A document's draw is an integer below this."""
 
@@ -92,15 +95,21 @@ class Encoder:
         """Each document's ids and an EOS, in order."""
         draws = [self._rule.draw(text) for text in chunk.texts]
         # no special tokens: neither added by a template, nor read out of the text, so that EOS means an end
-        encodings = self._tokenizer().encode_batch_fast(chunk.texts, add_special_tokens=False)
+        ids: list[list[npt.NDArray[Any]]] = [[] for _ in chunk.texts]
+        for numbers, texts in _batches(chunk.texts):
+            encodings = self._tokenizer().encode_batch_fast(texts, add_special_tokens=False)
+            for number, encoding in zip(numbers, encodings, strict=True):
+                ids[number].append(np.array(encoding.ids, dtype=self._eos.dtype))
         sides: dict[bool, list[npt.NDArray[Any]]] = {False: [self._eos[:0]], True: [self._eos[:0]]}
         text_bytes = {False: 0, True: 0}
-        for text, draw, encoding in zip(chunk.texts, draws, encodings, strict=True):
+        documents = {False: 0, True: 0}
+        for text, draw, pieces in zip(chunk.texts, draws, ids, strict=True):
             side = draw < self._rule.threshold
-            sides[side] += [np.array(encoding.ids, dtype=self._eos.dtype), self._eos]
+            sides[side] += [*pieces, self._eos]
+            documents[side] += 1
             text_bytes[side] += len(text.encode())
         train, validation = (
-            SplitTokens(np.concatenate(sides[side]), len(sides[side]) // 2, text_bytes[side]) for side in (False, True)
+            SplitTokens(np.concatenate(sides[side]), documents[side], text_bytes[side]) for side in (False, True)
         )
         return Encoded(train, validation, min(draws))
 
@@ -113,6 +122,37 @@ class Encoder:
             tokenizer.encode_special_tokens = True
             self._local.tokenizer = tokenizer
         return tokenizer
+
+
+def pieces_of(text: str, most_chars: int = PIECE_CHARS) -> Iterator[str]:
+    """A document as it is, or a very long one in pieces that end before a space, where tokenizers part words anyway.
+
+    The price: a tokenizer that puts a space before every text puts one before every piece; and a piece without any
+    space in its second half is cut in a word.
+    """
+    start = 0
+    while len(text) - start > most_chars:
+        space = text.rfind(" ", start + most_chars // 2, start + most_chars)
+        end = space if space > 0 else start + most_chars
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """The pieces of all texts, and the number of the text that each is of, about CHUNK_CHARS at a time."""
+    numbers: list[int] = []
+    pieces: list[str] = []
+    chars = 0
+    for number, text in enumerate(texts):
+        for piece in pieces_of(text):
+            numbers.append(number)
+            pieces.append(piece)
+            chars += len(piece)
+            if chars >= CHUNK_CHARS:
+                yield numbers, pieces
+                numbers, pieces, chars = [], [], 0
+    yield numbers, pieces
 
 
 def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Iterator[tuple[Chunk, Encoded]]:

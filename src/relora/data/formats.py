@@ -8,6 +8,7 @@ What breaks a whole file (cut short, not UTF-8 in a text file) comes out as `OSE
 import io
 import json
 from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,12 +17,19 @@ import pyarrow.parquet
 from huggingface_hub import HfApi
 
 from relora.errors import RunStopped, UserError
+from relora.mistakes import shown_line, shown_name
 
 WHOLE_FILE_CHARS = 128 * 1024
 """A plain-text file up to this length is one document."""
 
 PIECE_CHARS = 32 * 1024
 """A longer one is a book rather than a document: it is cut at blank lines into documents of one to two of these."""
+
+LONGEST_LINE = 1 << 28
+"""Bytes of a JSONL record; without an end to it, a small compressed file could fill the memory."""
+
+MOST_NAMES = 8
+"""Fields or columns that a message lists."""
 
 BAD_RECORD = Callable[[str], None]
 
@@ -55,31 +63,58 @@ def _cut(text: str) -> int:
 
 def read_jsonl(stream: BinaryIO, name: str, field: str, bad: BAD_RECORD) -> Iterator[str]:
     """One JSON object a line; blank lines are passed over."""
-    for number, line in enumerate(stream, start=1):
+    for number in count(1):
+        line = stream.readline(LONGEST_LINE)
+        if not line:
+            return
+        where = f"{name}, line {number}"
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            bad(f"{where}: longer than {LONGEST_LINE >> 20} MB, so hardly a document")
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(PIECE_CHARS)
+            continue
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            bad(f"{name}, line {number}: not UTF-8")
-        except ValueError as error:
-            bad(f"{name}, line {number}: not valid JSON ({error})")
+            bad(f"{where}: not UTF-8")
+        except json.JSONDecodeError as error:
+            bad(f"{where}: not valid JSON ({error.msg}: column {error.colno})")
+        except (ValueError, RecursionError):
+            bad(f"{where}: JSON with a number too long, or nested too deeply, to be read")
         else:
-            yield from _text_of(record, field, f"{name}, line {number}", bad)
+            yield from _text_of(record, field, where, bad)
 
 
 def read_parquet(stream: BinaryIO, name: str, field: str, bad: BAD_RECORD) -> Iterator[str]:
     """The column `field`, row group by row group."""
-    file = pyarrow.parquet.ParquetFile(stream)
+    file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
     columns = file.schema_arrow.names
     if field not in columns:
         bad(f"{name}: no column `{field}`; there are {_names(columns)}")
         return
+    if not _is_text(kind := file.schema_arrow.types[columns.index(field)]):
+        bad(f"{name}: column `{field}` is not text but {shown_name(str(kind))}")
+        return
     row = 0
     for batch in file.iter_batches(batch_size=256, columns=[field]):
-        for value in batch.column(0).to_pylist():
+        for cell in batch.column(0):
             row += 1
-            yield from _text_of({field: value}, field, f"{name}, row {row}", bad)
+            try:
+                value = cell.as_py()
+            except UnicodeDecodeError:
+                bad(f"{name}, row {row}: not UTF-8")
+            else:
+                yield from _text_of({field: value}, field, f"{name}, row {row}", bad)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether a column can hold text, in one of Arrow's several ways."""
+    if pyarrow.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    return any(test(kind) for test in tests)
 
 
 def read_saved_dataset(path: Path, field: str, bad: BAD_RECORD, at: Callable[[float], None]) -> Iterator[str]:
@@ -179,8 +214,10 @@ def _datasets() -> Any:
 
 
 def _names(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
+    """The first few of them, for a message."""
+    some = [f"`{shown_name(str(name))}`" for name in islice(names, MOST_NAMES + 1)]
+    return ", ".join(some[:MOST_NAMES]) + ", ..." * (len(some) > MOST_NAMES) or "none"
 
 
 def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return shown_line(str(error)) or type(error).__name__

@@ -26,6 +26,7 @@ from relora.untrusted import inside
 
 JOURNAL_NAME = "journal.jsonl"
 
+SPLITS = ("train", "validation")
 HEADER_START = b'{"request": {"sources": '
 
 SHARD_TOKENS = 1 << 27
@@ -113,6 +114,10 @@ class Journal:
         """Unlock; the file stays, to be continued."""
         self._file.close()
 
+    def forget(self) -> None:
+        """What was noted no longer counts; who finds the journal empty starts over."""
+        self._file.truncate(0)
+
     def remove(self) -> None:
         """The work is done, or given up."""
         (self._out / JOURNAL_NAME).unlink()
@@ -130,8 +135,8 @@ class Journal:
         lines = self._file.read().split(b"\n")
         whole, torn = lines[:-1], lines[-1]
         try:
-            if not whole and not _begins_header(torn):
-                raise UserError("not a header")
+            if not whole:
+                self._check_unstarted(torn)
             header = TypeAdapter(Header).validate_json(whole[0]) if whole else None
             state = TypeAdapter(PassState).validate_json(whole[-1]) if len(whole) > 1 else PassState()
             for shard in (*state.train.shards, *state.validation.shards):
@@ -146,11 +151,12 @@ class Journal:
             self._file.truncate(sum(len(line) + 1 for line in whole))
         return header, state
 
-
-def _begins_header(torn: bytes) -> bool:
-    """Whether a journal without a whole line is the rest of a kill, and not a file of the user's."""
-    start = HEADER_START[: len(torn)]
-    return torn[: len(start)] == start
+    def _check_unstarted(self, torn: bytes) -> None:
+        """`UserError` if a journal without a whole line is not the rest of a kill but somebody else's file."""
+        strangers = {path.name for path in self._out.iterdir()} - {JOURNAL_NAME, *SPLITS}
+        start = HEADER_START[: len(torn)]
+        if strangers or torn[: len(start)] != start:
+            raise UserError("not a journal")
 
 
 class SplitWriter:

@@ -10,18 +10,19 @@ number of interruptions. Run again with nothing changed, it does nothing; with a
 
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from signal import SIGINT
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relora.data import tokenizer as tokenization
-from relora.data.encode import CHUNK_CHARS, DRAWS, Chunk, Encoder, SplitRule, encode_all
-from relora.data.journal import JOURNAL_NAME, Header, Journal, SplitState, SplitWriter
+from relora.data.encode import CHUNK_CHARS, DRAWS, Chunk, Encoder, SplitRule, encode_all, pieces_of
+from relora.data.journal import JOURNAL_NAME, SPLITS, Header, Journal, Request, SplitState, SplitWriter
 from relora.data.progress import PrepareProgress
 from relora.data.shards import (
     FORMAT_VERSION,
@@ -35,20 +36,33 @@ from relora.data.shards import (
 )
 from relora.data.sources import Corpus
 from relora.errors import Interrupted, RunStopped, UserError
+from relora.mistakes import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION = SPLITS
 
 TOKENIZER_CHARS = 100_000_000
 """A tokenizer is trained on about this much of the training text, from all files alike: more hardly changes it."""
 
+MOST_IDS = 1 << 24
+"""Of a tokenizer trained here: far beyond what any model has, well below what would fill the memory at once."""
+
+MOST_NAMES = 4
+"""Sources that a message lists."""
+
+MOST_WORKERS = 1024
+"""Two chunks of text are in memory for each."""
+
+TRAINING_CHARS = 4096
+"""A tokenizer is trained on pieces of this length: its time grows with the square of a word's."""
+
+DOCUMENT_CHARS = 100
+"""What a document takes in memory besides its text, counted as characters: a chunk holds so many tiny ones only."""
+
 JOURNAL_SECONDS = 2.0
 """A kill costs at most this much work, and the documents before it are read once more."""
-
-Request = Mapping[str, Any]
-"""`sources` and `options`, as JSON gives them: equal requests have equal results."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +126,12 @@ def prepare(
         Interrupted: Ctrl-C; the same call continues.
     """
     started = time.monotonic()
-    _check_options(tokenizer, train_tokenizer, validation, take, workers)
-    corpus = Corpus(sources, text_field=text_field, take=take, skip_bad=skip_bad)
+    _check_options(tokenizer, train_tokenizer, validation, text_field, take, workers)
+    corpus = Corpus(sources, text_field=text_field, take=take, skip_bad=skip_bad, leave_out=out)
     given = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
-    request: Request = {
-        "sources": [asdict(source) for source in corpus.records()],
-        "options": {
+    request = Request(
+        corpus.records(),
+        {
             "tokenizer": None if given is None else tokenization.fingerprint(given),
             "train_tokenizer": train_tokenizer,
             "validation": validation,
@@ -126,23 +140,29 @@ def prepare(
             "seed": seed,
             "skip_bad": skip_bad,
         },
-    }
+    )
     if _is_finished(out, request):
         return _report(out, started, reused=True)
     with _workplace(out, request) as journal:
         continued = journal.header is not None
         if journal.header is None:
+            _clear(out)  # of a start that was given up, and killed before it was gone
             journal.begin(Header(request, int(validation * DRAWS)))
         settled = given or _train_or_reopen(out, corpus, train_tokenizer, _rule(journal, seed), progress)
         tokenization.save_tokenizer(settled, out / TRAIN / TOKENIZER_NAME)
-        _encode_splits(corpus, settled, journal, out, workers or os.cpu_count() or 1, progress)
+        _encode_splits(corpus, settled, journal, seed, out, workers or os.cpu_count() or 1, progress)
         _write_indexes(out, journal, settled, corpus)
         journal.remove()
     return _report(out, started, continued=continued)
 
 
 def _check_options(
-    tokenizer: str | None, train_tokenizer: int | None, validation: float, take: int | None, workers: int | None
+    tokenizer: str | None,
+    train_tokenizer: int | None,
+    validation: float,
+    text_field: str,
+    take: int | None,
+    workers: int | None,
 ) -> None:
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("give either --tokenizer (a folder or hub id) or --train-tokenizer (a vocabulary size)")
@@ -150,9 +170,15 @@ def _check_options(
         tokenization.check_vocab_size(train_tokenizer)
     if not 0 <= validation < 1:
         raise UserError(f"--validation {validation}: must be a share of at least 0 and less than 1 (100%)")
-    for option, number in (("take", take), ("workers", workers)):
-        if number is not None and number < 1:
-            raise UserError(f"--{option} {number}: must be at least 1")
+    for option, number, most in (("take", take, sys.maxsize), ("workers", workers, MOST_WORKERS)):
+        if number is not None and not 1 <= number <= most:
+            raise UserError(f"--{option} {number}: must be at least 1 and at most {most}")
+    if train_tokenizer is not None and train_tokenizer > MOST_IDS:
+        raise UserError(f"--train-tokenizer {shown(train_tokenizer)}: must be at most {MOST_IDS:,}")
+    try:
+        text_field.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--text-field {text_field!a}: not UTF-8") from None
 
 
 def _is_finished(out: Path, request: Request) -> bool:
@@ -167,8 +193,7 @@ def _is_finished(out: Path, request: Request) -> bool:
         return False
     for split in _splits(out):
         index = PreparedFolder.open(split).index
-        found: Request = {"sources": [asdict(source) for source in index.sources], "options": index.options}
-        _refuse_other(out, found, request)
+        _refuse_other(out, Request(index.sources, index.options), request)
     return True
 
 
@@ -189,16 +214,17 @@ def _report(out: Path, started: float, *, reused: bool = False, continued: bool 
 
 def _refuse_other(out: Path, found: Request, wanted: Request) -> None:
     """`UserError` that names the first thing in which two requests differ."""
-    names = [", ".join(source["source"] for source in request["sources"]) for request in (found, wanted)]
+    names = [[source.source for source in request.sources] for request in (found, wanted)]
     differences = [
-        f"{key} was {found['options'].get(key)!r} and is now {value!r}"
-        for key, value in wanted["options"].items()
-        if found["options"].get(key) != value
+        f"{key} was {shown(found.options.get(key))} and is now {shown(value)}"
+        for key, value in wanted.options.items()
+        if found.options.get(key) != value
     ]
     if names[0] != names[1]:
-        differences.append(f"the sources were {names[0]} and are now {names[1]}")
+        before, now = (", ".join(some[:MOST_NAMES]) + ", ..." * (len(some) > MOST_NAMES) for some in names)
+        differences.append(f"the sources were {before} and are now {now}")
     else:
-        changed = [new["source"] for old, new in zip(found["sources"], wanted["sources"], strict=True) if old != new]
+        changed = [new.source for old, new in zip(found.sources, wanted.sources, strict=True) if old != new]
         differences += [f"{source} has changed since" for source in changed]
     if differences:
         raise UserError(f"{out}: holds tokens prepared otherwise ({differences[0]}); delete it or choose another --out")
@@ -219,9 +245,9 @@ def _workplace(out: Path, request: Request) -> Iterator[Journal]:
         try:
             yield journal
         except UserError:
+            journal.forget()
+            _clear(out)
             journal.remove()
-            for split in (TRAIN, VALIDATION):
-                shutil.rmtree(out / split, ignore_errors=True)
             for folder in missing:
                 folder.rmdir()
             raise
@@ -229,6 +255,11 @@ def _workplace(out: Path, request: Request) -> Iterator[Journal]:
             raise Interrupted(f"{out}: interrupted; the same command continues", SIGINT) from None
         except OSError as error:
             raise RunStopped(f"{out}: cannot be written: {error.strerror}; the same command continues") from None
+
+
+def _clear(out: Path) -> None:
+    for split in (TRAIN, VALIDATION):
+        shutil.rmtree(out / split, ignore_errors=True)
 
 
 def _rule(journal: Journal, seed: int) -> SplitRule:
@@ -250,20 +281,21 @@ def _train_or_reopen(
     assert vocab_size is not None  # _check_options sees to it
     progress(PrepareProgress("tokenizer"))
     texts = (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_validation(text))
-    return tokenization.train_tokenizer(texts, vocab_size)
+    pieces = (piece for text in texts for piece in pieces_of(text, TRAINING_CHARS))
+    return tokenization.train_tokenizer(pieces, vocab_size)
 
 
 def _encode_splits(
     corpus: Corpus,
     tokenizer: "PreTrainedTokenizerFast",
     journal: Journal,
+    seed: int,
     out: Path,
     workers: int,
     progress: Callable[[PrepareProgress], None],
 ) -> None:
     """Write the shards of both splits; in a second pass if the draws left a side empty (few documents)."""
     assert journal.header is not None  # begun
-    seed, share = (journal.header.request["options"][key] for key in ("seed", "validation"))
     backend, dtype = tokenizer.backend_tokenizer.to_str(), _dtype(tokenizer)
     while True:
         rule = _rule(journal, seed)
@@ -272,7 +304,8 @@ def _encode_splits(
         if state.lowest_draw is None:
             raise UserError("the sources hold no text")
         one_document = state.lowest_draw + 1  # the threshold that holds out the one document with the lowest draw
-        if share == 0 or (state.train.documents and state.validation.documents) or rule.threshold == one_document:
+        both = state.train.documents and state.validation.documents
+        if both or rule.threshold in (0, one_document):
             break
         journal.begin(Header(journal.header.request, one_document))
     if not state.train.documents:
@@ -324,7 +357,7 @@ def _chunks(corpus: Corpus, skip: int) -> Iterator[Chunk]:
     chars = 0
     for text in islice(corpus.documents(), skip, None):
         texts.append(text)
-        chars += len(text)
+        chars += len(text) + DOCUMENT_CHARS
         if chars >= CHUNK_CHARS:
             yield Chunk(texts, corpus.read_bytes)
             texts, chars = [], 0
@@ -358,5 +391,5 @@ def _index(state: SplitState, journal: Journal, tokenizer: "PreTrainedTokenizerF
         tokenizer_fingerprint=tokenization.fingerprint(tokenizer),
         shards=tuple(state.shards),
         sources=corpus.records(),
-        options=journal.header.request["options"],
+        options=journal.header.request.options,
     )

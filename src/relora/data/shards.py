@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from relora.durable import write_durably
 from relora.errors import UserError
-from relora.mistakes import first_mistake, shown
+from relora.mistakes import LONGEST_PATH, first_mistake, shown, shown_name
 from relora.untrusted import INDEX_BYTES, inside, regular_file
 
 FORMAT_VERSION = 1
@@ -94,11 +94,12 @@ class PreparedFolder:
         index = read_index(path)
         itemsize = token_dtype(index.dtype).itemsize
         for shard in index.shards:
-            file, expected = inside(path, shard.file), shard.tokens * itemsize
             try:
-                size = regular_file(file).stat().st_size
+                file = inside(path, shard.file)
+                size, expected = regular_file(file).stat().st_size, shard.tokens * itemsize
             except OSError as error:
-                raise UserError(f"{file}: {error.strerror}; {PREPARE_AGAIN}") from None
+                name = shown_name(str(path / shard.file), LONGEST_PATH)
+                raise UserError(f"{name}: {error.strerror}; {PREPARE_AGAIN}") from None
             if size != expected:
                 raise UserError(f"{file}: {size} bytes, the index says {expected}; {PREPARE_AGAIN}")
         if sum(shard.tokens for shard in index.shards) != index.tokens:
@@ -140,15 +141,21 @@ class PreparedFolder:
         return self.path / TOKENIZER_NAME
 
     def verify(self) -> None:
-        """Read every shard and compare it with the index's checksum; `UserError` names what is damaged or missing."""
+        """Read every shard and compare it with the index's checksum and vocabulary; `UserError` names what is wrong."""
         if not self.tokenizer_path.is_dir():
             raise UserError(f"{self.tokenizer_path}: No such folder; {PREPARE_AGAIN}")
         for shard, tokens in zip(self.index.shards, self._shards, strict=True):
-            crc = 0
+            crc, largest = 0, 0
             for start in range(0, len(tokens), 1 << 22):
-                crc = zlib.crc32(tokens[start : start + (1 << 22)].data, crc)
+                piece = tokens[start : start + (1 << 22)]
+                crc, largest = zlib.crc32(piece.data, crc), max(largest, int(piece.max()))
             if crc != shard.crc32:
                 raise UserError(f"{self.path / shard.file}: damaged (its checksum is not the index's); {PREPARE_AGAIN}")
+            if largest >= self.vocab_size:
+                raise UserError(
+                    f"{self.path / shard.file}: holds id {largest}, the vocabulary ends at {self.vocab_size - 1}; "
+                    f"{PREPARE_AGAIN}"
+                )
 
     def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """The ids `start` to `start + length` of the stream, [length], copied, across shard borders.

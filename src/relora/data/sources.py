@@ -12,11 +12,13 @@ The order is fixed by the sources' names, so a pass can be repeated; memory is b
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 
 import pyarrow
@@ -24,6 +26,7 @@ import pyarrow
 from relora.data import formats
 from relora.data.shards import Source
 from relora.errors import UserError
+from relora.mistakes import LONGEST_PATH, shown_line, shown_name
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -37,6 +40,8 @@ class _Origin:
     source: str
     files: tuple[Path, ...]
     sizes: tuple[int, ...]
+    times: tuple[int, ...]
+    """When the files were changed, in ns."""
     saved_dataset: bool = False
     revision: str = ""
     """Of a hub dataset."""
@@ -50,6 +55,7 @@ class Corpus:
         text_field: field of JSONL records, column of tables.
         take: at most this many documents of each source.
         skip_bad: count records that cannot be used instead of refusing them.
+        leave_out: a folder that is not part of a source that holds it: where the result is written.
 
     `UserError` for a source that is not there, and while iterating for one that cannot be read.
     """
@@ -61,10 +67,11 @@ class Corpus:
         text_field: str = "text",
         take: int | None = None,
         skip_bad: bool = False,
+        leave_out: Path | None = None,
     ) -> None:
         if not sources:
             raise UserError("no source given; give a file, a folder or a dataset")
-        self._origins = [_resolve(source) for source in sources]
+        self._origins = [_resolve(source, leave_out) for source in sources]
         self._text_field = text_field
         self._take = take
         self._skip_bad = skip_bad
@@ -88,7 +95,7 @@ class Corpus:
         """What identifies the sources: when these are equal, so are the documents."""
         return tuple(
             Source(
-                source=origin.source,
+                source=origin.source.encode(errors="surrogateescape").decode(errors="backslashreplace"),
                 files=len(origin.files),
                 bytes=sum(origin.sizes) if origin.files else None,
                 fingerprint=_fingerprint(origin),
@@ -151,7 +158,7 @@ class Corpus:
         except UnicodeDecodeError as error:
             self._bad(f"{file}: not UTF-8 text ({error.reason}); convert it, e.g. with iconv")
         except (OSError, pyarrow.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or shown_line(str(error))
             self._bad(f"{file}: cannot be read: {reason}")
 
     def _read(self, file: Path, raw: BinaryIO) -> Iterator[str]:
@@ -170,7 +177,10 @@ class Corpus:
         def at(share: float) -> None:
             self._position = lambda: int(share * size)
 
-        yield from formats.read_saved_dataset(Path(origin.source), self._text_field, self._bad, at)
+        try:
+            yield from formats.read_saved_dataset(Path(origin.source), self._text_field, self._bad, at)
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            self._bad(f"{origin.source}: cannot be read: {shown_line(str(error))}")
         self._position = int
         self._read_before += size
 
@@ -180,27 +190,52 @@ class Corpus:
         self.skipped_records += 1
 
 
-def _resolve(source: str) -> _Origin:
+def _resolve(source: str, leave_out: Path | None) -> _Origin:
     path = Path(source)
-    if path.is_dir():
-        saved_dataset = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
-        if saved_dataset:
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        if not files:
-            raise UserError(f"{path}: no readable file in this folder; readable are {_readable()}")
-        return _Origin(source, *_sized(files), saved_dataset)
-    if path.exists():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL
+        mode = 0
+    except OSError as error:
+        raise UserError(f"{shown_name(source, LONGEST_PATH)}: cannot be read: {error.strerror}") from None
+    if S_ISDIR(mode):
+        return _resolve_folder(source, path, leave_out)
+    if mode:
         if _format(path) is None:
             raise UserError(f"{path}: not a kind of file that can be read; readable are {_readable()}")
-        return _Origin(source, *_sized([path]))
+        if not S_ISREG(mode):
+            raise UserError(f"{path}: not a regular file; write its content to one")  # a pipe can be read only once
+        return _origin(source, [path])
     if (match := HUB_ID.fullmatch(source)) and _format(path) is None:
-        return _Origin(source, (), (), revision=formats.hub_revision(match["id"]))
-    raise UserError(f"{path}: no such file or folder")
+        return _Origin(source, (), (), (), revision=formats.hub_revision(match["id"]))
+    raise UserError(f"{shown_name(source, LONGEST_PATH)}: no such file or folder")
 
 
-def _sized(files: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[int, ...]]:
-    return tuple(files), tuple(file.stat().st_size for file in files)
+def _resolve_folder(source: str, path: Path, leave_out: Path | None) -> _Origin:
+    saved_dataset = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    apart = None if leave_out is None else leave_out.resolve()
+    try:
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if (saved_dataset or _is_text(file.relative_to(path)))
+            and file.is_file()
+            and (apart is None or apart not in file.absolute().parents)
+        ]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not files:
+        raise UserError(f"{path}: no readable file in this folder; readable are {_readable()}")
+    return _origin(source, files, saved_dataset)
+
+
+def _origin(source: str, files: Sequence[Path], saved_dataset: bool = False) -> _Origin:
+    try:
+        found = [file.stat() for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    sizes, times = [stat.st_size for stat in found], [stat.st_mtime_ns for stat in found]
+    return _Origin(source, tuple(files), tuple(sizes), tuple(times), saved_dataset)
 
 
 def _format(file: Path) -> str | None:
@@ -223,6 +258,6 @@ def _readable() -> str:
 def _fingerprint(origin: _Origin) -> str:
     """Over names, sizes and modification times: a changed corpus is noticed without reading it."""
     digest = hashlib.blake2b(origin.revision.encode(), digest_size=16)
-    for file, size in zip(origin.files, origin.sizes, strict=True):
-        digest.update(f"{file}\x1f{size}\x1f{file.stat().st_mtime_ns}\x1e".encode())
+    for file, size, time in zip(origin.files, origin.sizes, origin.times, strict=True):
+        digest.update(os.fsencode(f"{file}\x1f{size}\x1f{time}\x1e"))
     return digest.hexdigest()

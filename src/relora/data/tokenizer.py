@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from relora.durable import sync
 from relora.errors import UserError
 from relora.mistakes import shown
-from relora.untrusted import check_folder, check_model_folder, no_address, read_json
+from relora.untrusted import CONFIG_BYTES, check_folder, check_model_folder, no_address, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,13 +60,16 @@ def _check_class(folder: Path) -> None:
     """`UserError` unless the classes that a folder names are tokenizers: transformers would open any of its classes."""
     import transformers
 
-    for file, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "tokenizer_class")):
-        name = read_json(folder / file).get(key) if (folder / file).exists() else None
+    for file in ("tokenizer_config.json", "config.json"):
+        there = (folder / file).exists()
+        name = read_json(folder / file, CONFIG_BYTES[file]).get("tokenizer_class") if there else None
         found = getattr(transformers, name, None) if isinstance(name, str) else name
         if found is not None and not (
             isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
         ):
-            raise UserError(f"{folder / file}: `{key}` is {shown(name)}, which is not a tokenizer of transformers")
+            raise UserError(
+                f"{folder / file}: `tokenizer_class` is {shown(name)}, which is not a tokenizer of transformers"
+            )
 
 
 def _from_hub(name: str) -> Path:

@@ -98,16 +98,17 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Inverse of `exact_tensors` into a model of the same structure.
 
     Raises:
-        UserError: names or a shape differ. Nothing was copied.
+        UserError: names, a shape or a type differ. Nothing was copied.
     """
     own = exact_tensors(model)
     if own.keys() != tensors.keys():
         differing = ", ".join(sorted(own.keys() ^ tensors.keys())[:4])
         raise UserError(f"the saved tensors are another model's: {differing} are not in both")
     for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)} there, {tuple(tensor.shape)} here"
-            raise UserError(f"the saved tensors are another model's: {name} is {shapes}")
+        saved = tensors[name]
+        if tensor.shape != saved.shape or tensor.is_floating_point() != saved.is_floating_point():
+            kinds = " here, ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (tensor, saved))
+            raise UserError(f"the saved tensors are another model's: {name} is {kinds} there")
     layers = low_rank_layers(model)
     for name, tensor in own.items():
         path, _, kind = name.rpartition(".")

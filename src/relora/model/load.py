@@ -1,6 +1,7 @@
 """Build a causal LM from a preset or open any Hugging Face one, check that data fits it, save it plainly.
 
-Weights come from and go to safetensors alone: nothing is unpickled, no code that travels with a model is run.
+Weights come from and go to safetensors alone: nothing is unpickled. Code that travels with a model is not run unless
+the caller trusts it (`trust_remote_code`), and then its files are named.
 A model drawn from scratch depends on its shape and its seed only, never on what was drawn before.
 """
 
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,25 +28,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from relora.draws import keyed_seed
+from relora.durable import sync
 from relora.errors import RunStopped, UserError
+from relora.mistakes import shown_line
 from relora.model.presets import preset_settings
+from relora.untrusted import check_model_folder, no_address, remote_code
 
 Overrides = Mapping[str, int | bool]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of weights under the names that settings use."""
 
-# What a folder or file of somebody else's making raises when it is not what it should be.
-_UNUSABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-)
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_log = logging.getLogger(__name__)
 
 
 def build_model(
@@ -73,23 +68,24 @@ def open_model(
     seed: int = 0,
     eos_token_id: int | None = None,
     dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal LM in a folder or on the hub, on the CPU; `from_scratch`: its architecture, drawn anew in fp32.
 
     `overrides`, `seed` and `eos_token_id` serve `from_scratch` (see `build_model`), `dtype` trained weights.
-    Within `torch.device("meta")` no weights are read: only the shapes are there.
+    Within `torch.device("meta")` no weights are read: only the shapes are there. `trust_remote_code` runs the code
+    that comes with the model, with a warning in the log that names its files.
 
     Raises:
-        UserError: nothing there, not a causal LM, no safetensors, or weights that do not fill the model.
+        UserError: nothing there, not a causal LM, no safetensors, weights that do not fill the model, or a folder
+            that asks for what `relora.untrusted` refuses.
     """
-    folder = model_folder(path)
+    folder = model_folder(path, trust_remote_code=trust_remote_code)
+    check_model_folder(folder, trust_remote_code=trust_remote_code)
     with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except _UNUSABLE as error:
-            raise UserError(f"{path}: not a model that transformers knows: {_first_line(error)}") from None
+        config = _read_config(folder, path, trust_remote_code)
         if from_scratch or torch.get_default_device().type == "meta":
-            return _drawn(_overridden(config, overrides or {}), seed, eos_token_id)
+            return _drawn(_overridden(config, overrides or {}), seed, eos_token_id, trust_remote_code)
         _check_weight_files(folder, path)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -98,27 +94,30 @@ def open_model(
                 dtype=dtype,
                 attn_implementation="sdpa",
                 use_safetensors=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # named below, which transformers does not do in one line
                 output_loading_info=True,
             )
-        except _UNUSABLE as error:
+        except Exception as error:  # whatever the library raises about a folder of somebody else's making
             raise UserError(f"{path}: cannot be opened as a causal LM: {_first_line(error)}") from None
     _check_report(report, path)
     return model
 
 
-def model_folder(path: str | Path) -> Path:
-    """The local folder of a model given as a folder or a hub id (downloaded once, safetensors and text)."""
-    folder = Path(path).expanduser()
+def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model given as a folder or a hub id (downloaded once: safetensors, text, trusted code)."""
+    try:
+        folder = Path(no_address(str(path))).expanduser()
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").exists():
             raise UserError(f"{path}: not a model folder (it has no config.json)")
         return folder
     if folder.exists():
         raise UserError(f"{path}: is a file; give the folder that holds config.json and the weights")
     try:
-        files = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+        files = ["*.json", "*.txt", "*.model", "model*.safetensors", *["*.py"] * trust_remote_code]
         return Path(snapshot_download(str(path), allow_patterns=files))
     except HFValidationError:
         raise UserError(f"{path}: no such folder (and no hub id is written like that)") from None
@@ -162,8 +161,9 @@ def save_model(
 ) -> Path:
     """Write a plain Hugging Face model folder: configurations, safetensors, tokenizer.
 
-    It is written aside and then renamed, so `folder` is whole or absent; a model folder that was there is
-    replaced. Weights are stored as `dtype` (by default the widest in the model); the model is left as it is.
+    It is written aside, synced to disk and then renamed, so `folder` is whole or absent; a model folder that was there
+    is replaced. After a kill between the two renames the old one stands as `.NAME.replaced` until the next call.
+    Weights are stored as `dtype` (by default the widest in the model); the model is left as it is.
 
     Raises:
         UserError: low-rank factors are still in the model, or `folder` holds something other than a model.
@@ -185,13 +185,18 @@ def save_model(
             model.save_pretrained(aside, state_dict=_cast(weights, dtype))
             tokenizer.save_pretrained(aside)
         _state_dtype(aside / "config.json", dtype)
+        for file in (*aside.rglob("*"), aside):
+            sync(file)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         aside.rename(folder)
+        sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever a full disk is called: tokenizers gives it no class of its own
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         raise RunStopped(f"{folder}: the model could not be written: {_first_line(error)}") from error
     return folder
 
@@ -210,7 +215,28 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _drawn(config: PreTrainedConfig, seed: int, eos_token_id: int | None) -> PreTrainedModel:
+def _read_config(folder: Path, path: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in a checked folder; one that needs the folder's code is refused unless that is trusted."""
+    code = ", ".join(remote_code(folder))
+    if code and trust_remote_code:
+        _log.warning("warning: %s: runs code that came with the model: %s", path, code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the library raises about a file of somebody else's making
+        if code and not trust_remote_code:
+            raise UserError(
+                f"{path}: needs code that comes with it ({code}), which is not run; read it, and if you trust it give "
+                "`model.trust_remote_code: true` or --trust-remote-code"
+            ) from None
+        raise UserError(f"{path}: not a model that transformers knows: {_first_line(error)}") from None
+    if not trust_remote_code and hasattr(config, "auto_map"):
+        del config.auto_map  # this model is transformers' own; what is saved of it must not name that code either
+    return config
+
+
+def _drawn(
+    config: PreTrainedConfig, seed: int, eos_token_id: int | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A new model of that configuration: fp32, on the CPU, the global random stream left where it was."""
     if eos_token_id is not None:
         config.bos_token_id = config.eos_token_id = eos_token_id
@@ -219,9 +245,9 @@ def _drawn(config: PreTrainedConfig, seed: int, eos_token_id: int | None) -> Pre
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.default_generator.manual_seed(keyed_seed(seed, "weights"))
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
             )
-    except _UNUSABLE as error:
+    except Exception as error:  # whatever the library raises about a shape
         raise UserError(f"model: no causal LM can be built of this shape: {_first_line(error)}") from None
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
     return model
@@ -243,7 +269,7 @@ def _overridden(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedCon
         _settle_heads(old, new, overrides)
     try:
         return type(config)(**new)
-    except _UNUSABLE as error:
+    except Exception as error:  # whatever the library raises about a shape
         raise UserError(f"model: this shape cannot be: {_first_line(error)}") from None
 
 
@@ -273,7 +299,7 @@ def _settle_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides
 def _check_weight_files(folder: Path, path: str | Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+    if any(file.suffix in _PICKLED for file in folder.iterdir()):
         raise UserError(
             f"{path}: its weights are pickled and could run code when opened; if you trust them, convert them "
             f"with `AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained('NEW_FOLDER')`"
@@ -314,4 +340,4 @@ def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
 def _first_line(error: BaseException) -> str:
     """One line of a library's message: its second where the first only says who complains."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0]
+    return shown_line(lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0])

@@ -64,6 +64,7 @@ def evaluate_model(
     device: str = "auto",
     dtype: str = "fp32",
     batch: int = 8,
+    trust_remote_code: bool = False,
 ) -> list[Score]:
     """Score a model on every source of `data`: prepared folders, or whatever `relora prepare` reads.
 
@@ -73,11 +74,12 @@ def evaluate_model(
         stride: tokens from one window to the next; by default half a window on raw text, a whole one on prepared data.
         tokens: score at most this many of each source, from its start.
         batch: windows per forward pass.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: no such model or source, or one that does not fit the other.
     """
-    finished = open_finished(model_or_run, device=device, dtype=dtype)
+    finished = open_finished(model_or_run, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     length = sequence_length or finished.sequence_length
     _check(finished, length, stride, tokens, batch)
     if not data:

@@ -1,5 +1,6 @@
 """Any checkpoint of a run -> a plain Hugging Face model folder."""
 
+import logging
 from pathlib import Path
 
 from relora.data.tokenizer import load_tokenizer
@@ -10,9 +11,20 @@ from relora.recipes.parts import lowrank_of, open_configured_model, schedule_of
 from relora.recipes.run_folder import open_run
 from relora.train.checkpoint import Checkpoints
 
+_log = logging.getLogger(__name__)
 
-def export(run: str | Path, *, step: int | None = None, out: str | Path | None = None, dtype: str = "fp32") -> Path:
+
+def export(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    out: str | Path | None = None,
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+) -> Path:
     """Merge the factors of a checkpoint (by default the newest sound one) and write `out`, by default RUN/model-STEP.
+
+    `trust_remote_code` runs code that came with the run's model; what its config.yaml says of it does not count here.
 
     Raises:
         UserError: not a run folder, no such checkpoint, a damaged one, or `out` holds something else.
@@ -23,11 +35,13 @@ def export(run: str | Path, *, step: int | None = None, out: str | Path | None =
     if step is not None and step not in checkpoints.steps():
         there = ", ".join(map(str, checkpoints.steps())) or "none"
         raise UserError(f"{folder}: has no checkpoint of step {step}; it has {there}")
-    checkpoint = checkpoints.open(step) if step is not None else checkpoints.latest()[0]
+    checkpoint, broken = (checkpoints.open(step), []) if step is not None else checkpoints.latest()
     if checkpoint is None:
-        raise UserError(f"{folder}: has no sound checkpoint; run `relora pretrain` first")
+        raise UserError(f"{broken[0] if broken else folder}: has no sound checkpoint; run `relora pretrain` first")
+    for line in broken:
+        _log.warning("warning: %s; step %d is used", line, checkpoint.step)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id)
+    model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id, trust_remote_code=trust_remote_code)
     schedule = schedule_of(config)
     if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
         inject(model, lowrank_of(config), seed=config.seed)

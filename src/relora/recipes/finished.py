@@ -42,8 +42,13 @@ class Finished:
         return ids
 
 
-def open_finished(model_or_run: str | Path, *, device: str = "auto", dtype: str = "fp32") -> Finished:
+def open_finished(
+    model_or_run: str | Path, *, device: str = "auto", dtype: str = "fp32", trust_remote_code: bool = False
+) -> Finished:
     """Open the model of a run folder (RUN/model), a model folder or a hub id.
+
+    `trust_remote_code` runs code that comes with the model. What the run's own config.yaml says of it does not count
+    here: the folder may be somebody else's.
 
     Raises:
         UserError: a run that has no model yet, or what `open_model`, `load_tokenizer` and `choose_device` refuse.
@@ -56,7 +61,8 @@ def open_finished(model_or_run: str | Path, *, device: str = "auto", dtype: str 
         if not folder.is_dir():
             raise UserError(f"{run}: has no model yet; finish the run, or write one with `relora export {run}`")
     else:
-        folder = model_folder(model_or_run)
-    model = open_model(folder, dtype=weights_dtype).to(place).eval()
+        folder = model_folder(model_or_run, trust_remote_code=trust_remote_code)
+    model = open_model(folder, dtype=weights_dtype, trust_remote_code=trust_remote_code).to(place).eval()
     length = length or min(max_positions(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
-    return Finished(model, load_tokenizer(str(folder)), length)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    return Finished(model, tokenizer, length)

@@ -68,17 +68,19 @@ def generate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "fp32",
+    trust_remote_code: bool = False,
     write: Write | None = None,
 ) -> Generation:
     """Continue every prompt, one after another; `write` gets the text, prompt first, in pieces as it comes.
 
-    The same seed writes the same text, whatever the other prompts are.
+    The same seed writes the same text, whatever the other prompts are. `trust_remote_code` runs code that comes with
+    the model.
 
     Raises:
         UserError: no such model, a setting out of range, or a prompt that leaves too little room.
     """
     sampling = sampling or Sampling()
-    finished = open_finished(model_or_run, device=device, dtype=dtype)
+    finished = open_finished(model_or_run, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     prompt_ids = [_encode(finished, prompt, sampling.max_new_tokens) for prompt in prompts]
     texts, new_tokens = [], 0
     begin = time.perf_counter()

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from relora.config import RunConfig
 from relora.data.batches import HeldOut, TrainBatches, check_same_tokenizer
 from relora.data.shards import PreparedFolder
-from relora.data.tokenizer import load_tokenizer
+from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
+from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.inject import find_targets
 from relora.model.load import build_model, check_fit, open_model
@@ -49,6 +50,8 @@ def gather(config: RunConfig) -> Ingredients:
     for folder in (*batches.folders, validation):
         folder.verify()
     tokenizer = load_tokenizer(str(validation.tokenizer_path))
+    if fingerprint(tokenizer) != validation.fingerprint:
+        raise UserError(f"{validation.tokenizer_path}: not the tokenizer that wrote {validation.path}; put it back")
     return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token)
 
 
@@ -64,15 +67,22 @@ def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
 
 def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
     """The model of a configuration, once it is sure that the data and the low-rank settings fit it."""
-    model = open_configured_model(config, eos_token_id=validation.index.eos_token_id)
+    model = open_configured_model(
+        config, eos_token_id=validation.index.eos_token_id, trust_remote_code=config.model.trust_remote_code
+    )
     check_fit(model, validation.vocab_size, config.data.sequence_length)
     if config.method != "full":
         find_targets(model, lowrank_of(config))
     return model
 
 
-def open_configured_model(config: RunConfig, *, eos_token_id: int | None = None) -> PreTrainedModel:
-    """The model of the `model` section, on the CPU, before any training."""
+def open_configured_model(
+    config: RunConfig, *, eos_token_id: int | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of the `model` section, on the CPU, before any training.
+
+    `trust_remote_code` is the caller's to say: the configuration of a run folder may be somebody else's.
+    """
     model = config.model
     if model.preset is not None:
         return build_model(model.preset, model.overrides, seed=config.seed, eos_token_id=eos_token_id)
@@ -83,6 +93,7 @@ def open_configured_model(config: RunConfig, *, eos_token_id: int | None = None)
         overrides=model.overrides,
         seed=config.seed,
         eos_token_id=eos_token_id,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.durable import write_durably
+from relora.errors import UserError
 from relora.lowrank import merge
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.load import save_model
@@ -90,10 +91,11 @@ def _finish(config: RunConfig, parts: Ingredients, run: Run, folder: Path) -> Ev
     evaluation = run.evaluate(parts.model, lambda: None)
     save_model(parts.model, folder / "model", parts.tokenizer)
     _write_samples(config, parts, folder)
-    report = write_report(folder)
-    run.reporter.message(
-        f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}, report in {report}"
-    )
+    run.reporter.message(f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}")
+    try:
+        run.reporter.message(f"report in {write_report(folder)}")
+    except UserError as error:  # figures that cannot be read any more: the training is not touched by that
+        run.reporter.warning(f"no report: {error}")
     return evaluation
 
 

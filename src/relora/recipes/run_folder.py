@@ -24,6 +24,7 @@ import torch
 from relora.config import RunConfig, load_config, to_yaml
 from relora.durable import write_durably
 from relora.errors import UserError
+from relora.untrusted import check_folder
 
 
 @contextmanager
@@ -43,9 +44,13 @@ def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
                 held.enter_context(_locked(folder))
             if fresh and folder.exists():
                 folder.rename(_free_name(folder))
-            if folder.exists() and not _may_hold_a_run(folder):
-                raise UserError(f"output_dir: {folder} exists and is not a run folder; choose another")
-            if not folder.exists():
+            if folder.exists():
+                if not _may_hold_a_run(folder):
+                    raise UserError(
+                        f"output_dir: {folder} exists and is not a run folder (no config.yaml in it); choose another"
+                    )
+                check_folder(folder)
+            else:
                 folder.mkdir(parents=True)
                 held.enter_context(_locked(folder))
         except OSError as error:
@@ -85,6 +90,7 @@ def open_run(folder: str | Path) -> tuple[Path, RunConfig]:
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder (no config.yaml in it)")
+    check_folder(folder)
     return folder, load_config(folder / "config.yaml")
 
 

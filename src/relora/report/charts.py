@@ -68,7 +68,9 @@ def _all_charts(history: History) -> Iterator[Chart]:
         Line("full-rank weights", "--training", series("lr")),
         Line("factors", "--factors", series("lowrank_lr")),
     ]
-    yield _over_tokens(history, "loss", "Loss", ".3f", loss_lines, _focused(series("loss") + losses))
+    spikes = _spikes(history)
+    loss_axis = _focused(series("loss") + losses, shown=[peak for _, _, peak in spikes])
+    yield _with_incidents(history, spikes, _over_tokens(history, "loss", "Loss", ".3f", loss_lines, loss_axis))
     yield _over_tokens(
         history, "perplexity", "Held-out perplexity", ",.2f", [perplexity_line], _focused(perplexities, log=True)
     )
@@ -134,6 +136,33 @@ def _over_tokens(
         "annotations": annotations,
     }
     return Chart(name, title, number_format, lines, {"data": traces, "layout": layout})
+
+
+def _spikes(history: History) -> list[tuple[int, int, float]]:
+    """(tokens, step, loss) where the loss stood highest after a boundary, of rises beyond noise."""
+    tokens = {record["step"]: record["tokens"] for record in history.train}
+    return [(tokens[rise.peak_step], rise.peak_step, rise.peak) for rise in history.rises if rise.is_spike]
+
+
+def _with_incidents(history: History, spikes: Sequence[tuple[int, int, float]], chart: Chart) -> Chart:
+    """The chart of the loss with the spikes after boundaries marked, and the steps left out or gone back to."""
+    if spikes and chart.lines:
+        chart.figure["data"].append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [tokens for tokens, _, _ in spikes],
+                "y": [peak for _, _, peak in spikes],
+                "customdata": [step for _, step, _ in spikes],
+                "marker": {"color": "--alert", "size": 8, "symbol": "triangle-down"},
+                "hovertemplate": f"spike %{{y:{chart.format}}} at step %{{customdata:,}}<extra></extra>",
+            }
+        )
+    place: dict[str, Any] = {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": "--alert", "width": 1, "dash": "dot"}}
+    chart.figure["layout"]["shapes"] += [
+        {"type": "line", "x0": record["tokens"], "x1": record["tokens"], **place} for record in history.incidents
+    ]
+    return chart
 
 
 def _spectra(history: History) -> Chart:
@@ -213,15 +242,15 @@ def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _focused(points: Sequence[Point], log: bool = False) -> dict[str, Any]:
+def _focused(points: Sequence[Point], log: bool = False, shown: Sequence[float] = ()) -> dict[str, Any]:
     """An axis without the fall of the first steps, which would flatten all that follows (two double-clicks show it).
 
-    With `log`, values that span a factor of three or more get a logarithmic axis.
+    With `log`, values that span a factor of three or more get a logarithmic axis. `shown`: values to leave room for.
     """
     values = sorted(value for _, _, value in points if value is not None and value > 0)
     if len(values) < 3:
         return {}
-    low, high = values[0], values[min(int(0.88 * len(values)), len(values) - 2)]
+    low, high = values[0], max(values[min(int(0.88 * len(values)), len(values) - 2)], *shown, 0.0)
     if not log or high < 3 * low:
         return {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
     return _log_axis(low, values[-1]) | {"range": [math.log10(low / 1.05), math.log10(high * 1.05)]}

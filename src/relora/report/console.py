@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from relora.report.metrics import Record, mean_effective_rank, mean_relative_update
+from relora.report.metrics import Record, mean_effective_rank, mean_relative_update, number
+from relora.report.spikes import Rise
 
 RECENT_RECORDS = 32
 """Logged steps whose median time gives the rate."""
@@ -69,6 +70,15 @@ class Console:
     def restart(self, record: Record) -> None:
         self._pause_seconds += record["seconds"]
         self.message(self._at(record["step"], describe_restart(record)))
+
+    def incident(self, record: Record) -> None:
+        """A skipped step or a rewind, `quiet` or not."""
+        self.warning(self._at(record["step"], describe_incident(record)))
+
+    def rise(self, step: int, rise: Rise) -> None:
+        """How the loss took a boundary, told at `step`; a spike, `quiet` or not."""
+        tell = self.warning if rise.is_spike else self.message
+        tell(self._at(step, describe_rise(rise)))
 
     def message(self, text: str) -> None:
         """One line for the person at the terminal; above the live line if there is one."""
@@ -154,6 +164,27 @@ def describe_restart(record: Record) -> str:
         f"held-out loss {format_figure(record['loss_before'])} -> {format_figure(record['loss_after'])}, "
         f"{record['seconds']:.1f} s"
     )
+
+
+def describe_incident(record: Record) -> str:
+    """What was done about a loss or gradient that is not finite, and where in the data it lies."""
+    where = f" in {record['batch']}" if record["batch"] else ""
+    if record["kind"] == "rewind":
+        return f"gone back to here, past what was not finite at step {record['failed_step']}{where}"
+    loss, norm = (format_figure(number(record, key)) for key in ("loss", "grad_norm"))
+    return f"left out, nothing was updated: loss {loss}, gradient norm {norm}{where}"
+
+
+def describe_rise(rise: Rise) -> str:
+    """By how much the training loss rose after a boundary, whether it is back, or that it is no more than noise."""
+    where = f"after the {rise.boundary.name} at step {rise.boundary.step} the training loss"
+    if rise.rise <= 0:
+        return f"{where} did not rise ({format_figure(rise.before, 3)} -> {format_figure(rise.peak, 3)})"
+    how = f"rose by {rise.rise:.3f} ({format_figure(rise.before, 3)} -> {format_figure(rise.peak, 3)})"
+    if not rise.is_spike:
+        return f"{where} {how}, within its noise"
+    back = "not back yet" if rise.recovered_after is None else f"back after {rise.recovered_after} steps"
+    return f"{where} {how}, {back}"
 
 
 def format_figure(value: float | None, digits: int = 4) -> str:

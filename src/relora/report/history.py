@@ -4,7 +4,6 @@ Files may be missing (a run that has only begun, one without restarts) and figur
 without a single record is refused. Every figure is checked to be a number here, so that nothing below has to ask.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from relora.errors import UserError
 from relora.report.metrics import Record, number, read_json_lines
+from relora.report.spikes import Rise, rises, window_steps
+from relora.untrusted import YAML_BYTES, inside, parse_yaml, read_json
+
+INCIDENT_KINDS = ("skipped", "rewind")
+"""Records of numbers that went wrong and were lived with: a step left out, a return to a checkpoint."""
 
 
 class HeldOut(NamedTuple):
@@ -60,7 +62,11 @@ class History:
     name: str
     train: list[Record]
     evaluations: list[Record]
+    incidents: list[Record]
+    """Skipped steps and rewinds, in order."""
     restarts: list[Record]
+    rises: list[Rise]
+    """How the training loss took the switch to low rank and every restart, where enough of it is logged."""
     held_out: list[HeldOut]
     """One point per step, from the evaluations and from the measurements around restarts."""
     segments: list[Segment]
@@ -72,7 +78,8 @@ class History:
     @property
     def last(self) -> tuple[int, int]:
         """(step, tokens) of the latest record."""
-        return max((record["step"], record["tokens"]) for record in self.train + self.evaluations)
+        records = self.train + self.evaluations + self.incidents
+        return max((record["step"], record["tokens"]) for record in records)
 
     @property
     def seconds(self) -> float:
@@ -96,23 +103,26 @@ def read_history(run_folder: Path) -> History:
     metrics = run_folder / "metrics.jsonl"
     if not metrics.exists():
         raise UserError(f"{metrics}: no such file; give the folder of a run that has begun to train")
-    records: list[Record] = [record for record in read_json_lines(metrics) if _has_place(record)]
+    records: list[Record] = [record for record in read_json_lines(metrics) if has_place(record)]
     train = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
-    if not train and not evaluations:
+    incidents = [record for record in records if record.get("kind") in INCIDENT_KINDS]
+    if not train and not evaluations and not incidents:
         raise UserError(f"{metrics}: holds no records yet; wait for the first logged step")
     restarts_file = run_folder / "restarts.jsonl"
     events = read_json_lines(restarts_file) if restarts_file.exists() else []
-    restarts: list[Record] = [record for record in events if _has_place(record)]
+    restarts: list[Record] = [record for record in events if has_place(record)]
     held_out = _held_out(evaluations, restarts)
-    config_text, config = _read_config(run_folder / "config.yaml")
-    environment = _read_json(run_folder / "environment.json")
-    samples = _read_json(run_folder / "samples.json")
+    config_text, config = read_config(run_folder)
+    environment = _read_json(run_folder, "environment.json")
+    samples = _read_json(run_folder, "samples.json")
     return History(
         name=run_folder.resolve().name,
         train=train,
         evaluations=evaluations,
+        incidents=incidents,
         restarts=restarts,
+        rises=rises(records, restarts, window_steps(config)),
         held_out=held_out,
         segments=list(_segments(train, restarts, held_out)),
         samples=[item for item in samples if isinstance(item, dict)] if isinstance(samples, list) else [],
@@ -122,7 +132,8 @@ def read_history(run_folder: Path) -> History:
     )
 
 
-def _has_place(record: Record) -> bool:
+def has_place(record: Record) -> bool:
+    """Whether a record says where it belongs; one that does not is damaged."""
     return all(isinstance(record.get(key), int) for key in ("step", "tokens", "cycle"))
 
 
@@ -160,22 +171,19 @@ def _segments(train: list[Record], restarts: list[Record], held_out: list[HeldOu
         first = last
 
 
-def _read_config(path: Path) -> tuple[str, Mapping[str, Any]]:
+def read_config(run_folder: Path) -> tuple[str, Mapping[str, Any]]:
+    """The configuration of a run as text and as settings; empty where there is none, or none that can be read."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+        text = inside(run_folder, "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return "", {}
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError:
+        tree = parse_yaml(text, "config.yaml") if len(text) <= YAML_BYTES else None
+    except UserError:
         tree = None  # shown as it is
     return text, tree if isinstance(tree, dict) else {}
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; mend or delete this file") from None
+def _read_json(run_folder: Path, name: str) -> Any:
+    path = inside(run_folder, name)
+    return read_json(path) if path.exists() else None

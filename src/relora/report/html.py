@@ -5,7 +5,6 @@ of their JSON as `\\u003c`, so that no string can end the script that holds them
 the page to load anything.
 """
 
-import errno
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -17,11 +16,14 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from relora.errors import RunStopped, UserError
+from relora.durable import write_durably
+from relora.errors import RunStopped
 from relora.report.charts import Chart, charts
-from relora.report.console import PHASE_NAMES, format_duration, format_figure
+from relora.report.console import PHASE_NAMES, describe_rise, format_duration, format_figure
 from relora.report.history import HeldOut, History, Segment, read_history
 from relora.report.metrics import Record, mean_effective_rank, mean_relative_update, number
+from relora.report.spikes import NOISE_FACTOR, Rise
+from relora.untrusted import check_folder
 
 PHASE_COLUMNS = ("Phase", "Steps", "Tokens", "Perplexity before", "Perplexity after", "Change")
 RESTART_COLUMNS = (
@@ -33,12 +35,18 @@ RESTART_COLUMNS = (
     "Perplexity at its end",
     "|ΔW| / |W|",
     "Effective rank",
+    "Training loss rose by",
+    "Back after steps",
     "Seconds",
 )
+INCIDENT_COLUMNS = ("Step", "What was done", "Loss", "Gradient norm", "Where in the data")
+INCIDENT_NAMES = {"skipped": "step left out", "rewind": "gone back to this step"}
 RESTART_NOTE = (
     "A restart merges the factors into the weights and draws new ones, so the held-out loss stays what it was up to "
     "rounding. |ΔW| / |W| is the Frobenius norm of the merged update over that of the weight; it and the effective "
-    "rank are means over the layers. The cycle of a restart is the training that follows it."
+    "rank are means over the layers. The cycle of a restart is the training that follows it. The training loss is "
+    "noisy, so its highest value after a restart lies above its mean before; only a rise of more than "
+    f"{NOISE_FACTOR:g} times the noise counts as a spike, and is marked."
 )
 
 
@@ -48,16 +56,13 @@ def write_report(run_folder: Path) -> Path:
     Raises `UserError` if the run has no records yet, one of its files is damaged, or the report cannot be written
     (`RunStopped` for want of space).
     """
+    check_folder(run_folder)
     history = read_history(run_folder)
     path = run_folder / "report.html"
-    aside = run_folder / "report.html.tmp"
     try:
-        aside.write_text(render(history), encoding="utf-8")
-        aside.replace(path)
+        write_durably(path, render(history))
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        kind = RunStopped if error.errno == errno.ENOSPC else UserError
-        raise kind(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
+        raise RunStopped(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
     return path
 
 
@@ -87,6 +92,10 @@ def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
     if history.restarts:
         yield "<h2>Restarts</h2>" + _table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
         yield f'<p class="note">{RESTART_NOTE}</p>'
+    if switch := _rise(history, cycle=0):
+        yield f'<p class="note">{escape(describe_rise(switch).capitalize())}.</p>'
+    if history.incidents:
+        yield "<h2>Not finite</h2>" + _table(INCIDENT_COLUMNS, map(_incident_row, history.incidents))
     if history.samples:
         yield "<h2>Samples</h2>" + "".join(map(_sample, history.samples))
     yield "<h2>How it was made</h2>"
@@ -139,6 +148,10 @@ def _key(history: History) -> str:
     ]
     if history.restarts:
         items.append('<span><i class="restart"></i>restart</span>')
+    if any(rise.is_spike for rise in history.rises):
+        items.append('<span><b class="spike">&#9660;</b>loss spike</span>')
+    if history.incidents:
+        items.append('<span><i class="incident"></i>step left out or gone back to</span>')
     items.append("<span>drag to zoom, double-click to zoom out</span>")
     return f'<div class="key">{"".join(items)}</div>'
 
@@ -182,8 +195,30 @@ def _restart_row(history: History, restart: Record) -> list[str]:
         _perplexity(segment.after if segment else None),
         format_figure(mean_relative_update(restart)),
         rank if r is None else f"{rank} of {r}",
+        *_rise_cells(_rise(history, cycle)),
         format_figure(number(restart, "seconds"), 1),
     ]
+
+
+def _rise(history: History, cycle: int) -> Rise | None:
+    return next((rise for rise in history.rises if rise.boundary.cycle == cycle), None)
+
+
+def _rise_cells(rise: Rise | None) -> tuple[str, str]:
+    """What it rose by, and when it was back; the latter of spikes only."""
+    if rise is None:
+        return "-", "-"
+    if not rise.is_spike:
+        return f"{rise.rise:+.3f}", "noise"
+    return f"{rise.rise:+.3f} \N{BLACK DOWN-POINTING TRIANGLE}", str(rise.recovered_after or "not back")
+
+
+def _incident_row(record: Record) -> list[str]:
+    done = INCIDENT_NAMES[record["kind"]]
+    if (failed := number(record, "failed_step")) is not None:
+        done += f", from step {failed:,.0f}"
+    figures = (format_figure(number(record, key)) for key in ("loss", "grad_norm"))
+    return [f"{record['step']:,}", done, *figures, str(record.get("batch", "-"))]
 
 
 def _perplexity(point: HeldOut | None) -> str:

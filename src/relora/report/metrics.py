@@ -10,29 +10,39 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from relora.errors import RunStopped, UserError
+from relora.untrusted import inside
 
 Record = Mapping[str, Any]
 """One line: a flat or nested mapping of JSON values."""
+
+_BLOCK_BYTES = 1 << 16
+_LARGEST = 1e100
+"""Beyond what fp32 holds, and what sums and squares of float64 can bear."""
 
 
 class JsonLines:
     """An append-only file of records. Opening it drops a torn last line; the folder must exist.
 
-    Raises `UserError` if the file cannot be opened, `RunStopped` if a line cannot be written (a full disk).
+    Raises `UserError` if the file cannot be opened or is a link out of its folder, `RunStopped` if a line cannot be
+    written (a full disk).
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = inside(path.parent, path.name)
         try:
-            self._file = path.open("ab", buffering=0)  # what cannot be written now is not tried again by close()
-            _drop_torn_line(path)
-            self._file.seek(0, os.SEEK_END)
+            with ExitStack() as opened:
+                # what cannot be written now is not tried again by close()
+                self._file = opened.enter_context(path.open("ab", buffering=0))
+                _drop_torn_line(path)
+                self._file.seek(0, os.SEEK_END)
+                opened.pop_all()
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}; give a writable output_dir") from None
 
@@ -48,44 +58,63 @@ class JsonLines:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise RunStopped(f"{self.path}: cannot be written: {error.strerror}; free some space and resume") from None
+            raise self._stopped(error) from None
 
-    def truncate(self, size: int) -> None:
-        """Cut the file back to `size` bytes; a shorter one (somebody deleted the file) is left as it is."""
-        if size < self.size:
+    def sync(self) -> None:
+        """Make what was appended survive a power cut."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._stopped(error) from None
+
+    def truncate(self, size: int) -> bool:
+        """Cut the file back to `size` bytes and whole lines; False if it is shorter (somebody deleted or cut it)."""
+        is_shorter = self.size < size
+        if self.size > size:
             self._file.truncate(size)
+            _drop_torn_line(self.path)  # where somebody edited the file, `size` may lie within a line
             self._file.seek(0, os.SEEK_END)
+        return not is_shorter
 
     def close(self) -> None:
         self._file.close()
 
+    def _stopped(self, error: OSError) -> RunStopped:
+        return RunStopped(f"{self.path}: cannot be written: {error.strerror}; free some space and resume")
+
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All records of a file. A torn last line is ignored.
+    """All records of a file; see `iter_json_lines`."""
+    return list(iter_json_lines(path))
+
+
+def iter_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, one at a time. A torn last line is ignored.
 
     Raises `UserError` for a file that cannot be read and for any other line that is not a JSON object.
     """
+    torn = 0
     try:
-        lines = path.read_bytes().splitlines()
+        with inside(path.parent, path.name).open("rb") as lines:
+            for line_number, line in enumerate(lines, start=1):
+                if torn:  # not the last line, so no kill has torn it
+                    raise UserError(f"{path}:{torn}: not a JSON object; mend or delete this line")
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError, too
+                    record = None
+                if isinstance(record, dict):
+                    yield record
+                else:
+                    torn = line_number
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:  # also what bytes that are not UTF-8 raise
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number < len(lines):
-            raise UserError(f"{path}:{number}: not a JSON object; mend or delete this line")
-    return records
 
 
 def number(record: Record, key: str) -> float | None:
-    """A figure of a record; None where it is absent, null or no number."""
+    """A figure of a record; None where it is absent, null, no number or larger than any that a run has."""
     value = record.get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and abs(value) < _LARGEST else None
 
 
 def mean_relative_update(restart: Record) -> float:
@@ -117,7 +146,16 @@ def _finite(value: Any) -> Any:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what stands after the last line end: the rest of a line whose writer was killed."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    """Cut off what stands after the last line end: the rest of a line whose writer was killed. Reads the end only."""
+    with path.open("rb+") as file:
+        end = kept = file.seek(0, os.SEEK_END)
+        while kept:
+            start = max(0, kept - _BLOCK_BYTES)
+            file.seek(start)
+            line_end = file.read(kept - start).rfind(b"\n")
+            if line_end >= 0:
+                kept = start + line_end + 1
+                break
+            kept = start
+        if kept < end:
+            file.truncate(kept)

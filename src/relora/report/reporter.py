@@ -1,12 +1,24 @@
 """What the training loop talks to: one record in; the file, the console and the trackers out."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from relora.errors import UserError
 from relora.report.console import Console
-from relora.report.metrics import JsonLines, Record, mean_effective_rank, mean_relative_update
+from relora.report.history import INCIDENT_KINDS, has_place, read_config
+from relora.report.metrics import (
+    JsonLines,
+    Record,
+    iter_json_lines,
+    mean_effective_rank,
+    mean_relative_update,
+    read_json_lines,
+)
+from relora.report.spikes import Boundary, LossWatch, Rise, window_steps
 from relora.report.trackers import Tracker
 
 
@@ -15,20 +27,37 @@ class Reporter:
 
     The two files are the record of the run: failing to write them stops it (`RunStopped`). A tracker is a
     convenience: one that fails is reported once and dropped, because no dashboard is worth a week's training.
+    How the loss took a restart is told when the window after it has passed (`relora.report.spikes`).
     """
 
     def __init__(self, run_folder: Path, total_steps: int, trackers: Sequence[Tracker], console: Console) -> None:
-        self._metrics = JsonLines(run_folder / "metrics.jsonl")
-        self._restarts = JsonLines(run_folder / "restarts.jsonl")
+        self._window = window_steps(read_config(run_folder)[1])
+        with ExitStack() as opened:  # both files or none
+            self._metrics = JsonLines(run_folder / "metrics.jsonl")
+            opened.callback(self._metrics.close)
+            self._restarts = JsonLines(run_folder / "restarts.jsonl")
+            opened.pop_all()
         self._console = console
         self._console.start(total_steps)
         self._trackers = list(trackers)
+        self._watch = LossWatch(self._window)
+        self._incidents: Counter[str] = Counter()
 
     def train(self, record: Record) -> None:
         """A logged step."""
         self._metrics.append(record)
         self._console.train(record)
         self._track(record)
+        self._tell(record["step"], self._watch.record(record))
+
+    def incident(self, record: Record) -> None:
+        """A step that was left out (`kind` skipped) or a return to a checkpoint (rewind); trackers get the counts."""
+        self._metrics.append(record)
+        self._console.incident(record)
+        self._incidents[record["kind"]] += 1
+        counts = {kind: self._incidents[kind] for kind in INCIDENT_KINDS}
+        self._track({"kind": "incidents", "step": record["step"], **counts})
+        self._tell(record["step"], self._watch.record(record))
 
     def evaluation(self, record: Record) -> None:
         """A held-out measurement."""
@@ -49,6 +78,7 @@ class Reporter:
                 "effective_rank": mean_effective_rank(record),
             }
         )
+        self._tell(record["step"], self._watch.boundary(Boundary(record["step"], record["cycle"])))
 
     def progress(self, step: int) -> None:
         """`step` updates are done; for every step, logged or not."""
@@ -63,13 +93,23 @@ class Reporter:
         self._console.warning(text)
 
     def positions(self) -> dict[str, int]:
-        """Byte lengths of the two files, for the checkpoint."""
-        return {file.path.name: file.size for file in (self._metrics, self._restarts)}
+        """Byte lengths of the two files, for the checkpoint; what they hold is on disk before it relies on them."""
+        for file in self._files:
+            file.sync()
+        return {file.path.name: file.size for file in self._files}
 
     def rewind(self, positions: Mapping[str, int]) -> None:
         """Cut the files back to where they were at a checkpoint: what came after it will be lived again."""
-        for file in (self._metrics, self._restarts):
-            file.truncate(positions[file.path.name])
+        short = [file.path.name for file in self._files if not file.truncate(positions[file.path.name])]
+        if short:
+            self.warning(
+                f"{self._metrics.path.parent}: {' and '.join(short)} shorter than when the checkpoint was written: "
+                "figures of earlier steps are gone; the training is not touched by that"
+            )
+        try:
+            self._read_back()
+        except UserError as error:
+            self.warning(f"{error}; until then no report can be written")
 
     def close(self) -> None:
         """Close everything; the files last, so that a tracker that hangs loses no figure."""
@@ -92,6 +132,31 @@ class Reporter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def _files(self) -> tuple[JsonLines, JsonLines]:
+        return self._metrics, self._restarts
+
+    def _read_back(self) -> None:
+        """What the counts and the watch know at the end of the two files."""
+        self._watch, self._incidents = LossWatch(self._window), Counter()
+        restarts = [Boundary(r["step"], r["cycle"]) for r in read_json_lines(self._restarts.path) if has_place(r)]
+        restarts.reverse()
+        for record in iter_json_lines(self._metrics.path):
+            if not has_place(record):
+                continue
+            while restarts and record["step"] > restarts[-1].step:
+                self._watch.boundary(restarts.pop())
+            if record.get("kind") in INCIDENT_KINDS:
+                self._incidents[record["kind"]] += 1
+            if record.get("kind") != "evaluation":
+                self._watch.record(record)
+        for restart in reversed(restarts):
+            self._watch.boundary(restart)
+
+    def _tell(self, step: int, rise: Rise | None) -> None:
+        if rise is not None:
+            self._console.rise(step, rise)
 
     def _track(self, record: Record) -> None:
         for tracker in self._trackers.copy():

@@ -21,7 +21,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypeVar
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from relora.durable import sync, write_durably
 from relora.errors import RunStopped, UserError
-from relora.train.state import TrainState
+from relora.train.state import Count, TrainState
 
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
@@ -63,15 +63,22 @@ class Manifest:
     settings: dict[str, str | int]
     """What changes numbers: versions, threads, device, dtype, the data."""
     files: dict[FileName, Digest]
+    sha256: str | None = None
+    """Of the three above; format 1 has none."""
+
+    def signed(self) -> "Manifest":
+        """The same, with its own checksum."""
+        content = json.dumps(asdict(replace(self, sha256=None)), sort_keys=True)
+        return replace(self, sha256=hashlib.sha256(content.encode()).hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState(TrainState):
     """What state.json holds."""
 
-    positions: dict[str, int]
-    """Bytes of the metric files."""
-    frozen_since: int | None = None
+    positions: dict[str, Count]
+    """Bytes of the metric files, by name."""
+    frozen_since: Count | None = None
     """The step before which the frozen weights last changed."""
 
     @property
@@ -110,7 +117,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run; one checkpoint is written at a time, by a thread unless `background` is off."""
+    """The `checkpoints/` folder of a run; writes one checkpoint at a time, in a thread unless `background` is off."""
 
     def __init__(self, folder: Path, keep_last: int = 2, *, background: bool = True) -> None:
         self.folder, self.keep_last = folder, keep_last
@@ -249,7 +256,7 @@ class Checkpoints:
             files: dict[FileName, Digest] = {name: _digest(aside / name) for name in (*tensors, "state.json")}
             if linked is not None:
                 files[FROZEN] = linked
-            manifest = Manifest(FORMAT, dict(settings), files)
+            manifest = Manifest(FORMAT, dict(settings), files).signed()
             write_durably(aside / "manifest.json", json.dumps(asdict(manifest), indent=1))
             if final.exists():  # of a part of the run that did not count, or damaged
                 final.rename(old)
@@ -305,6 +312,8 @@ def _read_manifest(folder: Path) -> Manifest:
             "continue with the version that wrote it"
         )
     manifest = _parse(Manifest, path)
+    if number > 1 and manifest != manifest.signed():
+        raise UserError(f"{path}: damaged (its own checksum differs)")
     missing = {"weights.safetensors", "optimizer.safetensors", "state.json"} - manifest.files.keys()
     if missing:
         raise UserError(f"{path}: damaged (it does not list {min(missing)})")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from relora.errors import UserError
 from relora.lowrank import low_rank_layers
 
 
@@ -71,13 +72,20 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `named_state`; a parameter without tensors has no state yet (it was just drawn)."""
+    """Inverse of `named_state`; a parameter without tensors has no state yet (it was just drawn).
+
+    Raises:
+        UserError: the tensors are not those of this optimizer. Nothing was loaded.
+    """
     by_name: dict[str, dict[str, Tensor]] = {}
     for full_key, tensor in tensors.items():
         name, _, key = full_key.rpartition(":")
         by_name.setdefault(name, {})[key] = tensor
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    states = [by_name.get(names[id(parameter)], {}) for parameter in _parameters(optimizer)]
+    parameters = {names[id(parameter)]: parameter for parameter in _parameters(optimizer)}
+    for name, state in by_name.items():
+        _check_state(name, state, parameters.get(name))
+    states = [by_name.get(name, {}) for name in parameters]
     groups = optimizer.state_dict()["param_groups"]
     # through load_state_dict, which knows on which device and in which type each optimizer keeps its step
     optimizer.load_state_dict({"state": {i: state for i, state in enumerate(states) if state}, "param_groups": groups})
@@ -89,3 +97,12 @@ def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> di
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _check_state(name: str, state: dict[str, Tensor], parameter: nn.Parameter | None) -> None:
+    """AdamW's: two moments of the parameter's shape, and a step."""
+    if parameter is None:
+        raise UserError(f"the saved optimizer has moments of {name}, which does not train here")
+    shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+    if {key: tensor.shape for key, tensor in state.items() if tensor.is_floating_point()} != shapes:
+        raise UserError(f"the saved optimizer's moments of {name} are not AdamW's, or not of its shape")

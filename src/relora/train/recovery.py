@@ -48,7 +48,10 @@ def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
     earlier = begin(run, checkpoint)
     earlier.state = earlier.state.gone_back_from(failed)
     event = {"kind": "rewind", **run.position(earlier.state, max(earlier.state.step - 1, 0))}
-    run.reporter.incident({**event, "failed_step": failed.step, "batch": place})
+    before = [record for record in progress.rewinds if record["step"] == checkpoint.step]
+    earlier.rewinds = [*before, {**event, "failed_step": failed.step, "batch": place}]
+    for record in earlier.rewinds:
+        run.reporter.incident(record)
     return earlier
 
 

@@ -16,6 +16,7 @@ from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, strip
 from relora.lowrank.restart import Reset
 from relora.measure import Evaluation
+from relora.report.metrics import Record
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
@@ -74,6 +75,8 @@ class Progress:
     unlogged_seconds: float = 0.0
     evaluated_loss: float = math.nan
     """Of the last held-out measurement."""
+    rewinds: list[Record] = field(default_factory=list)
+    """Returns to the checkpoint from which the run goes on; their records stand after it, and are cut off with it."""
 
 
 def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
@@ -86,9 +89,14 @@ def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
     if checkpoint is None:
         run.reporter.rewind({"metrics.jsonl": 0, "restarts.jsonl": 0})
         return Progress(build_optimizer(run.model, run.optimizer))
-    load_exact_tensors(run.model, checkpoint.weights())
-    optimizer = build_optimizer(run.model, run.optimizer)
-    load_named_state(run.model, optimizer, checkpoint.optimizer())
+    try:
+        load_exact_tensors(run.model, checkpoint.weights())
+        optimizer = build_optimizer(run.model, run.optimizer)
+        load_named_state(run.model, optimizer, checkpoint.optimizer())
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder}: {error}") from None
+    if checkpoint.state.positions.keys() != run.reporter.positions().keys():
+        raise UserError(f"{checkpoint.folder / 'state.json'}: `positions` are not those of the metric files")
     if name := _first_non_finite(run.model, optimizer):
         raise UserError(f"{checkpoint.folder}: {name} is not finite; delete this checkpoint to use an older one")
     run.reporter.rewind(checkpoint.state.positions)

@@ -7,19 +7,23 @@ draw. The two counts beside it stay 0 as long as every loss is a number.
 import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Annotated
 
 import torch
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
 class TrainState:
     """Optimizer steps done, and tokens trained on."""
 
-    step: int = 0
-    tokens: int = 0
-    incidents: int = 0
+    step: Count = 0
+    tokens: Count = 0
+    incidents: Count = 0
     """Steps that were skipped, or gone back from, because their loss or gradient was not finite."""
-    skipped_batches: int = 0
+    skipped_batches: Count = 0
     """How far the data is ahead of the step, since the run went back past batches that it will not see again."""
 
     @property
