@@ -98,6 +98,8 @@ def check_folder(folder: Path) -> None:
 
     A link out would put a file of the reader's machine into a model that he passes on, or write over one.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder")
     roots = _allowed_roots(folder)
     waiting = [folder]
     while waiting:

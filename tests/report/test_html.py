@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from relora.errors import UserError
+from relora.errors import RunStopped, UserError
 from relora.report.html import script_json, write_report
 
 MakeRun = Callable[..., Path]
@@ -163,7 +163,7 @@ def test_an_old_report_is_replaced_and_one_that_cannot_be_written_is_one_line(
     assert write_report(folder).read_text(encoding="utf-8")[:3] != "old"
     (folder / "report.html").unlink()
     (folder / "report.html").mkdir()
-    with pytest.raises(UserError, match=r"report\.html: cannot be written: Is a directory"):
+    with pytest.raises(RunStopped, match=r"report\.html: cannot be written: Is a directory"):
         write_report(folder)
     assert not list(folder.glob("*.partial"))
 

@@ -53,8 +53,8 @@ RESTART_NOTE = (
 def write_report(run_folder: Path) -> Path:
     """Write RUN/report.html from the files of the run and return its path.
 
-    Raises `UserError` if the run has no records yet, one of its files is damaged, or the report cannot be written
-    (`RunStopped` for want of space).
+    Raises `UserError` if the run has no records yet or one of its files is damaged, `RunStopped` if the report cannot
+    be written.
     """
     check_folder(run_folder)
     history = read_history(run_folder)
