@@ -65,7 +65,7 @@ class ModelSettings(Settings):
     vocab_size: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     intermediate_size: PositiveInt | None = None
-    num_hidden_layers: PositiveInt | None = None
+    num_hidden_layers: Annotated[int, Number, Field(gt=0, le=10_000)] | None = None
     num_attention_heads: PositiveInt | None = None
     num_key_value_heads: PositiveInt | None = None
     max_position_embeddings: PositiveInt | None = None
@@ -290,6 +290,8 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _times_fit(self) -> "RunConfig":
         total, restart = self.total_steps, self.restart
+        if total >= 10**8:
+            raise ValueError(f"schedule: a run has fewer than 100 million steps, this one would have {total:,}")
         if self.schedule.warmup_steps >= total:
             raise ValueError(
                 f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be shorter than the run ({total} steps)"

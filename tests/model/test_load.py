@@ -131,6 +131,11 @@ def test_impossible_shapes(overrides: dict[str, int], message: str) -> None:
 # Opening
 
 
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built() -> None:
+    with pytest.raises(UserError, match=r"model: its weights take [\d,]+ GB in fp32, main memory is \d+ GB"):
+        build_model("llama-7b", {"hidden_size": 1 << 20, "num_hidden_layers": 100}, seed=0)
+
+
 def test_every_family_opens_as_it_was_saved(family_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     expected = logits(AutoModel.from_pretrained(family_folder))
     capfd.readouterr()

@@ -27,6 +27,7 @@ from relora.data import formats
 from relora.data.shards import Source
 from relora.errors import UserError
 from relora.mistakes import LONGEST_PATH, shown_line, shown_name
+from relora.untrusted import no_address
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -191,7 +192,10 @@ class Corpus:
 
 
 def _resolve(source: str, leave_out: Path | None) -> _Origin:
-    path = Path(source)
+    try:
+        path = Path(no_address(source))
+    except ValueError as error:
+        raise UserError(f"a source: {error}") from None
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL

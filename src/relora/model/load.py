@@ -8,6 +8,7 @@ A model drawn from scratch depends on its shape and its seed only, never on what
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -241,16 +242,28 @@ def _drawn(
     if eos_token_id is not None:
         config.bos_token_id = config.eos_token_id = eos_token_id
         config.pad_token_id = None
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
+            if torch.get_default_device().type != "meta":
+                with torch.device("meta"):
+                    _check_memory(AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings))
             torch.default_generator.manual_seed(keyed_seed(seed, "weights"))
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
+    except UserError:
+        raise
     except Exception as error:  # whatever the library raises about a shape
         raise UserError(f"model: no causal LM can be built of this shape: {_first_line(error)}") from None
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
     return model
+
+
+def _check_memory(shapes: PreTrainedModel) -> None:
+    """`UserError` for a model whose weights alone are more than the machine's main memory: asked for, it would die."""
+    needed = 4 * sum(parameter.numel() for parameter in shapes.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(f"model: its weights take {needed / 1e9:,.0f} GB in fp32, main memory is {there / 1e9:,.0f} GB")
 
 
 def _overridden(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedConfig:
