@@ -16,6 +16,7 @@ import typer
 
 from relora.config import RunConfig, load_config, to_yaml
 from relora.errors import ReloraError, UserError
+from relora.mistakes import shown_line, shown_name
 
 app = typer.Typer(
     help="Pretrain language models through low-rank updates: prepare, pretrain, evaluate, generate.",
@@ -49,7 +50,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
             raise
-        _fail(f"{error.format_message()} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
+        _fail(f"{shown_line(error.format_message())} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
 
 
 @app.command(epilog="Example: relora prepare books/ --out prepared/books --train-tokenizer 8192 --validation 1%")
@@ -245,7 +246,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UserError(f"--validation {text}: give a share below 100%, e.g. 1% or 0.01")
+        raise UserError(f"--validation {shown_name(text)}: give a share below 100%, e.g. 1% or 0.01")
     return share
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from relora.errors import UserError
-from relora.mistakes import first_mistake, shown
+from relora.mistakes import LONGEST_PATH, first_mistake, shown, shown_name
 from relora.untrusted import DEPTH, no_address, parse_yaml, read_yaml
 
 
@@ -331,14 +331,15 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    name = shown_name(str(path), LONGEST_PATH)
     try:
         tree = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a YAML configuration") from None
+        raise UserError(f"{name}: no such file; give the path of a YAML configuration") from None
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: must be a YAML mapping of keys to values")
+        raise UserError(f"{name}: must be a YAML mapping of keys to values")
     return tree
 
 

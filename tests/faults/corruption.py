@@ -213,7 +213,7 @@ def misplaced_files(run: TinyRun, draw: Random) -> Iterator[Outcome]:
 def whole_runs(run: TinyRun, trials: int, draw: Random) -> Iterator[Outcome]:
     """Continued with the newest checkpoint damaged, refused with --strict; refused when all are."""
     whole = run.result()
-    kinds = IN_PLACE | REPLACED
+    kinds = {kind: damage for kind, damage in (IN_PLACE | REPLACED).items() if damage is not _link_outside}
     for _ in range(trials):
         name, kind = draw.choice(files(run)), draw.choice(list(kinds))
         with tempfile.TemporaryDirectory(dir=run.folder.parent) as place:
@@ -242,6 +242,11 @@ def whole_runs(run: TinyRun, trials: int, draw: Random) -> Iterator[Outcome]:
             if complaint is None and contents(other.checkpoints) != before:
                 complaint = "the checkpoints were changed"
             yield "refused when no checkpoint is sound", complaint
+    for name in files(run):
+        with tempfile.TemporaryDirectory(dir=run.folder.parent) as place:
+            other = run.copied(Path(place), "linked")
+            _link_outside(max(other.checkpoints.glob("step-*")) / name, draw)
+            yield "refused with a link out of the run folder", other.pretrain().complaint(2, name, "leads out")
 
 
 def _below(tree: dict[str, bytes], folder: str) -> dict[str, bytes]:

@@ -111,7 +111,7 @@ def _damage(folder: Path, damage: Damage) -> None:
                 tree = json.loads(index.read_bytes())
                 _set(tree, where.split("."), value, delete=action == "delete")
                 index.write_text(json.dumps(tree, default=str))
-            except (ValueError, KeyError, IndexError, TypeError):  # an earlier damage left no such place
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError):  # after an earlier damage
                 pass
         case "index":
             index.write_bytes(value)

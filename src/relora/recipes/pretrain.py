@@ -12,7 +12,7 @@ import torch
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.durable import write_durably
-from relora.errors import UserError
+from relora.errors import RunStopped, UserError
 from relora.lowrank import merge
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.load import save_model
@@ -91,6 +91,8 @@ def _finish(config: RunConfig, parts: Ingredients, run: Run, folder: Path) -> Ev
     evaluation = run.evaluate(parts.model, lambda: None)
     save_model(parts.model, folder / "model", parts.tokenizer)
     _write_samples(config, parts, folder)
+    if not (folder / "metrics.jsonl").exists():
+        raise RunStopped(f"{folder}: somebody removed it while the run wrote it; only what came last is there")
     run.reporter.message(f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}")
     try:
         run.reporter.message(f"report in {write_report(folder)}")

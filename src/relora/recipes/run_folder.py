@@ -23,7 +23,7 @@ import torch
 
 from relora.config import RunConfig, load_config, to_yaml
 from relora.durable import write_durably
-from relora.errors import UserError
+from relora.errors import RunStopped, UserError
 from relora.untrusted import check_folder
 
 
@@ -36,6 +36,7 @@ def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
     Raises:
         UserError: the folder holds something else, another process is writing it, or it cannot be written. Nothing
             was changed.
+        RunStopped: the disk failed while the folder was held.
     """
     folder = Path(config.output_dir)
     with ExitStack() as held:
@@ -55,7 +56,11 @@ def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
                 held.enter_context(_locked(folder))
         except OSError as error:
             raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            what = f"{error.filename or folder}: {error.strerror or error}"
+            raise RunStopped(f"{what}; mend the disk or make room, and run the same command again") from error
 
 
 def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) -> None:
