@@ -218,7 +218,7 @@ def full_disk(lab: Lab, template: Path, trials: int, temporary_too: bool) -> Non
 
     `temporary_too` puts the temporary folder on that disk, which is where a peer may write before it moves.
     """
-    fault = f"disk full while it saves, TMPDIR on {'it' if temporary_too else 'another'}"
+    fault = f"disk full while it saves, TMPDIR on {'that' if temporary_too else 'another'} disk"
     need = sum(path.stat().st_size for path in lab.peer.checkpoints(template)[-1].iterdir())
     during, after, by_hand = [], [], []
     for i in range(trials):

@@ -129,7 +129,7 @@ class Lab:
             self.reasons[f"{fault}: {run.why}"] += 1
             return "not resumed"
         gap = self.distance(folder)
-        return "bit-equal" if gap == 0 else "equal to 1e-6" if gap <= 1e-6 else "no error, ANOTHER RESULT"
+        return "bit-equal" if gap == 0 else "no error, within 1e-6" if gap <= 1e-6 else "no error, ANOTHER RESULT"
 
     def distance(self, folder: Path) -> float:
         """Largest difference from the undisturbed weights; NaN counts as infinite, 0.0 means equal bits."""

@@ -12,38 +12,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import peer
 import torch
 from litgpt import pretrain
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import TextFiles
-from peer import (
-    BATCH,
-    BEGIN,
-    CORPUS,
-    HEADS,
-    INNER,
-    LAYERS,
-    NAN_STEP,
-    SAVE_EVERY,
-    STEPS,
-    VOCABULARY,
-    WIDTH,
-    WINDOW,
-    Case,
-    by_number,
-)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 MODEL = Config(
     name="tiny",
-    block_size=WINDOW,
-    n_layer=LAYERS,
-    n_embd=WIDTH,
-    n_head=HEADS,
-    intermediate_size=INNER,
-    vocab_size=VOCABULARY,
-    padded_vocab_size=VOCABULARY,
+    block_size=peer.WINDOW,
+    n_layer=peer.LAYERS,
+    n_embd=peer.WIDTH,
+    n_head=peer.HEADS,
+    intermediate_size=peer.INNER,
+    vocab_size=peer.VOCABULARY,
+    padded_vocab_size=peer.VOCABULARY,
     norm_class_name="RMSNorm",
     mlp_class_name="LLaMAMLP",
     parallel_residual=False,
@@ -51,10 +36,10 @@ MODEL = Config(
     bias=False,
 )
 TRAIN = TrainArgs(
-    save_interval=SAVE_EVERY,
-    global_batch_size=BATCH,
-    micro_batch_size=BATCH,
-    max_tokens=STEPS * BATCH * WINDOW,
+    save_interval=peer.SAVE_EVERY,
+    global_batch_size=peer.BATCH,
+    micro_batch_size=peer.BATCH,
+    max_tokens=peer.STEPS * peer.BATCH * peer.WINDOW,
     max_norm=1.0,
     lr_warmup_steps=5,
 )
@@ -74,9 +59,9 @@ class LitGPTPeer:
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<s>"}
         (self.tokenizer / "tokenizer_config.json").write_text(json.dumps(names))
         for name in ("the-wind-in-the-willows.txt", "the-secret-garden.txt"):
-            shutil.copy(CORPUS / name, self.text)
+            shutil.copy(peer.CORPUS / name, self.text)
 
-    def train(self, folder: Path, case: Case) -> None:
+    def train(self, folder: Path, case: peer.Case) -> None:
         disturb(case)
         pretrain.setup(
             "tiny",
@@ -94,7 +79,7 @@ class LitGPTPeer:
         )
 
     def checkpoints(self, folder: Path) -> list[Path]:
-        return by_number(folder, "step-*")
+        return peer.by_number(folder, "step-*")
 
     def weights(self, folder: Path) -> dict[str, torch.Tensor]:
         return torch.load(folder / "final" / "lit_model.pth", weights_only=True)["model"]
@@ -109,12 +94,12 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def disturb(case: Case) -> None:
+def disturb(case: peer.Case) -> None:
     """Wrap litgpt's training loop, loss and hyperparameters, in this process and for good."""
     fit, loss, calls = pretrain.fit, pretrain.chunked_cross_entropy, Counter[str]()
 
     def marked_fit(*args: Any, **kwargs: Any) -> None:
-        print(BEGIN)
+        print(peer.BEGIN)
         fit(*args, **kwargs)
 
     def disturbed_loss(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +107,7 @@ def disturb(case: Case) -> None:
             return loss(*args, **kwargs)
         calls["train"] += 1
         time.sleep(case.pause)
-        return loss(*args, **kwargs) * (float("nan") if case.nan and calls["train"] == NAN_STEP else 1.0)
+        return loss(*args, **kwargs) * (float("nan") if case.nan and calls["train"] == peer.NAN_STEP else 1.0)
 
     def plain_hyperparameters(_: Any, checkpoint: Path) -> None:
         (checkpoint / "hyperparameters.yaml").write_text(repr(TRAIN))

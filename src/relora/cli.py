@@ -4,19 +4,20 @@ A user's mistake prints one line and exits with 2; a run that stopped itself exi
 number. Verbs import what they need when they run, so that a misspelt key or `--help` answers before torch is loaded.
 """
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from relora.config import RunConfig, load_config, to_yaml
 from relora.errors import ReloraError, UserError
-from relora.mistakes import shown_line, shown_name
 
 app = typer.Typer(
     help="Pretrain language models through low-rank updates: prepare, pretrain, evaluate, generate.",
@@ -45,12 +46,14 @@ def main() -> None:
     except BrokenPipeError:  # `relora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a disk that fills up in the wrong moment
+    except OSError as error:  # a path that cannot be, or a disk that fills up in the wrong moment
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"{error.filename}: {error.strerror}", 2)
         _fail(f"{error.filename or 'disk'}: {error.strerror or error}; make room and run the same command again", 3)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
             raise
-        _fail(f"{shown_line(error.format_message())} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
+        _fail(f"{error.format_message()} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
 
 
 @app.command(epilog="Example: relora prepare books/ --out prepared/books --train-tokenizer 8192 --validation 1%")
@@ -246,7 +249,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UserError(f"--validation {shown_name(text)}: give a share below 100%, e.g. 1% or 0.01")
+        raise UserError(f"--validation {text}: give a share below 100%, e.g. 1% or 0.01")
     return share
 
 
@@ -254,8 +257,9 @@ def _print_json(figures: Any) -> None:
     print(json.dumps(figures, indent=1, default=str))
 
 
-def _fail(message: str, status: int) -> None:
-    # one line, in which a file's name cannot move the cursor
+def _fail(message: str, status: int) -> NoReturn:
+    # one line, in which a name can neither move the cursor nor fill the screen
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    line = re.sub(r"\S{300,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", line)
     print(f"relora: {line}", file=sys.stderr)
     sys.exit(status)
