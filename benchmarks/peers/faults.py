@@ -13,9 +13,10 @@ r"""Kills, corruption, full disks and hostile files against the nearest peers, r
 `trainer` is transformers.Trainer with PEFT: a random LLaMA, LoRA on all linear layers with dropout 0.05,
 `full_determinism`, safetensors, `save_total_limit=2`, and `train(resume_from_checkpoint=True)` as soon as there is a
 checkpoint. `litgpt` is `litgpt pretrain --data TextFiles --resume auto` on a model of the same shape in fp32. The two
-cannot share an environment: litgpt wants an older huggingface-hub. The torchvision that litdata brings is not needed,
-and where it was built for another torch nothing imports. Both train 40 steps on the repository's corpus and save every
-5 steps, with one thread; every run is a process of its own, forked after the imports, in which the peer's own code runs.
+cannot share an environment: litgpt wants an older huggingface-hub. It does not need the torchvision that litdata
+brings, and does not import where that was built for another torch. Both train 40 steps on the repository's corpus and
+save every 5 steps, with one thread; every run is a process of its own, forked after the imports, in which the peer's
+own code runs.
 
 A save takes a larger share of so short a run than of a long one, so that more of the random kills meet one: the
 second set of kills, all aimed at saves, is the one to compare. The part with the full disk mounts a tmpfs and is left

@@ -91,9 +91,10 @@ def test_another_run_is_refused_by_name(
         ({"optimizer__lr": 5e-4}, "optimizer.lr: 0.001 -> 0.0005 (the moments stay)"),
         ({"optimizer__clip_grad_norm": 0.5}, "optimizer.clip_grad_norm: 1.0 -> 0.5 (the moments stay)"),
         ({"evaluate__tokens": 5}, "evaluate.tokens: 200000 -> 5 (held-out figures before and after do not compare)"),
-        ({"batch__micro_sequences": 4}, "batch.micro_sequences: 8 -> 4 (sums are rounded differently)"),
+        ({"evaluate__every_steps": 5}, "evaluate.every_steps: 500 -> 5"),
+        ({"batch__micro_sequences": 4}, f"batch.micro_sequences: 8 -> 4 ({ALLOWED['batch.micro_sequences']})"),
         ({"non_finite__policy": "skip"}, "non_finite.policy: stop -> skip"),
-        ({"device": "cpu"}, "device: auto -> cpu (sums are rounded differently)"),
+        ({"device": "cpu"}, f"device: auto -> cpu ({ALLOWED['device']})"),
         ({"data__train": "moved"}, "data.train.path: ['t'] -> ['moved'] (the same tokens)"),
         ({"data__validation": "w"}, "data.validation: v -> w (the same tokens)"),
     ],
@@ -111,6 +112,12 @@ def test_a_longer_run_says_what_becomes_of_the_schedule(configure: Configure, fo
         "the cosine now ends at step 18000 instead of 9000: at step 4000 the learning rate goes from "
     )
     assert "16 restarts in all instead of 7" in lines[1]
+
+
+def test_a_restart_that_the_old_length_left_out_is_not_counted(configure: Configure, folder: Path) -> None:
+    """Before step 4000 the old run, of 4000 steps, did the restarts before 2000 and 3000."""
+    (folder / "config.yaml").write_text(to_yaml(configure(schedule__total_steps=4000)))
+    assert "3 restarts in all instead of 2" in changes_since(folder, configure(schedule__total_steps=5000))[1]
 
 
 def test_a_run_cannot_become_shorter_than_it_is(configure: Configure, folder: Path) -> None:
@@ -153,6 +160,12 @@ def test_a_run_without_checkpoints_begins(tmp_path: Path) -> None:
     assert newest(Checkpoints(tmp_path / "checkpoints"), strict=True) == (None, [])
 
 
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"the run has a model, but none of .*checkpoints is sound"):
+        newest(Checkpoints(tmp_path / "checkpoints"), strict=False)
+
+
 # What changed around it
 
 NOW: dict[str, str | int] = {"torch": "2", "threads": 4, "data": "abc"}
@@ -174,5 +187,7 @@ def test_other_surroundings_are_said_and_strict_refuses(then: dict[str, str | in
 def test_other_data_is_refused_and_unknown_data_is_said() -> None:
     with pytest.raises(UserError, match="other tokens"):
         check_settings(NOW | {"data": "xyz"}, NOW, strict=False)
+    with pytest.raises(UserError, match=r"model\.path: its config\.json is another"):
+        check_settings(NOW | {"model": "a"}, NOW | {"model": "b"}, strict=False)
     [line] = check_settings({"torch": "2", "threads": 4}, NOW, strict=False)
     assert "does not say which data" in line

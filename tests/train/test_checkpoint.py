@@ -18,11 +18,11 @@ FROZEN_WEIGHTS = {"w": torch.arange(4.0)}
 MOMENTS = {"a:exp_avg": torch.zeros(2, 3), "a:step": torch.tensor(4.0)}
 
 
-def save(checkpoints: Checkpoints, step: int, frozen_since: int | None = None, needed: int | None = None) -> Path:
+def save(checkpoints: Checkpoints, step: int, frozen_since: int | None = None, scheduled: bool = True) -> Path:
     """With frozen weights where `frozen_since` says since when."""
-    state = SavedState(step=step, tokens=step * 10, positions={}, frozen_since=frozen_since)
+    state = SavedState(step=step, tokens=step * 10, positions={}, frozen_since=frozen_since, scheduled=scheduled)
     frozen = FROZEN_WEIGHTS if frozen_since is not None else {}
-    checkpoints.save(state, WEIGHTS, frozen, MOMENTS, {"torch": "x"}, needed=needed)
+    checkpoints.save(state, WEIGHTS, frozen, MOMENTS, {"torch": "x"})
     checkpoints.wait()
     return checkpoints.folder / f"step-{step:08d}"
 
@@ -160,13 +160,48 @@ def test_without_hard_links_the_frozen_weights_are_written(tmp_path: Path, monke
     assert Checkpoints(tmp_path).latest()[0] is not None
 
 
-def test_the_needed_one_is_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep_last=1)
+def test_those_that_signals_asked_for_do_not_push_out_the_scheduled_one(tmp_path: Path) -> None:
     for step in (10, 11, 12, 13):
-        save(checkpoints, step, needed=10)
-    assert checkpoints.steps() == [10, 13]
-    save(checkpoints, 20, needed=20)
-    assert checkpoints.steps() == [20]
+        save(Checkpoints(tmp_path, keep_last=1), step, scheduled=step == 10)
+    assert Checkpoints(tmp_path).steps() == [10, 13]
+    save(Checkpoints(tmp_path, keep_last=1), 20)
+    assert Checkpoints(tmp_path).steps() == [20]
+
+
+def test_back_to_the_scheduled_one_and_what_is_newer_goes(tmp_path: Path) -> None:
+    for step in (5, 10, 12, 15):
+        save(Checkpoints(tmp_path, keep_last=9), step, scheduled=step in (5, 10))
+    checkpoint, broken = Checkpoints(tmp_path).go_back(14)
+    assert checkpoint is not None and checkpoint.step == 10 and not broken
+    assert Checkpoints(tmp_path).steps() == [5, 10]
+    (tmp_path / "step-00000010" / "optimizer.safetensors").write_bytes(b"")
+    checkpoint, broken = Checkpoints(tmp_path).go_back(14)
+    assert checkpoint is not None and checkpoint.step == 5 and "step-00000010" in broken[0]
+
+
+def test_back_to_any_where_none_is_scheduled(tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path), 7, scheduled=False)
+    assert Checkpoints(tmp_path).go_back(6) == (None, [])
+    checkpoint, _ = Checkpoints(tmp_path).go_back(8)
+    assert checkpoint is not None and checkpoint.step == 7
+
+
+def test_one_that_cannot_be_deleted_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+    monkeypatch.setattr(shutil.os, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "no")))
+    save(checkpoints, 2)
+    assert checkpoints.steps() == [1, 2]
+    monkeypatch.undo()
+    save(checkpoints, 3)
+    assert checkpoints.steps() == [3]
+
+
+def test_what_is_loaded_does_not_hold_on_to_the_file(tmp_path: Path) -> None:
+    """A mapped file keeps its place on the disk after it was deleted, for as long as the optimizer lives."""
+    folder = save(Checkpoints(tmp_path), 1)
+    moments = Checkpoints(tmp_path).open(1).optimizer()
+    assert moments and str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:

@@ -324,6 +324,37 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_done_by_the_next_run(tmp_pa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    wait = stage.run.checkpoints.wait
+
+    def signalled() -> None:
+        if stage.events[-1][0] == "evaluate" and len(stage.events) > 15:
+            signal.raise_signal(signal.SIGTERM)
+            stage.run.checkpoints.wait = wait
+        wait()
+
+    stage.run.checkpoints.wait = signalled
+    with pytest.raises(Interrupted, match="stopped after step 10"):
+        stage.play()
+    assert Checkpoints(tmp_path / "checkpoints").latest()[0] is not None
+
+
+def test_a_signal_in_the_last_batch_of_a_measurement_stops_before_the_next_step(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+
+    def evaluate(model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        result = stage.evaluate(model, each_batch)
+        if len(stage.events) == 9:  # before the restart of step 6
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    stage.run = dataclasses.replace(stage.run, evaluate=evaluate)
+    with pytest.raises(Interrupted, match="stopped after step 6"):
+        stage.play()
+    assert stage.lines("restarts.jsonl") == []
+
+
 def test_a_checkpoint_on_demand(tmp_path: Path) -> None:
     stage = Stage(tmp_path).until(4, lambda: signal.raise_signal(signal.SIGUSR1)).play()
     assert stage.run.checkpoints.steps() == [5, 10] and stage.lines()[-1]["step"] == 10

@@ -3,10 +3,13 @@
 The runs are those of test_loop.py in small: a network of two blocks, restarts before steps 6 and 9.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from tests.train.small import Net, Sequences, batch
 from tests.train.small import loss as good_loss
 from torch import Tensor, nn
 
-from relora.errors import NonFinite, RunStopped
+from relora.errors import Interrupted, NonFinite, RunStopped
 from relora.lowrank import LowRankConfig, low_rank_layers
 from relora.measure import Evaluation
 from relora.report.console import Console
@@ -64,14 +67,26 @@ class Outcome:
         return [line for line in self.metrics if line["kind"] not in ("train", "evaluation")]
 
 
-def play(folder: Path, bad: Callable[[Tensor], bool], *, kill_at: int | None = None, **changes: object) -> Outcome:
-    """A run of 12 steps, checkpoints every 4; `kill_at` counts the batches that were asked for in this process."""
+def play(
+    folder: Path,
+    bad: Callable[[Tensor], bool],
+    *,
+    kill_at: int | None = None,
+    signals: Mapping[int, signal.Signals] = MappingProxyType({}),
+    **changes: object,
+) -> Outcome:
+    """A run of 12 steps, checkpoints every 4; `kill_at` counts the batches that were asked for in this process.
+
+    `signals` come while the batch of a number is asked for.
+    """
     folder.mkdir(exist_ok=True)
     model, asked = Net(), []
 
     def batch_at(number: int) -> Sequences:
         if len(asked) == kill_at:
             raise Killed
+        if number in signals:
+            signal.raise_signal(signals[number])
         asked.append(number)
         return batch(number)
 
@@ -154,12 +169,15 @@ def test_a_gradient_alone_is_named_by_its_first_tensor(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_holds_a_weight_that_is_not_finite(tmp_path: Path) -> None:
-    """A weight that no loss shows: found when it is to be saved."""
-    model = Net()
-    model.register_buffer("unused", torch.tensor([1.0, math.inf]))
-    with pytest.raises(RunStopped, match="after step 4: unused is not finite; no checkpoint was written"):
-        play(tmp_path, never, model=model)
-    assert Checkpoints(tmp_path / "checkpoints").steps() == []
+    """One that no loss shows: found when it is to be saved. An infinity in a buffer is in order: a mask may hold it."""
+    for value, ends in ((math.inf, 12), (math.nan, 0)):
+        model = Net()
+        model.register_buffer("unused", torch.tensor([1.0, value]))
+        with (
+            contextlib.suppress(RunStopped) if ends else pytest.raises(RunStopped, match="after step 4: unused is not")
+        ):
+            play(tmp_path / str(value), never, model=model)
+        assert max(Checkpoints(tmp_path / str(value) / "checkpoints").steps(), default=0) == ends
 
 
 # Skip
@@ -247,6 +265,32 @@ def test_every_return_to_one_checkpoint_is_on_record(tmp_path: Path) -> None:
     rewound = play(tmp_path, is_batch(6, 8), non_finite="rewind")
     assert [(line["step"], line["failed_step"]) for line in rewound.incidents()] == [(4, 6), (4, 5)]
     assert rewound.state.incidents == 2 and rewound.state.skipped_batches == 5
+
+
+@pytest.mark.parametrize("stopped_at", [5, 6, 7, 9, 10])
+def test_stopped_by_a_signal_around_two_returns_gives_the_same_bytes(tmp_path: Path, stopped_at: int) -> None:
+    bad = is_batch(6, 9)
+    whole = play(tmp_path / "whole", bad, non_finite="rewind")
+    folder = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        play(folder, bad, non_finite="rewind", signals={stopped_at: signal.SIGTERM})
+    assert same(play(folder, bad, non_finite="rewind"), whole)
+
+
+def test_a_checkpoint_asked_for_in_what_does_not_count_is_gone(tmp_path: Path) -> None:
+    """Asked for at step 6, before the return from step 7 to step 4, where the run is then stopped."""
+    whole = play(tmp_path / "whole", is_batch(7), non_finite="rewind")
+    with pytest.raises(Interrupted, match="stopped after step 5"):
+        calls = {5: signal.SIGUSR1, 8: signal.SIGTERM}
+        play(tmp_path / "cut", is_batch(7), non_finite="rewind", signals=calls)
+    assert Checkpoints(tmp_path / "cut" / "checkpoints").steps() == [0, 4, 5]
+    assert same(play(tmp_path / "cut", is_batch(7), non_finite="rewind"), whole)
+
+
+def test_rewind_chosen_after_a_stop_takes_what_checkpoint_there_is(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        play(tmp_path, never, signals={1: signal.SIGTERM})
+    assert play(tmp_path, is_batch(3), non_finite="rewind").incidents()[0]["step"] == 2
 
 
 def test_rewind_before_the_first_regular_checkpoint_begins_again(tmp_path: Path) -> None:

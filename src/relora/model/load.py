@@ -182,6 +182,7 @@ def save_model(
     replaced = folder.with_name(f".{folder.name}.replaced")
     try:
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()  # here, since transformers would make the folder around it anew, too
         with quiet_transformers():
             model.save_pretrained(aside, state_dict=_cast(weights, dtype))
             tokenizer.save_pretrained(aside)

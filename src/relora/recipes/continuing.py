@@ -21,15 +21,22 @@ ALLOWED = {
     "schedule.total_steps": "",
     "schedule.total_tokens": "",
     "optimizer": "the moments stay",
-    "evaluate": "held-out figures before and after do not compare",
+    "evaluate.every_steps": "",
+    "evaluate.tokens": "held-out figures before and after do not compare",
     "non_finite": "",
-    "batch.micro_sequences": "sums are rounded differently",
-    "device": "sums are rounded differently",
+    "batch.micro_sequences": "sums are rounded, and dropout is drawn, differently",
+    "device": "sums are rounded, and dropout is drawn, differently",
     "data.train.path": "the same tokens",
     "data.validation": "the same tokens",
 }
 """Keys and sections, with what is to be said of a change."""
-_REFUSED_IN_ALLOWED = ("optimizer.name",)
+
+
+FIXED = {
+    "data": "data: the prepared folders hold other tokens",
+    "model": "model.path: its config.json is another",
+}
+"""What must be what it was, though the configuration cannot tell, with the line to be said otherwise."""
 
 
 def changes_since(folder: Path, config: RunConfig) -> list[str]:
@@ -43,7 +50,7 @@ def changes_since(folder: Path, config: RunConfig) -> list[str]:
     there = load_config(folder / "config.yaml")
     old, new = _flat(there), _flat(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _in(key, FREE)]
-    refused = [key for key in changed if not _in(key, ALLOWED) or key in _REFUSED_IN_ALLOWED]
+    refused = [key for key in changed if not _in(key, ALLOWED)]
     if refused:
         shown = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in refused[:3])
         raise UserError(
@@ -66,16 +73,21 @@ def newest(checkpoints: Checkpoints, *, strict: bool) -> tuple[Checkpoint | None
     """The checkpoint to go on from, None where there is none yet, and a line for every damaged one passed over.
 
     Raises:
-        UserError: there are checkpoints but none is sound, or with `strict` the newest is not.
+        UserError: there are checkpoints but none is sound, or none any more though the run has a model, or with
+            `strict` the newest is not sound.
     """
     checkpoint, broken = checkpoints.latest()
-    if broken and checkpoint is None:
-        raise UserError(
-            f"{broken[0]}; no checkpoint in {checkpoints.folder} is sound: put a copy of one there, "
-            "or --fresh to move the run aside and start over"
-        )
+    if checkpoint is None:
+        finished = checkpoints.folder.with_name("model").exists()
+        if broken or finished:
+            reason = f"{broken[0]}; no checkpoint in" if broken else "the run has a model, but none of"
+            raise UserError(
+                f"{reason} {checkpoints.folder} is sound: put a copy of one there, "
+                "or --fresh to move the run aside and start over"
+            )
+        return None, []
     if broken and strict:
-        raise UserError(f"{broken[0]}; without --strict the run goes on from step {checkpoint and checkpoint.step}")
+        raise UserError(f"{broken[0]}; without --strict the run goes on from step {checkpoint.step}")
     return checkpoint, [f"{line}; an older checkpoint is used" for line in broken]
 
 
@@ -83,12 +95,16 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     """Lines on what changed around the run: it goes on, but its last bits are not those of an uninterrupted one.
 
     Raises:
-        UserError: the prepared data holds other tokens; or with `strict` anything differs.
+        UserError: the prepared data holds other tokens, or the model is another; or with `strict` anything differs.
     """
-    if then.get("data", now["data"]) != now["data"]:
-        raise UserError("data: the prepared folders hold other tokens than when the run began; put the old ones back")
-    around = {key: value for key, value in now.items() if key != "data" and then.get(key) != value}
-    changed = [f"{key} was {then.get(key, 'not noted')}, is {value}" for key, value in around.items()]
+    for key, what in FIXED.items():
+        if key in now and then.get(key, now[key]) != now[key]:
+            raise UserError(f"{what} than when the run began; put the old one back")
+    changed = [
+        f"{key} was {then.get(key, 'not noted')}, is {value}"
+        for key, value in now.items()
+        if key not in FIXED and then.get(key) != value
+    ]
     lines = []
     if changed:
         lines.append(f"not bit for bit what an uninterrupted run gives: {'; '.join(changed)}")
@@ -101,10 +117,12 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
 
 def _longer(there: RunConfig, here: RunConfig, done: int) -> str:
     old, new = schedule_of(there), schedule_of(here)
+    # one that the old schedule left out, for being too near to its end, is not made up for
+    restarts = sum(step < done for step in old.restarts) + sum(step >= done for step in new.restarts)
     return (
         f"the cosine now ends at step {new.total_steps} instead of {old.total_steps}: at step {done} the learning rate "
         f"goes from {old.lr_factor(min(done, old.total_steps - 1)):.3f} to {new.lr_factor(done):.3f} of its peak; "
-        f"{len(new.restarts)} restarts in all instead of {len(old.restarts)}. A run of {new.total_steps} steps from "
+        f"{restarts} restarts in all instead of {len(old.restarts)}. A run of {new.total_steps} steps from "
         "the start would have had the new rates all along"
     )
 

@@ -48,4 +48,5 @@ def export(
     load_exact_tensors(model, checkpoint.weights())
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
+    out.parent.mkdir(parents=True, exist_ok=True)
     return save_model(model, out, tokenizer, stored)

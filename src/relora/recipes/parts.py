@@ -17,7 +17,7 @@ from relora.device import choose_device
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.inject import find_targets
-from relora.model.load import build_model, check_fit, open_model
+from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.report.trackers import check_trackers
 from relora.train.schedule import Schedule
 
@@ -32,12 +32,8 @@ class Ingredients:
     batches: TrainBatches
     held_out: HeldOut
     bytes_per_token: float
-
-    @property
-    def data_content(self) -> str:
-        """One fingerprint of the tokens of all folders, wherever they lie."""
-        contents = "".join(folder.content for folder in (*self.batches.folders, self.held_out.folder))
-        return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()
+    content: dict[str, str]
+    """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`."""
 
 
 def gather(config: RunConfig) -> Ingredients:
@@ -52,7 +48,10 @@ def gather(config: RunConfig) -> Ingredients:
     tokenizer = load_tokenizer(str(validation.tokenizer_path))
     if fingerprint(tokenizer) != validation.fingerprint:
         raise UserError(f"{validation.tokenizer_path}: not the tokenizer that wrote {validation.path}; put it back")
-    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token)
+    content = {"data": _fingerprint(*(folder.content.encode() for folder in (*batches.folders, validation)))}
+    if config.model.path is not None:
+        content["model"] = _fingerprint((model_folder(config.model.path) / "config.json").read_bytes())
+    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token, content)
 
 
 def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
@@ -97,6 +96,14 @@ def open_configured_model(
     )
 
 
+def factor_parameters(config: RunConfig, model: PreTrainedModel) -> int:
+    """How many parameters the factors will have beside those of `model`."""
+    if config.method == "full":
+        return 0
+    targets = find_targets(model, lowrank_of(config))
+    return sum(config.lowrank.r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
+
+
 def schedule_of(config: RunConfig) -> Schedule:
     """The timetable of a configuration."""
     return Schedule(
@@ -115,3 +122,7 @@ def lowrank_of(config: RunConfig) -> LowRankConfig:
     if config.lowrank.base == "auto":
         settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
     return LowRankConfig(**settings)
+
+
+def _fingerprint(*parts: bytes) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()

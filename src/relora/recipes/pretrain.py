@@ -18,7 +18,7 @@ from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.load import save_model
 from relora.recipes.continuing import changes_since, check_settings, newest
 from relora.recipes.generate import sample_texts
-from relora.recipes.parts import Ingredients, gather, lowrank_of, schedule_of
+from relora.recipes.parts import Ingredients, factor_parameters, gather, lowrank_of, schedule_of
 from relora.recipes.run_folder import check_space, claim, describe_run
 from relora.report.console import Console
 from relora.report.html import write_report
@@ -55,9 +55,10 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
     parts = gather(config)
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     # a checkpoint holds at most weights, m and v in fp32; one more than is kept while it is written, and the model
-    needed = parameters * (12 * (config.checkpoint.keep_last + 1) + 4)
+    trained = parameters + factor_parameters(config, parts.model)
+    needed = trained * 12 * (config.checkpoint.keep_last + 1) + parameters * 4
     check_space(Path(config.output_dir), needed, continuing=not fresh)
-    settings = {**numeric_environment(parts.device, config.precision.dtype), "data": parts.data_content}
+    settings = numeric_environment(parts.device, config.precision.dtype) | parts.content
     with claim(config, fresh) as folder, _checkpoints(config, folder) as checkpoints:
         warnings = changes_since(folder, config)
         checkpoint, broken = newest(checkpoints, strict=strict)
@@ -91,9 +92,9 @@ def _finish(config: RunConfig, parts: Ingredients, run: Run, folder: Path) -> Ev
     evaluation = run.evaluate(parts.model, lambda: None)
     save_model(parts.model, folder / "model", parts.tokenizer)
     _write_samples(config, parts, folder)
+    run.reporter.message(f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}")
     if not (folder / "metrics.jsonl").exists():
         raise RunStopped(f"{folder}: somebody removed it while the run wrote it; only what came last is there")
-    run.reporter.message(f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}")
     try:
         run.reporter.message(f"report in {write_report(folder)}")
     except UserError as error:  # figures that cannot be read any more: the training is not touched by that

@@ -111,6 +111,11 @@ class Reporter:
         except UserError as error:
             self.warning(f"{error}; until then no report can be written")
 
+    def rewinds_to(self, step: int) -> list[Record]:
+        """The records of the returns to the checkpoint of `step`."""
+        records = iter_json_lines(self._metrics.path)
+        return [record for record in records if record.get("kind") == "rewind" and record.get("step") == step]
+
     def close(self) -> None:
         """Close everything; the files last, so that a tracker that hangs loses no figure."""
         for tracker in self._trackers.copy():

@@ -80,6 +80,8 @@ class SavedState(TrainState):
     """Bytes of the metric files, by name."""
     frozen_since: Count | None = None
     """The step before which the frozen weights last changed."""
+    scheduled: bool = True
+    """False where a signal asked for it: a run that goes back goes to one that every run of its kind has."""
 
     @property
     def progress(self) -> TrainState:
@@ -106,8 +108,8 @@ class Checkpoint:
         return self._load("weights.safetensors") | frozen
 
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, on the CPU."""
-        return self._load("optimizer.safetensors")
+        """The optimizer's tensors, on the CPU; copies, since an optimizer keeps what it gets, and the file with it."""
+        return {name: tensor.clone() for name, tensor in self._load("optimizer.safetensors").items()}
 
     def _load(self, name: FileName) -> dict[str, Tensor]:
         try:
@@ -120,8 +122,8 @@ class Checkpoints:
     """The `checkpoints/` folder of a run; writes one checkpoint at a time, in a thread unless `background` is off."""
 
     def __init__(self, folder: Path, keep_last: int = 2, *, background: bool = True) -> None:
-        self.folder, self.keep_last = folder, keep_last
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self.folder, self.keep_last, self.background = folder, keep_last, background
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Checkpoint] | None = None
         self._last: Checkpoint | None = None  # written or opened here
 
@@ -132,13 +134,11 @@ class Checkpoints:
         frozen: Tensors,
         optimizer: Tensors,
         settings: Mapping[str, str | int],
-        *,
-        needed: int | None = None,
     ) -> None:
         """Begin to write the checkpoint of `state.step`; returns when a snapshot is taken, so that training goes on.
 
-        Waits for the checkpoint before to be done. Afterwards the oldest beyond `keep_last` are dropped, but for
-        step `needed` and for one that shares no file with those that stay.
+        Waits for the checkpoint before to be done. Afterwards the oldest beyond `keep_last` are dropped, but for the
+        newest scheduled one and for one that shares no file with those that stay.
 
         Raises:
             RunStopped: this or the last checkpoint could not be written; earlier ones are untouched.
@@ -150,18 +150,19 @@ class Checkpoints:
         try:
             for leftover in self.folder.glob(".step-*"):  # of a run that was killed while it saved
                 shutil.rmtree(leftover)
-            aside.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # not its parent: a run folder that is gone is not made anew
+            aside.mkdir()
             linked = self._link_frozen(aside, state) if frozen else None
         except OSError as error:
             raise self._not_written(state.step, error) from None
         snapshot: dict[FileName, Tensors] = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
         if frozen and linked is None:
             snapshot[FROZEN] = frozen
-        if self._writer is None:
-            self._last = self._write(aside, state, snapshot, linked, settings, needed)
-            return
-        snapshot = {name: {key: _copied(tensor) for key, tensor in part.items()} for name, part in snapshot.items()}
-        self._writing = self._writer.submit(self._write, aside, state, snapshot, linked, settings, needed)
+        if self.background:
+            snapshot = {name: {key: _copied(tensor) for key, tensor in part.items()} for name, part in snapshot.items()}
+        self._writing = self._writer.submit(self._write, aside, state, snapshot, linked, settings)
+        if not self.background:
+            self.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -170,8 +171,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """What is being written is finished, also where an error ends the run."""
-        if self._writer is not None:
-            self._writer.shutdown()
+        self._writer.shutdown()
 
     def wait(self) -> None:
         """Until nothing is being written; raises what went wrong with the last `save`."""
@@ -189,18 +189,38 @@ class Checkpoints:
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) == 8)
 
-    def latest(self, *, up_to: int = 10**8, every: int = 1) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and one line for every newer one that does not.
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that verifies, and one line for every newer one that does not."""
+        return self._newest(self.steps())
 
-        Among those of a step that is at most `up_to` and a multiple of `every`.
+    def go_back(self, step: int) -> tuple[Checkpoint | None, list[str]]:
+        """The newest scheduled checkpoint at or before `step`, else the newest of any kind; newer ones are deleted.
+
+        They belong to a part of the run that does not count any more.
         """
+        steps = [earlier for earlier in self.steps() if earlier <= step]
+        checkpoint, broken = self._newest([earlier for earlier in steps if self._is_scheduled(earlier)])
+        if checkpoint is None:
+            checkpoint, _ = self._newest(steps)
+        for newer in self.steps():
+            if checkpoint is not None and newer > checkpoint.step:
+                shutil.rmtree(self.folder / _name(newer), ignore_errors=True)
+        return checkpoint, broken
+
+    def _newest(self, steps: list[int]) -> tuple[Checkpoint | None, list[str]]:
         broken: list[str] = []
-        for step in reversed([step for step in self.steps() if step <= up_to and step % every == 0]):
+        for step in reversed(steps):
             try:
                 return self.open(step), broken
             except UserError as error:
                 broken.append(str(error))
         return None, broken
+
+    def _is_scheduled(self, step: int) -> bool:
+        try:
+            return _parse(SavedState, self.folder / _name(step) / "state.json").scheduled
+        except UserError:
+            return True  # damaged: to be found out, and said, when it is opened
 
     def open(self, step: int) -> Checkpoint:
         """Verify and open one checkpoint; `UserError` names the file that is missing or damaged."""
@@ -245,7 +265,6 @@ class Checkpoints:
         tensors: Mapping[FileName, Tensors],
         linked: Digest | None,
         settings: Mapping[str, str | int],
-        needed: int | None,
     ) -> Checkpoint:
         final, old = self.folder / _name(state.step), self.folder / f".{_name(state.step)}.replaced"
         try:
@@ -261,24 +280,26 @@ class Checkpoints:
             if final.exists():  # of a part of the run that did not count, or damaged
                 final.rename(old)
             aside.rename(final)
-            sync(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-            self._prune(state.step, needed)
+            for folder in (self.folder, self.folder.parent):
+                sync(folder)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
             shutil.rmtree(aside, ignore_errors=True)
             raise self._not_written(state.step, error) from None
+        shutil.rmtree(old, ignore_errors=True)
+        self._prune(state.step)
         return Checkpoint(final, state, manifest)
 
-    def _prune(self, newest: int, needed: int | None) -> None:
-        # a later step that is there failed to verify, or this one would not be trained again: it counts for nothing
-        steps = [step for step in self.steps() if step <= newest]
-        kept = {step for step in steps if step in steps[-self.keep_last :] or step == needed}
+    def _prune(self, newest: int) -> None:
+        """What cannot be deleted now stays until the next time."""
+        steps = [step for step in self.steps() if step <= newest]  # a later one that is there failed to verify
+        scheduled = [step for step in steps if self._is_scheduled(step)]
+        kept = {*steps[-self.keep_last :], *scheduled[-1:]}
         copies = {self._copy(step) for step in kept}
         if len(kept) > len(copies) == 1:  # they share one file
             kept |= set([step for step in steps if self._copy(step) not in copies][-1:])
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self.folder / _name(step))
+                shutil.rmtree(self.folder / _name(step), ignore_errors=True)
 
     def _copy(self, step: int) -> int:
         """Which copy of the frozen weights a checkpoint holds: its inode; one without is like no other."""

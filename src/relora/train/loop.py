@@ -18,7 +18,7 @@ from relora.errors import Interrupted, NonFinite
 from relora.lowrank import inject, restart
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import recover
-from relora.train.run import Progress, Run, save
+from relora.train.run import Progress, Run, save, save_due
 from relora.train.signals import Signals
 from relora.train.state import TrainState
 from relora.train.step import StepOutcome, train_step
@@ -38,7 +38,9 @@ def train(run: Run, progress: Progress) -> TrainState:
                 _advance(run, progress)
             except NonFinite as failure:
                 progress = recover(run, progress, failure)
-    run.checkpoints.wait()
+        run.checkpoints.wait()
+        if signals.stop:
+            _stop(run, progress, signals.stop)
     return progress.state
 
 
@@ -52,13 +54,14 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
 
     run.checkpoints.check()
     stop_if_asked()
-    if signals.save or _save_due(run, step):
-        if signals.save:
-            run.reporter.message(f"step {step}  checkpoint, as SIGUSR1 asked")
-        signals.save = False
+    asked = signals.take_save()
+    if asked or save_due(run, step):
         save(run, progress)
+    if asked:
+        run.reporter.message(f"step {step}  checkpoint, as SIGUSR1 asked")
     if _evaluation_due(run, step):
         _evaluate(run, progress, stop_if_asked)
+    stop_if_asked()
     return step == run.schedule.total_steps
 
 
@@ -165,10 +168,3 @@ def _evaluation_due(run: Run, step: int) -> bool:
     """Every so often, at the start and the end, and before every boundary."""
     boundary = run.schedule.switch_due(step) or run.schedule.restart_due(step)
     return boundary or step == run.schedule.total_steps or step % run.evaluate_every_steps == 0
-
-
-def _save_due(run: Run, step: int) -> bool:
-    """Every so often and at the end; at the start, too, where a run may have to go back to it."""
-    if step == 0:
-        return run.non_finite == "rewind"
-    return step == run.schedule.total_steps or step % run.checkpoint_every_steps == 0

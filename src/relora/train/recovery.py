@@ -5,20 +5,20 @@ continued meets the same failure and takes the same way.
 """
 
 from relora.errors import NonFinite, RunStopped
-from relora.train.run import Progress, Run, begin, last_regular
+from relora.train.run import Progress, Run, begin
 
 
 def recover(run: Run, progress: Progress, failure: NonFinite) -> Progress:
     """The progress from which the run goes on; no weight and no moment has moved since `failure` was found.
 
-    `skip` counts the step and leaves its update out. `rewind` loads the last regular checkpoint and goes on with the
-    batch after the failed one, so that none of those in between is seen again.
+    `skip` counts the step and leaves its update out. `rewind` loads the last scheduled checkpoint and goes on with
+    the batch after the failed one, so that none of those in between is seen again.
 
     Raises:
         RunStopped: the policy is `stop`, the limit is used up, or there is nothing that could be skipped or gone back
             to.
     """
-    place = _place(run, progress, failure)
+    place = run.place_of(progress.state.batch, failure.sequences) if failure.sequences else ""
     what = f"{failure}{place and f' ({place})'}"
     if run.non_finite == "stop":
         raise RunStopped(f"{what}; lower the learning rate, or let the run go on by `non_finite.policy`")
@@ -42,18 +42,16 @@ def _skip(run: Run, progress: Progress, failure: NonFinite, place: str) -> Progr
 def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
     failed = progress.state
     run.checkpoints.wait()
-    checkpoint, _ = run.checkpoints.latest(up_to=last_regular(run, failed.step), every=run.checkpoint_every_steps)
+    checkpoint, broken = run.checkpoints.go_back(failed.step)
     if checkpoint is None:
         raise RunStopped(f"{what}; no sound checkpoint to go back to, so lower the learning rate")
+    for line in broken:
+        run.reporter.warning(f"{line}; an older checkpoint is used")
+    records = run.reporter.rewinds_to(checkpoint.step)  # they stand after it, and are cut off with what follows it
+    progress.optimizer.state.clear()  # before there are other moments
     earlier = begin(run, checkpoint)
     earlier.state = earlier.state.gone_back_from(failed)
     event = {"kind": "rewind", **run.position(earlier.state, max(earlier.state.step - 1, 0))}
-    before = [record for record in progress.rewinds if record["step"] == checkpoint.step]
-    earlier.rewinds = [*before, {**event, "failed_step": failed.step, "batch": place}]
-    for record in earlier.rewinds:
+    for record in (*records, {**event, "failed_step": failed.step, "batch": place}):
         run.reporter.incident(record)
     return earlier
-
-
-def _place(run: Run, progress: Progress, failure: NonFinite) -> str:
-    return run.place_of(progress.state.batch, failure.sequences) if failure.sequences else ""

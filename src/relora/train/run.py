@@ -16,7 +16,6 @@ from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, strip
 from relora.lowrank.restart import Reset
 from relora.measure import Evaluation
-from relora.report.metrics import Record
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
@@ -75,8 +74,6 @@ class Progress:
     unlogged_seconds: float = 0.0
     evaluated_loss: float = math.nan
     """Of the last held-out measurement."""
-    rewinds: list[Record] = field(default_factory=list)
-    """Returns to the checkpoint from which the run goes on; their records stand after it, and are cut off with it."""
 
 
 def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
@@ -120,23 +117,28 @@ def save(run: Run, progress: Progress) -> None:
             **asdict(state),
             positions=run.reporter.positions(),
             frozen_since=run.schedule.cycle_start(max(state.step - 1, 0)),
+            scheduled=save_due(run, state.step),
         ),
         weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
         frozen={name: tensor for name, tensor in tensors.items() if name in frozen},
         optimizer=named_state(run.model, progress.optimizer),
         settings=run.settings,
-        needed=last_regular(run, state.step),
     )
 
 
-def last_regular(run: Run, step: int) -> int:
-    """The step of the last checkpoint that the configuration asks for, at or before `step`; 0 if there was none."""
-    return step // run.checkpoint_every_steps * run.checkpoint_every_steps
+def save_due(run: Run, step: int) -> bool:
+    """Every so often and at the end; at the start, too, where a run may have to go back to it."""
+    if step == 0:
+        return run.non_finite == "rewind"
+    return step == run.schedule.total_steps or step % run.checkpoint_every_steps == 0
 
 
 def _first_non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """The first tensor that holds a NaN or, unless it is a buffer (a mask may), an infinity."""
+    buffers = {name for name, _ in model.named_buffers()}
     for name, tensor in (exact_tensors(model) | named_state(model, optimizer)).items():
-        # one sum tells of any NaN or infinity, without a mask of the tensor's size
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
-            return name
+        if tensor.is_floating_point():
+            total = tensor.sum()  # tells of any, without a mask of the tensor's size
+            if torch.isnan(total) or (torch.isinf(total) and name not in buffers):
+                return name
     return None

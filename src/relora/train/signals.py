@@ -16,8 +16,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop: int | None = None
         """The number of the first stop signal."""
-        self.save = False
-        """A checkpoint was asked for; set it back when it is written."""
+        self._save = False
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._note_stop) for number in _STOP}
@@ -30,10 +29,15 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def take_save(self) -> bool:
+        """Whether a checkpoint was asked for since this was last asked."""
+        asked, self._save = self._save, False
+        return asked
+
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop = number
         for each in _STOP:
             signal.signal(each, signal.SIG_DFL)
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
-        self.save = True
+        self._save = True
