@@ -84,12 +84,10 @@ class Turns(Checkpoints):
         frozen: Tensors,
         optimizer: Tensors,
         settings: Mapping[str, str | int],
-        *,
-        needed: int | None = None,
     ) -> None:
         kind = KINDS[len(self.blocks) % len(KINDS)]
         if kind in self._by_kind:
-            self._by_kind[kind].save(state, weights, frozen, optimizer, settings, needed=needed)
+            self._by_kind[kind].save(state, weights, frozen, optimizer, settings)
         now, cpu_now = time.perf_counter(), time.process_time()
         self.blocks.append(Block(kind, now - self._mark, self._cpu_mark if kind in self._by_kind else cpu_now))
         self._mark = now

@@ -5,7 +5,6 @@ A mistake is one line on stderr and exit status 2, and nothing on the disk has c
 
 import contextlib
 import gzip
-import io
 import json
 import os
 import shutil
@@ -16,42 +15,18 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
+from tests.command import Ended, call
 
-from relora.cli import main
 from relora.report.metrics import read_json_lines
 
 VERBS = ("prepare", "pretrain", "export", "evaluate", "generate", "report", "doctor", "config")
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
 NO_HUB = "no/such/place"
 """Neither a folder nor a name that the hub could have, so nothing is asked there."""
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-def call(*arguments: object) -> Ended:
-    """`relora ARGUMENTS...` in this process."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    previous, sys.argv = sys.argv, ["relora", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        assert isinstance(end.code, int | None)
-        status = end.code or 0
-    finally:
-        sys.argv = previous
-    return Ended(status, out.getvalue(), err.getvalue())
 
 
 def done(*arguments: object) -> str:

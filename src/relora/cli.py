@@ -260,6 +260,6 @@ def _print_json(figures: Any) -> None:
 def _fail(message: str, status: int) -> NoReturn:
     # one line, in which a name can neither move the cursor nor fill the screen
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
-    line = re.sub(r"\S{300,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", line)
+    line = re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", line)
     print(f"relora: {line}", file=sys.stderr)
     sys.exit(status)

@@ -1,7 +1,5 @@
 """What the campaigns on damage, disks and drift share: a real run of 14 steps in a quarter of a second, and a tally."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -9,13 +7,11 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import yaml
+from tests.command import Ended, call
 from tests.golden.make import settings
-
-from relora.cli import main
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
@@ -25,37 +21,12 @@ Outcome = tuple[str, str | None]
 """What was tried, and what went wrong; None if nothing did."""
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-    def complaint(self, status: int, *words: str) -> str | None:
-        """None if it ended with `status` and, unless that is 0, with one line on stderr that has all of `words`."""
-        if self.status != status:
-            return f"status {self.status}, not {status}: {self.err or self.out}"
-        line = self.err if status else ""
-        if status and not (line.startswith("relora: ") and line.count("\n") == 1):
-            return f"not one line: {line}"
-        return next((f"{word!r} is not in {line!r}" for word in words if word not in line), None)
-
-
 def relora(*arguments: object) -> Ended:
     """`relora ARGUMENTS...` in this process; an exception that comes out of it is status 1, as in a shell."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    previous, sys.argv = sys.argv, ["relora", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        status = int(end.code or 0)
+        return call(*arguments)
     except Exception:
-        return Ended(1, out.getvalue(), err.getvalue() + traceback.format_exc(limit=-4))
-    finally:
-        sys.argv = previous
-    return Ended(status, out.getvalue(), err.getvalue())
+        return Ended(1, "", traceback.format_exc(limit=-4))
 
 
 class TinyRun:

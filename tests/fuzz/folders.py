@@ -12,6 +12,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from tests.faults.lies import write_manifest
 from tests.fuzz.bench import LONGEST_LINE, Bench
 from tests.fuzz.commands import ODD_VALUES
 
@@ -223,11 +224,12 @@ def judge_safetensors(case: tuple[str, list[Damage]], bench: Bench) -> str | Non
     manifest = json.loads((folder / "manifest.json").read_bytes())
     digest = {"bytes": len(data), "crc32": zlib.crc32(data), "sha256": sha256(data).hexdigest()}
     manifest["files"][file.name] |= digest
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
     def use() -> None:
         checkpoint = Checkpoints(Path("checkpoints")).open(step)
-        _ = checkpoint.weights, checkpoint.optimizer
+        checkpoint.weights()
+        checkpoint.optimizer()
 
     return refused(use)
 
@@ -265,6 +267,6 @@ def _other_tensor(header: bytes, key: str, number: int, value: Any) -> bytes:
         else:
             tree[name][key] = value
         header = json.dumps(tree).encode()
-    except (ValueError, IndexError, TypeError, AttributeError):  # an earlier damage left no such place
+    except (ValueError, IndexError, TypeError, AttributeError, RecursionError):  # after an earlier damage
         pass
     return len(header).to_bytes(8, "little") + header

@@ -1,7 +1,6 @@
 """A small world of good files, to be spoilt: a model, a prepared folder, a run, a configuration; and a way to watch."""
 
 import contextlib
-import io
 import json
 import os
 import pickle
@@ -12,11 +11,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from tests import command
 
-from relora.cli import main
 from relora.data.prepare import prepare
 from relora.data.tokenizer import load_tokenizer
 from relora.model import build_model, save_model
@@ -126,37 +125,29 @@ def build_world(root: Path) -> World:
     return world
 
 
-@dataclass
-class Ended:
-    """How a command ended, and what it did."""
+class Measured(NamedTuple):
+    """How a command ended, and what it took."""
 
     status: int
     out: str
     err: str
-    cpu_seconds: float = 0.0
-    peak_bytes: int = 0
+    cpu_seconds: float
+    peak_bytes: int
     """Of memory, above what the process had before."""
 
 
-def call(arguments: list[str]) -> Ended:
+def call(arguments: list[str]) -> Measured:
     """`relora ARGUMENTS...` in this process; its processor time and the most memory it had at once."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    previous, sys.argv = sys.argv, ["relora", *arguments]
     before, begin = _memory("VmRSS"), time.process_time()
     previous_handler = signal.signal(signal.SIGALRM, _hangs)
     signal.alarm(HANGS_SECONDS)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        assert isinstance(end.code, int | None)
-        status = end.code or 0
+        ended = command.call(*arguments)
     finally:
-        sys.argv = previous
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous_handler)
-    return Ended(status, out.getvalue(), err.getvalue(), time.process_time() - begin, _memory("VmHWM") - before)
+    return Measured(*ended, time.process_time() - begin, _memory("VmHWM") - before)
 
 
 def _hangs(*_: object) -> None:

@@ -353,6 +353,28 @@ def test_a_signal_in_the_last_batch_of_a_measurement_stops_before_the_next_step(
     with pytest.raises(Interrupted, match="stopped after step 6"):
         stage.play()
     assert stage.lines("restarts.jsonl") == []
+    continued = Stage(tmp_path).play()
+    assert [line["step"] for line in continued.lines(kind="evaluation")] == [0, 3, 6, 9, 10]
+
+
+@pytest.mark.parametrize("event", range(1, 17))
+def test_stopped_at_any_event_no_line_stands_twice(tmp_path: Path, event: int) -> None:
+    """A signal in the middle of every batch and of every measurement."""
+    whole = Stage(tmp_path / "whole", evaluate_every_steps=2).play()
+    stage = Stage(tmp_path / "cut", evaluate_every_steps=2)
+
+    class Events(list[tuple[object, ...]]):
+        def append(self, item: tuple[object, ...]) -> None:
+            super().append(item)
+            if len(self) == event:
+                signal.raise_signal(signal.SIGTERM)
+
+    stage.events = Events()
+    with pytest.raises(Interrupted):
+        stage.play()
+    continued = Stage(tmp_path / "cut", evaluate_every_steps=2).play()
+    lines = [[(line["kind"], line["step"]) for line in each.lines()] for each in (whole, continued)]
+    assert lines[0] == lines[1]
 
 
 def test_a_checkpoint_on_demand(tmp_path: Path) -> None:

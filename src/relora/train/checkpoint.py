@@ -34,6 +34,7 @@ from torch import Tensor
 
 from relora.durable import sync, write_durably
 from relora.errors import RunStopped, UserError
+from relora.mistakes import shown_line
 from relora.train.state import Count, TrainState
 
 FORMAT = 2
@@ -115,7 +116,7 @@ class Checkpoint:
         try:
             return load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name}: cannot be read: {error}") from None
+            raise UserError(f"{self.folder / name}: cannot be read: {shown_line(str(error))}") from None
 
 
 class Checkpoints:

@@ -59,9 +59,9 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
         save(run, progress)
     if asked:
         run.reporter.message(f"step {step}  checkpoint, as SIGUSR1 asked")
+    stop_if_asked()
     if _evaluation_due(run, step):
         _evaluate(run, progress, stop_if_asked)
-    stop_if_asked()
     return step == run.schedule.total_steps
 
 
@@ -139,9 +139,10 @@ def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
     progress.unlogged_seconds, progress.unlogged_tokens = 0.0, 0
 
 
-def _evaluate(run: Run, progress: Progress, each_batch: Callable[[], None]) -> None:
+def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -> None:
     started, state = time.perf_counter(), progress.state
-    result = run.evaluate(run.model, each_batch)
+    result = run.evaluate(run.model, stop_if_asked)
+    stop_if_asked()  # not after the record: a checkpoint of this step is one from before it
     progress.evaluated_loss = result.loss
     run.reporter.evaluation(
         {
