@@ -18,6 +18,7 @@ import typer
 
 from relora.config import RunConfig, load_config, to_yaml
 from relora.errors import ReloraError, UserError
+from relora.mistakes import shown_line
 
 app = typer.Typer(
     help="Pretrain language models through low-rank updates: prepare, pretrain, evaluate, generate.",
@@ -53,7 +54,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
             raise
-        _fail(f"{error.format_message()} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
+        _fail(f"{shown_line(error.format_message())} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
 
 
 @app.command(epilog="Example: relora prepare books/ --out prepared/books --train-tokenizer 8192 --validation 1%")
