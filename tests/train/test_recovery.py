@@ -322,6 +322,38 @@ def test_rewind_from_a_bad_weight(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in rewound.tensors.values())
 
 
+def poisoned_before_the_restart(model: nn.Module) -> Callable[..., Evaluation]:
+    """A measurement after which, once, a factor is infinite; it is the one before the restart of step 6."""
+    done: list[bool] = []
+
+    def evaluate(_: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        each_batch()
+        layers = low_rank_layers(model)
+        if layers and not done:
+            done.append(True)
+            layers["blocks.1"].lora_B.data[0, 0] = math.inf
+        return Evaluation.of(1.0, 1, None)
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("policy", "message"), [("stop", "lower the learning rate"), ("skip", "nothing to skip")])
+def test_an_update_that_is_not_finite_is_not_merged(tmp_path: Path, policy: str, message: str) -> None:
+    model = Net()
+    with pytest.raises(RunStopped, match=rf"blocks\.1\.lora_B is not finite before the restart.*{message}"):
+        play(tmp_path, never, model=model, evaluate=poisoned_before_the_restart(model), non_finite=policy)
+    assert all(layer.weight.isfinite().all() for layer in low_rank_layers(model).values())
+
+
+def test_rewind_from_an_update_that_is_not_finite(tmp_path: Path) -> None:
+    model = Net()
+    evaluate = poisoned_before_the_restart(model)
+    rewound = play(tmp_path, never, model=model, evaluate=evaluate, non_finite="rewind")
+    assert [(line["step"], line["failed_step"]) for line in rewound.incidents()] == [(4, 6)]
+    assert [line["step"] for line in rewound.restarts] == [6, 9]
+    assert all(tensor.isfinite().all() for tensor in rewound.tensors.values())
+
+
 def test_rewind_is_refused_without_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
     """The policy was changed when the run went on: the start was not saved."""
     with pytest.raises(RunStopped, match="no sound checkpoint to go back to"):
