@@ -30,8 +30,6 @@ ALLOWED = {
     "data.validation": "the same tokens",
 }
 """Keys and sections, with what is to be said of a change."""
-
-
 FIXED = {
     "data": "data: the prepared folders hold other tokens",
     "model": "model.path: its config.json is another",
