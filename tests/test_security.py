@@ -23,8 +23,8 @@ from relora.model import open_model
 from relora.recipes.finished import open_finished
 
 CASES = list(cases())
-MOST_SECONDS = 1.0
-"""Of processor time, for a refusal."""
+MOST_SECONDS = 10.0
+"""Of the processor: a guard against what does not end; the slowest case took 0.54 s on the machine of the figures."""
 MOST_BYTES = 200 << 20
 
 
