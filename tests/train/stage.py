@@ -1,0 +1,108 @@
+"""A run of ten steps on a small network that notes what it does, and in which order."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.train.small import Net, Sequences, batch, loss
+from torch import nn
+
+from relora.lowrank import LowRankConfig, low_rank_layers
+from relora.measure import Evaluation, evaluating
+from relora.report.console import Console
+from relora.report.metrics import read_json_lines
+from relora.report.reporter import Reporter
+from relora.train.checkpoint import Checkpoints
+from relora.train.loop import train
+from relora.train.optim import OptimizerConfig
+from relora.train.run import Progress, Run, begin
+from relora.train.schedule import Schedule
+
+TEN_STEPS = {"total_steps": 10, "warm_start_steps": 3, "restart_every_steps": 3, "restart_warmup_steps": 1}
+"""Full rank before step 3, restarts before steps 6 and 9; the first step of a cycle has learning rate 0."""
+
+
+def rank_state(model: nn.Module) -> str:
+    """`full`: no factors; `fresh`: factors that add nothing; `moved`: factors that do."""
+    layers = low_rank_layers(model).values()
+    if not layers:
+        return "full"
+    return "moved" if any(layer.delta().any() for layer in layers) else "fresh"
+
+
+class Stage:
+    """A run in a folder, and what it was seen to do: ("batch", step, state) and ("evaluate", state)."""
+
+    def __init__(self, folder: Path, **changes: object) -> None:
+        self.events: list[tuple[object, ...]] = []
+        folder.mkdir(exist_ok=True)
+        self.folder, self.model = folder, Net()
+        self.reporter = Reporter(folder, 10, [], Console(quiet=True))
+        settings: dict[str, object] = {
+            "model": self.model,
+            "schedule": Schedule(**TEN_STEPS),
+            "batch_at": self.batch_at,
+            "place_of": lambda number, sequences: f"batch {number}, {sequences}",
+            "loss": loss,
+            "evaluate": self.evaluate,
+            "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
+            "lowrank": LowRankConfig(r=2, lora_alpha=2),
+            "restart_reset": "zero",
+            "restart_keep_ratio": 0.1,
+            "reporter": self.reporter,
+            "checkpoints": Checkpoints(folder / "checkpoints"),
+            "settings": {},
+            "autocast": None,
+            "seed": 0,
+            "micro_sequences": 2,
+            "clip_grad_norm": 1.0,
+            "non_finite": "stop",
+            "non_finite_limit": 3,
+            "log_every_steps": 1,
+            "evaluate_every_steps": 100,
+            "checkpoint_every_steps": 100,
+        }
+        self.run = Run(**(settings | changes))
+        self.progress: Progress | None = None
+
+    def batch_at(self, step: int) -> Sequences:
+        self.events.append(("batch", step, rank_state(self.model)))
+        return batch(step)
+
+    def evaluate(self, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        each_batch()
+        self.events.append(("evaluate", rank_state(model)))
+        with evaluating(model):
+            summed, tokens = loss(model, *batch(-1))
+        return Evaluation.of(summed.item(), int(tokens), None)
+
+    def play(self) -> "Stage":
+        try:
+            self.progress = begin(self.run, self.run.checkpoints.latest()[0])
+            train(self.run, self.progress)
+        finally:
+            self.run.checkpoints.__exit__(None, None, None)
+            self.reporter.close()
+        return self
+
+    def until(self, step: int, act: Callable[[], object]) -> "Stage":
+        """Something happens while the batch of `step` is asked for."""
+
+        def batch_at(t: int) -> Sequences:
+            if t == step:
+                act()
+            return self.batch_at(t)
+
+        self.run = dataclasses.replace(self.run, batch_at=batch_at)
+        return self
+
+    def lines(self, file: str = "metrics.jsonl", kind: str | None = None) -> list[dict[str, object]]:
+        return [line for line in read_json_lines(self.folder / file) if kind in (None, line.get("kind"))]
+
+
+class Killed(Exception):
+    """Nothing of ours catches it."""
+
+
+def kill() -> None:
+    raise Killed
