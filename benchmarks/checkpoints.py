@@ -193,8 +193,7 @@ def print_way_back(config: RunConfig) -> None:
     parts = gather(config)
     times.append(time.perf_counter())
     checkpoints = Checkpoints(Path(config.output_dir) / "background")
-    checkpoint, _ = checkpoints.latest(up_to=config.total_steps - 1)
-    assert checkpoint is not None
+    checkpoint = checkpoints.open(max(step for step in checkpoints.steps() if step < config.total_steps))
     times.append(time.perf_counter())
     with Reporter(Path(config.output_dir), 0, [], Console(quiet=True)) as reporter:
         run = stopping(assemble(config, parts, reporter, checkpoints, {}), checkpoint.step)

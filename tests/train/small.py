@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relora.lowrank import LowRankConfig
+from relora.train.optim import OptimizerConfig
+
 
 class Sequences(NamedTuple):
     input_ids: Tensor
@@ -36,3 +39,23 @@ def batch(step: int) -> Sequences:
 def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = model(input_ids).flatten(0, 1).float()
     return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum"), torch.tensor(labels.numel())
+
+
+SETTINGS: dict[str, object] = {
+    "place_of": lambda number, sequences: f"batch {number}, sequences {sequences.start}-{sequences.stop - 1}",
+    "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
+    "lowrank": LowRankConfig(r=2, lora_alpha=2),
+    "restart_reset": "zero",
+    "restart_keep_ratio": 0.1,
+    "settings": {},
+    "autocast": None,
+    "seed": 0,
+    "micro_sequences": 2,
+    "clip_grad_norm": 1.0,
+    "non_finite": "stop",
+    "non_finite_limit": 3,
+    "log_every_steps": 1,
+    "evaluate_every_steps": 100,
+    "checkpoint_every_steps": 100,
+}
+"""Of a run of it, but for what each test brings along."""

@@ -4,17 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.train.small import Net, Sequences, batch, loss
+from tests.train.small import SETTINGS, Net, Sequences, batch, loss
 from torch import nn
 
-from relora.lowrank import LowRankConfig, low_rank_layers
+from relora.lowrank import low_rank_layers
 from relora.measure import Evaluation, evaluating
 from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
-from relora.train.optim import OptimizerConfig
 from relora.train.run import Progress, Run, begin
 from relora.train.schedule import Schedule
 
@@ -38,29 +37,14 @@ class Stage:
         folder.mkdir(exist_ok=True)
         self.folder, self.model = folder, Net()
         self.reporter = Reporter(folder, 10, [], Console(quiet=True))
-        settings: dict[str, object] = {
+        settings = SETTINGS | {
             "model": self.model,
             "schedule": Schedule(**TEN_STEPS),
             "batch_at": self.batch_at,
-            "place_of": lambda number, sequences: f"batch {number}, {sequences}",
             "loss": loss,
             "evaluate": self.evaluate,
-            "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
-            "lowrank": LowRankConfig(r=2, lora_alpha=2),
-            "restart_reset": "zero",
-            "restart_keep_ratio": 0.1,
             "reporter": self.reporter,
             "checkpoints": Checkpoints(folder / "checkpoints"),
-            "settings": {},
-            "autocast": None,
-            "seed": 0,
-            "micro_sequences": 2,
-            "clip_grad_norm": 1.0,
-            "non_finite": "stop",
-            "non_finite_limit": 3,
-            "log_every_steps": 1,
-            "evaluate_every_steps": 100,
-            "checkpoint_every_steps": 100,
         }
         self.run = Run(**(settings | changes))
         self.progress: Progress | None = None

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from tests.train.small import Net, Sequences, batch
+from tests.train.small import SETTINGS, Net, Sequences, batch
 from tests.train.small import loss as good_loss
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
-from relora.train.optim import OptimizerConfig
 from relora.train.run import Run, begin
 from relora.train.schedule import Schedule
 from relora.train.state import TrainState
@@ -96,26 +95,12 @@ def play(
             summed, tokens = good_loss(model, *batch(1000))
         return Evaluation.of(summed.item(), int(tokens), None)
 
-    settings: dict[str, object] = {
+    settings = SETTINGS | {
         "model": model,
         "schedule": Schedule(total_steps=12, warm_start_steps=3, restart_every_steps=3, restart_warmup_steps=1),
         "batch_at": batch_at,
-        "place_of": lambda number, sequences: f"batch {number}, sequences {sequences.start}-{sequences.stop - 1}",
         "loss": loss_of(bad),
         "evaluate": evaluate,
-        "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
-        "lowrank": LowRankConfig(r=2, lora_alpha=2),
-        "restart_reset": "zero",
-        "restart_keep_ratio": 0.1,
-        "settings": {},
-        "autocast": None,
-        "seed": 0,
-        "micro_sequences": 2,
-        "clip_grad_norm": 1.0,
-        "non_finite": "stop",
-        "non_finite_limit": 3,
-        "log_every_steps": 1,
-        "evaluate_every_steps": 100,
         "checkpoint_every_steps": 4,
     }
     with (
