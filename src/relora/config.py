@@ -122,8 +122,8 @@ class LowRankSettings(Settings):
     """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
     trainable_scaling: bool = False
     """Train one scale per layer; a restart sets it back to its start, so it never dies."""
-    base: Literal["auto", "fp32", "bf16"] = "auto"
-    """How frozen weights are stored; auto follows precision.dtype. bf16 keeps an fp32 master in main memory."""
+    base: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """How frozen weights are stored; auto follows precision.dtype. bf16, int8: an fp32 master is in main memory."""
 
 
 class WarmStartSettings(Settings):
@@ -162,9 +162,10 @@ class ScheduleSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW, fused."""
+    """AdamW."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw-8bit keeps its moments in 8 bits (needs the extra `quant`)."""
     lr: PositiveFloat = 1.0e-3
     """Of everything trained at full rank."""
     lowrank_lr: PositiveFloat | None = None
@@ -198,8 +199,15 @@ class PrecisionSettings(Settings):
     """fp32; bf16-mixed (fp32 weights, bf16 products); bf16 (bf16-mixed, and frozen weights stored in bf16)."""
 
     dtype: Literal["fp32", "bf16", "bf16-mixed"] = "fp32"
-    frozen: Literal["auto"] = "auto"
-    """Arithmetic of the products with frozen weights."""
+    frozen: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Arithmetic of the products with frozen weights; auto: int8 where it is faster here, else that of dtype."""
+
+
+class MemorySettings(Settings):
+    """What is kept for the backward pass, and what is computed again."""
+
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """selective keeps the results of matrix products and attention, full only what enters each block."""
 
 
 class CheckpointSettings(Settings):
@@ -263,6 +271,9 @@ class RunConfig(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     batch: BatchSettings = BatchSettings()
     precision: PrecisionSettings = PrecisionSettings()
+    memory: MemorySettings = MemorySettings()
+    compile: bool = False
+    """Compile the repeated blocks (torch.compile); needs a C++ compiler on a CPU."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     non_finite: NonFiniteSettings = NonFiniteSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

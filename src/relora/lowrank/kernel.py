@@ -1,12 +1,35 @@
-"""The arithmetic of one low-rank layer: y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
+"""The arithmetic of one low-rank layer: y = x Wᵀ + b + s (x Aᵀ) Bᵀ, and its gradients.
 
-This is the factored form of LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): the product B A is never formed, so a
-layer pays T·r·(in + out) multiply-adds on top of its frozen product, and autograd keeps x Aᵀ [T, r] for the way back.
+LoRA's formula (Hu et al. 2021, arXiv 2106.09685, section 4.1), in the cheapest order of products for the shapes at hand
+(`costs`): the update is applied through its factors, or added to the weight for one product and dropped; the factors'
+gradients come from their own products, or from dW = dYᵀ x, formed for one layer at a time. x is kept for the way back
+and nothing else: weights and factors are kept by reference, x Aᵀ is computed again.
+
+The frozen products run in the arithmetic of x, in bf16 or in int8 (`int8`); the factors' never below that of x.
 """
+
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from relora.lowrank import int8
+from relora.lowrank.costs import FACTORED, Rates, Way, cheapest
+
+Arithmetic = Literal["native", "bf16", "int8"]
+"""Of the frozen products; `native` is that of the layer's input, or autocast's."""
+
+
+class Plan(NamedTuple):
+    """How one call is computed."""
+
+    way: Way
+    arithmetic: Arithmetic
+    dtype: torch.dtype
+    """Of the output, and of the frozen products if they are native."""
+    low: torch.dtype
+    """Of the products with the factors."""
 
 
 def low_rank_linear(
@@ -16,16 +39,132 @@ def low_rank_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: Tensor | float,
+    *,
+    rates: Rates,
     dropout: float = 0.0,
+    arithmetic: Arithmetic = "native",
+    scale: Tensor | None = None,
 ) -> Tensor:
     """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in] and lora_B [out, r].
 
-    `dropout` acts on the input of the factors alone.
+    Args:
+        weight: frozen; in floating point, or int8 codes with a `scale` [out, 1].
+        rates: of the device, for the choice between the ways to compute the same.
+        dropout: acts on the input of the factors alone.
     """
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        weight = weight.to(x.dtype)  # a base stored in bf16 under fp32 arithmetic
-    frozen = F.linear(x, weight, bias)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     # without autocast, half-precision activations meet fp32 factors: small updates live there, so their precision wins
-    x = x.to(lora_A.dtype)
-    compressed = F.linear(F.dropout(x, dropout) if dropout else x, lora_A)  # [..., r]: the cheapest place to scale
-    return frozen + F.linear(scaling * compressed, lora_B).to(frozen.dtype)
+    low = dtype if autocast else torch.promote_types(dtype, lora_A.dtype)
+    flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
+    if arithmetic == "int8" and not int8.runs_in_int8(flat.shape[0], weight):
+        arithmetic = "native"
+    with torch.autocast(device, enabled=False):
+        if dropout:
+            plan = Plan(FACTORED, arithmetic, dtype, low)
+            compressed = scaling * F.linear(F.dropout(flat.to(low), dropout), lora_A.to(low))
+            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, plan)  # type: ignore[no-untyped-call]
+            y = y + F.linear(compressed, lora_B.to(low)).to(dtype)
+        else:
+            (out, inn), r = weight.shape, lora_A.shape[0]
+            # in half precision W + s B A would lose what is small against W
+            mergeable = arithmetic == "native" and dtype.itemsize >= 4
+            plan = Plan(cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable), arithmetic, dtype, low)
+            y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, scaling, plan)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _LowRank(torch.autograd.Function):
+    """x [tokens, in] -> y [tokens, out]; without factors, the frozen product alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: Tensor | float,
+        plan: Plan,
+    ) -> Tensor:
+        ctx.scaling = None if isinstance(scaling, Tensor) else scaling
+        ctx.save_for_backward(x, weight, scale, lora_A, lora_B, scaling if ctx.scaling is None else None)
+        ctx.plan = plan
+        bias = None if bias is None else bias.to(plan.dtype)
+        if plan.way.merged_forward:
+            assert lora_A is not None and lora_B is not None  # FACTORED goes without
+            return F.linear(x, _merged(weight, scale, lora_A, lora_B, scaling, plan.dtype), bias)
+        y = _frozen_product(x, weight, scale, plan)
+        if bias is not None:
+            y += bias
+        if lora_A is None or lora_B is None:
+            return y
+        return _add_product(y, scaling * (x.to(plan.low) @ lora_A.to(plan.low).T), lora_B.to(plan.low).T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, lora_A, lora_B, trained_scaling = ctx.saved_tensors
+        scaling = ctx.scaling if trained_scaling is None else trained_scaling
+        plan, wants = ctx.plan, ctx.needs_input_grad
+        grad_bias = grad.sum(0) if wants[3] else None
+        if lora_A is None or lora_B is None:
+            grad_x = _frozen_backward(grad, weight, scale, plan).to(x.dtype) if wants[0] else None
+            return grad_x, None, None, grad_bias, None, None, None, None
+        a, b, low_grad = lora_A.to(plan.low), lora_B.to(plan.low), grad.to(plan.low)
+        grad_x = grad_a = grad_b = grad_scaling = None
+        if not (plan.way.merged_backward and plan.way.dense):
+            compressed = low_grad @ b  # dY B [tokens, r]
+        if wants[0]:
+            if plan.way.merged_backward:
+                grad_x = grad.to(plan.dtype) @ _merged(weight, scale, lora_A, lora_B, scaling, plan.dtype)
+            else:
+                grad_x = _add_product(_frozen_backward(grad, weight, scale, plan), scaling * compressed, a)
+            grad_x = grad_x.to(x.dtype)
+        if any(wants[4:7]):
+            x = x.to(plan.low)
+            if plan.way.dense:
+                grad_weight = low_grad.T @ x  # [out, in], of this layer alone
+                unscaled_a, grad_b = b.T @ grad_weight, scaling * (grad_weight @ a.T)
+            else:
+                unscaled_a, grad_b = compressed.T @ x, low_grad.T @ (scaling * (x @ a.T))
+            grad_a, grad_b = (scaling * unscaled_a).to(lora_A.dtype), grad_b.to(lora_B.dtype)
+            grad_scaling = (unscaled_a * a).sum().to(lora_A.dtype) if wants[6] else None
+        return grad_x, None, None, grad_bias, grad_a, grad_b, grad_scaling, None
+
+
+def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, plan: Plan) -> Tensor:
+    """x Wᵀ [tokens, out]."""
+    if plan.arithmetic == "int8":
+        assert scale is not None  # codes have one
+        return int8.product(x, weight, scale).to(plan.dtype)
+    dtype = torch.bfloat16 if plan.arithmetic == "bf16" else plan.dtype
+    return (x.to(dtype) @ _as(weight, scale, dtype).T).to(plan.dtype)
+
+
+def _frozen_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, plan: Plan) -> Tensor:
+    """dY W [tokens, in]."""
+    if plan.arithmetic == "int8":
+        assert scale is not None
+        return int8.product_backward(grad, weight, scale).to(plan.dtype)
+    dtype = torch.bfloat16 if plan.arithmetic == "bf16" else plan.dtype
+    return (grad.to(dtype) @ _as(weight, scale, dtype)).to(plan.dtype)
+
+
+def _merged(
+    weight: Tensor, scale: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, dtype: torch.dtype
+) -> Tensor:
+    """W + s B A [out, in]."""
+    return torch.addmm(_as(weight, scale, dtype), (scaling * lora_B).to(dtype), lora_A.to(dtype))
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y += left right, in place; the product in its own precision."""
+    return y.addmm_(left, right) if y.dtype == left.dtype else y.add_((left @ right).to(y.dtype))
+
+
+def _as(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The frozen weight as numbers of `dtype`, which may be the weight itself."""
+    return weight.to(dtype) if scale is None else int8.dequantized(weight, scale, dtype)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from relora.draws import keyed_generator
 from relora.errors import NonFinite, UserError
-from relora.lowrank.base import FrozenWeight, Storage
-from relora.lowrank.kernel import low_rank_linear
+from relora.lowrank.base import FrozenWeight, Layer, Storage
+from relora.lowrank.calibrate import calibrated
+from relora.lowrank.costs import Rates
+from relora.lowrank.kernel import Arithmetic, low_rank_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,11 @@ class LowRankConfig:
     trainable_scaling: bool = False
     """One trained scale per layer, back at its start after every merge."""
     base: Storage = "auto"
-    """Storage of frozen weights: as they are, fp32, or bf16 with an fp32 master in main memory."""
+    """Storage of frozen weights: as they are, fp32, or bf16 or int8 with an fp32 master in main memory."""
+    frozen: Arithmetic = "native"
+    """Of the products with frozen weights, while training."""
+    rates: Rates | None = None
+    """Of the device, to choose between ways of computing the same; measured once per machine unless given."""
 
     @property
     def scaling(self) -> float:
@@ -53,7 +59,7 @@ def check_rank(r: int, weight: Tensor, name: str) -> None:
         )
 
 
-class LowRankLinear(nn.Linear):
+class LowRankLinear(Layer):
     """Stands in for a linear layer (or GPT-2's `Conv1D`, whose weight is [in, out]) and shares its parameters.
 
     Args:
@@ -81,8 +87,9 @@ class LowRankLinear(nn.Linear):
         self.r, self.lora_dropout, self.initial_scaling = config.r, config.lora_dropout, config.scaling
         check_rank(self.r, self.weight, name)
         self._replaced = (replaced,)  # in a tuple, so that it is no submodule
-        self.base = FrozenWeight(self.weight, config.base)
-        precise = torch.promote_types(self.weight.dtype, torch.float32)  # small updates live in the factors
+        self.base = FrozenWeight(self, config.base, config.frozen, fan_in_fan_out)
+        self.rates = config.rates or calibrated(self.weight.device)
+        precise = torch.promote_types(self.base.exact.dtype, torch.float32)  # small updates live in the factors
         self.lora_A = nn.Parameter(self.weight.new_empty(self.r, self.in_features, dtype=precise))
         self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, self.r, dtype=precise))
         self.scaling = self.initial_scaling
@@ -98,9 +105,19 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]."""
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        dropout = self.lora_dropout if self.training else 0.0
-        return low_rank_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        weight, scale, arithmetic = self.base.operand(self.training)
+        return low_rank_linear(
+            x,
+            weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            rates=self.rates,
+            dropout=self.lora_dropout if self.training else 0.0,
+            arithmetic=arithmetic,
+            scale=scale,
+        )
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -1,0 +1,114 @@
+"""What this machine's products and memory do in a second: measured once, in a fraction of a second, and kept in a file.
+
+The figures decide between ways of computing the same (`costs`), and so the last bits of a result. That is why the first
+measurement of a machine stays: later processes read it, whatever else the machine is doing, and a run folder keeps the
+one that it began with.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from relora.durable import write_durably
+from relora.lowrank.costs import ANY, Rates
+
+_SIDE, _SIDES = 1024, (8, 32, 128, 512)
+_ROUNDS = 6
+
+
+def calibrated(device: torch.device, folder: Path | None = None) -> Rates:
+    """The rates of a device: those kept in `folder` (by default the user's cache), else measured now and kept there.
+
+    A folder that cannot be written costs a measurement per process and no more.
+    """
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relora"
+    return ANY if device.type == "meta" else _calibrated(device, folder, torch.get_num_threads())
+
+
+def measure(device: torch.device) -> Rates:
+    """Measure for some tenths of a second."""
+    side = _SIDE if device.type == "cpu" else 4 * _SIDE
+
+    def product(narrowest: int, dtype: torch.dtype) -> Callable[[], object]:
+        x = torch.ones(side, side, device=device, dtype=dtype)
+        y = torch.ones(side, narrowest, device=device, dtype=dtype)
+        return lambda: (torch._int_mm if dtype == torch.int8 else torch.mm)(x, y)
+
+    numbers = torch.zeros(16 * side * side, device=device)
+    copy = torch.empty_like(numbers)
+    works = {f"fp32 {narrowest}": product(narrowest, torch.float32) for narrowest in (*_SIDES, side)}
+    works |= {"bf16": product(side, torch.bfloat16), "copy": lambda: copy.copy_(numbers)}
+    if device.type in ("cpu", "cuda"):
+        works["int8"] = product(side, torch.int8)
+    seconds = _seconds(works, device)
+    rates, best = [], 0.0
+    for narrowest in (*_SIDES, side):  # a wider product is not slower; where it seems so, other work came between
+        best = max(best, 2 * side * side * narrowest / seconds[f"fp32 {narrowest}"])
+        rates.append((narrowest, best))
+    return Rates(
+        fp32=tuple(rates),
+        bf16=2 * side**3 / seconds["bf16"],
+        int8=2 * side**3 / seconds["int8"] if "int8" in works else 0.0,
+        bandwidth=2 * 4 * numbers.numel() / seconds["copy"],
+    )
+
+
+def read_rates(file: Path) -> Rates | None:
+    """What `write_rates` wrote; None where there is nothing that can be used."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        rates = Rates(
+            fp32=tuple((int(side), float(rate)) for side, rate in kept["fp32"]),
+            bf16=float(kept["bf16"]),
+            int8=float(kept["int8"]),
+            bandwidth=float(kept["bandwidth"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    measured = (rates.bf16, rates.bandwidth, *(figure for pair in rates.fp32 for figure in pair))
+    return rates if measured[2:] and all(0 < figure < math.inf for figure in measured) else None
+
+
+def write_rates(rates: Rates, file: Path) -> None:
+    """Keep them in `file`; raises `OSError` as the disk does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(file, json.dumps(asdict(rates), indent=1) + "\n")
+
+
+@functools.cache
+def _calibrated(device: torch.device, folder: Path, threads: int) -> Rates:
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{os.cpu_count()}-{threads}"
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{machine}-torch-{torch.__version__}")
+    file = folder / f"rates-{label}.json"
+    kept = read_rates(file)
+    if kept is None:
+        kept = measure(device)
+        with contextlib.suppress(OSError):
+            write_rates(kept, file)
+    return kept
+
+
+def _seconds(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Of one call each, the best of some rounds: other work can only slow a call down, and seldom all rounds of one."""
+    best = dict.fromkeys(works, math.inf)
+    for _ in range(_ROUNDS):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best

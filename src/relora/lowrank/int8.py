@@ -1,0 +1,50 @@
+"""Products with a frozen weight in 8 bits.
+
+    x Wᵀ ~ (p ⊗ c) · (X̂ Ŵᵀ)        X̂ [tokens, in] and Ŵ [out, in] int8, accumulated in int32
+    dY W ~ p' · (D̂ Ŵ)              D̂ the codes of dY · c
+
+A weight that does not move has the time to be quantized once: Ŵ with one scale per output channel (c), while
+activations get one scale per token (p) on the fly. After SwitchBack (Wortsman et al. 2023, arXiv 2304.13013, section
+2.2), which quantizes the weight at every step and keeps its gradient in 16 bits; here there is no weight gradient. The
+backward product uses the same codes, with c folded into dY before that is quantized: one byte per parameter, and the
+gradient of the product that ran. The price is a rounding error of some 1% in each product.
+"""
+
+import torch
+from torch import Tensor
+
+LEVELS = 127
+"""Codes run from -127 to 127: symmetric, so that a product needs no correction for a zero point."""
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, n] as int8 codes [rows, n] and fp32 scales [rows, 1]; x is close to codes · scale.
+
+    A row with a NaN or an infinity has a scale that is not finite, so what is made of it is not finite either.
+    """
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
+    return (x / scale).round_().to(torch.int8), scale
+
+
+def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes [rows, n] with scales [rows, 1] as numbers again."""
+    return codes.to(dtype) * scale.to(dtype)
+
+
+def runs_in_int8(tokens: int, codes: Tensor) -> bool:
+    """Whether the device multiplies these shapes in int8: cuBLAS wants more than 16 rows and sides in eights."""
+    if codes.device.type == "cuda":
+        return tokens > 16 and all(side % 8 == 0 for side in codes.shape)
+    return codes.device.type == "cpu"
+
+
+def product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x Wᵀ [tokens, out] in fp32 of x [tokens, in] and a weight's codes [out, in] and scales [out, 1]."""
+    x_codes, x_scale = quantize_rows(x)
+    return torch._int_mm(x_codes, codes.T).mul(scale.T).mul_(x_scale)
+
+
+def product_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """dY W [tokens, in] in fp32 of dY [tokens, out]."""
+    grad_codes, grad_scale = quantize_rows(grad * scale.T)
+    return torch._int_mm(grad_codes, codes).mul(grad_scale)

@@ -1,0 +1,180 @@
+"""Every way to compute a low-rank layer gives what plain PyTorch gives."""
+
+from itertools import product
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from relora.lowrank import LowRankConfig, LowRankLinear, kernel
+from relora.lowrank.costs import ANY, Way
+from relora.lowrank.kernel import low_rank_linear
+
+WAYS = [Way(*choice) for choice in product((False, True), repeat=3)]
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
+    """Of a sum that weighs every entry differently."""
+    return list(torch.autograd.grad((y * drawn(*y.shape, dtype=y.dtype, seed=9)).sum(), leaves))
+
+
+@settings(max_examples=60)
+@given(
+    way=st.sampled_from(WAYS),
+    tokens=st.integers(1, 40),
+    out=st.integers(1, 30),
+    inn=st.integers(1, 30),
+    bias=st.booleans(),
+    trained_scaling=st.booleans(),
+    transposed=st.booleans(),
+    data=st.data(),
+)
+def test_every_way_equals_plain_pytorch(
+    way: Way,
+    tokens: int,
+    out: int,
+    inn: int,
+    bias: bool,
+    trained_scaling: bool,
+    transposed: bool,
+    data: st.DataObject,
+) -> None:
+    """Outputs and all gradients in float64, relative 1e-10: the same sums in another order."""
+    r = data.draw(st.integers(1, min(out, inn)))
+    x, a, b = (t.requires_grad_() for t in (drawn(2, tokens, inn), drawn(r, inn, seed=1), drawn(out, r, seed=2)))
+    weight = drawn(inn, out, seed=3).T if transposed else drawn(out, inn, seed=3)
+    beta = drawn(out, seed=4).requires_grad_() if bias else None
+    s = torch.tensor(0.7, dtype=torch.float64, requires_grad=trained_scaling)
+    leaves = [t for t in (x, a, b, beta, s) if t is not None and t.requires_grad]
+    with mock.patch.object(kernel, "cheapest", return_value=way):
+        y = low_rank_linear(x, weight, beta, a, b, s if trained_scaling else 0.7, rates=ANY)
+        ours = gradients(y, *leaves)
+    twin = F.linear(x, weight + s * b @ a, beta)
+    torch.testing.assert_close(y, twin, rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(ours, gradients(twin, *leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradcheck(way: Way) -> None:
+    """Against finite differences, so that a mistake shared with the twin above would show."""
+    x, a, b, s = drawn(4, 6), drawn(2, 6, seed=1), drawn(5, 2, seed=2), torch.tensor(0.3, dtype=torch.float64)
+    weight, beta = drawn(5, 6, seed=3), drawn(5, seed=4)
+    leaves = [t.requires_grad_() for t in (x, beta, a, b, s)]
+    with mock.patch.object(kernel, "cheapest", return_value=way):
+        assert torch.autograd.gradcheck(
+            lambda x, beta, a, b, s: low_rank_linear(x, weight, beta, a, b, s, rates=ANY), leaves
+        )
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.dense or not way.merged_backward])
+def test_only_the_gradients_that_are_asked_for(way: Way) -> None:
+    """The first layer's input wants none; frozen factors want none."""
+    x, weight, a, b = drawn(3, 6), drawn(5, 6, seed=3), drawn(2, 6, seed=1), drawn(5, 2, seed=2)
+    with mock.patch.object(kernel, "cheapest", return_value=way):
+        a.requires_grad_(), b.requires_grad_()
+        low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
+        assert x.grad is None and a.grad is not None and b.grad is not None
+        x.requires_grad_(), a.requires_grad_(False), b.requires_grad_(False)
+        low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
+        torch.testing.assert_close(x.grad, (weight + b @ a).sum(0).expand(3, 6))
+
+
+def test_keeps_its_input_and_no_more() -> None:
+    """By reference: three layers fed by one tensor keep that tensor once, and nothing of [tokens, r] or [out, in]."""
+    kept: dict[int, int] = {}
+    layers = [LowRankLinear(nn.Linear(32, 24), LowRankConfig(r=4, rates=ANY), name=str(i)) for i in range(3)]
+    own = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = torch.stack([layer(x) for layer in layers]).sum()
+    assert kept == {x.untyped_storage().data_ptr(): x.numel()}
+    y.backward()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fp32_is_as_close_to_the_truth_as_plain_pytorch(way: Way) -> None:
+    """Errors against float64 may be twice plain fp32's: the same products, with sums in other orders."""
+    x, weight, a, b = (
+        drawn(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(96, 64), (48, 64), (8, 64), (48, 8)])
+    )
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    truth = F.linear(exact_leaves[0], weight.double() + 0.5 * exact_leaves[2] @ exact_leaves[1])
+    truths = [truth, *gradients(truth, *exact_leaves)]
+    plain = F.linear(x, weight) + 0.5 * F.linear(F.linear(x, a), b)
+    plains = [plain, *gradients(plain, *leaves)]
+    with mock.patch.object(kernel, "cheapest", return_value=way):
+        y = low_rank_linear(x, weight, None, a, b, 0.5, rates=ANY)
+        ours = [y, *gradients(y, *leaves)]
+    for mine, theirs, true in zip(ours, plains, truths, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("arithmetic", ["native", "bf16", "int8"])
+@pytest.mark.parametrize("base", ["auto", "bf16", "int8"])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_every_storage_and_arithmetic_is_near_the_plain_formula(arithmetic: str, base: str, conv1d: bool) -> None:
+    """Output and gradients within 1% (bf16: 8 bits of mantissa) or 2.5% (int8: 127 levels), in both operands."""
+    torch.manual_seed(0)
+    inn, out = 64, 48
+    plain = nn.Linear(out, inn, bias=False) if conv1d else nn.Linear(inn, out, bias=False)
+    exact = (plain.weight.T if conv1d else plain.weight).detach().clone()
+    layer = LowRankLinear(
+        plain, LowRankConfig(r=4, base=base, frozen=arithmetic, rates=ANY), name="x", fan_in_fan_out=conv1d
+    )
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(40, inn, requires_grad=True)
+    leaves = (x, layer.lora_A, layer.lora_B)
+    y, twin = layer(x), F.linear(x, exact + layer.scaling * layer.lora_B @ layer.lora_A)
+    tolerance = 0.025 if "int8" in (arithmetic, base) else 0.01 if "bf16" in (arithmetic, base) else 1e-5
+    for mine, theirs in zip((y, *gradients(y, *leaves)), (twin, *gradients(twin, *leaves)), strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+    layer.eval()
+    if base == "auto":  # what is measured comes from the exact weight
+        torch.testing.assert_close(layer(x), twin, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_like_plain_pytorch_under_autocast(dtype: torch.dtype) -> None:
+    """bf16 has 8 bits: outputs and gradients within 1% of float64, fp32 weights and gradients in fp32."""
+    layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, rates=ANY), name="x")
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(40, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.to(dtype))
+    assert y.dtype == torch.bfloat16
+    twin = F.linear(x, layer.weight + layer.scaling * layer.lora_B @ layer.lora_A, layer.bias)
+    leaves = (x, layer.lora_A, layer.lora_B, layer.bias)
+    for mine, theirs in zip((y, *gradients(y, *leaves)), (twin, *gradients(twin, *leaves)), strict=True):
+        assert (mine - theirs).norm() <= 0.01 * theirs.norm()
+    assert layer.lora_A.grad is None
+
+
+def test_small_updates_are_seen_in_half_precision() -> None:
+    """s B A of a ten-thousandth of W would be rounded away in a bf16 sum of both; the output must hold it."""
+    layer = LowRankLinear(nn.Linear(64, 48, dtype=torch.bfloat16), LowRankConfig(r=4, rates=ANY), name="x")
+    x = torch.randn(4096, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        nn.init.normal_(layer.lora_B)
+        layer.lora_B.mul_(1e-4 / layer.delta().abs().max())
+        layer.bias.zero_()
+        x -= x.mean(1, keepdim=True)  # so that x Wᵀ is small and its rounding does not hide the update
+        moved = layer(x).float() - F.linear(x, layer.weight).float()
+    expected = F.linear(x.float(), layer.delta())
+    assert (moved * expected).sum() / (moved.norm() * expected.norm()) > 0.5
