@@ -10,9 +10,12 @@ backward product uses the same codes, with c folded into dY before that is quant
 gradient of the product that ran. The price is a rounding error of some 1% in each product.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+_CACHED_TOKENS = 512
 LEVELS = 127
 """Codes run from -127 to 127: symmetric, so that a product needs no correction for a zero point."""
 
@@ -40,11 +43,23 @@ def runs_in_int8(tokens: int, codes: Tensor) -> bool:
 
 def product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """x Wᵀ [tokens, out] in fp32 of x [tokens, in] and a weight's codes [out, in] and scales [out, 1]."""
-    x_codes, x_scale = quantize_rows(x)
-    return torch._int_mm(x_codes, codes.T).mul(scale.T).mul_(x_scale)
+    y = x.new_empty(x.shape[0], codes.shape[0], dtype=torch.float32)
+    for part, result in _parts(x, y):
+        part_codes, part_scale = quantize_rows(part)
+        torch.mul(torch._int_mm(part_codes, codes.T), scale.T, out=result).mul_(part_scale)
+    return y
 
 
 def product_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """dY W [tokens, in] in fp32 of dY [tokens, out]."""
-    grad_codes, grad_scale = quantize_rows(grad * scale.T)
-    return torch._int_mm(grad_codes, codes).mul(grad_scale)
+    grad_x = grad.new_empty(grad.shape[0], codes.shape[1], dtype=torch.float32)
+    for part, result in _parts(grad, grad_x):
+        part_codes, part_scale = quantize_rows(part * scale.T)
+        torch.mul(torch._int_mm(part_codes, codes), part_scale, out=result)
+    return grad_x
+
+
+def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both in stretches of tokens that a CPU's cache holds. Compiled code fuses the passes; GPUs need no stretches."""
+    tokens = _CACHED_TOKENS if x.device.type == "cpu" and not torch.compiler.is_compiling() else x.shape[0]
+    return zip(x.split(tokens), y.split(tokens), strict=True)
