@@ -16,7 +16,7 @@ from relora.config import RunConfig, parse_config
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
 from relora.recipes.export import export
-from relora.recipes.parts import gather
+from relora.recipes.parts import gather, lowrank_of
 from relora.recipes.pretrain import assemble, pretrain
 from relora.recipes.run_folder import claim, describe_run
 from relora.report.console import Console
@@ -87,7 +87,7 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
             Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
             Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
         ):
-            run = change(assemble(config, parts, reporter, checkpoints, {}))
+            run = change(assemble(config, parts, lowrank_of(config), reporter, checkpoints, {}))
             train(run, begin(run, checkpoints.latest()[0]))
     return folder
 

@@ -202,6 +202,12 @@ class PrecisionSettings(Settings):
     frozen: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Arithmetic of the products with frozen weights; auto: int8 where it is faster here, else that of dtype."""
 
+    @model_validator(mode="after")
+    def _not_finer_than_the_rest(self) -> "PrecisionSettings":
+        if self.frozen == "fp32" and self.dtype != "fp32":
+            raise ValueError(f"`frozen: fp32` would be finer than `dtype: {self.dtype}`; set `frozen: auto` or `bf16`")
+        return self
+
 
 class MemorySettings(Settings):
     """What is kept for the backward pass, and what is computed again."""

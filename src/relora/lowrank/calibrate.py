@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from relora.durable import write_durably
 from relora.lowrank.costs import ANY, Rates
 
 _SIDE, _SIDES = 1024, (8, 32, 128, 512)
@@ -63,26 +63,26 @@ def measure(device: torch.device) -> Rates:
     )
 
 
-def read_rates(file: Path) -> Rates | None:
-    """What `write_rates` wrote; None where there is nothing that can be used."""
+def to_json(rates: Rates) -> str:
+    """For a file, or a checkpoint."""
+    return json.dumps(asdict(rates))
+
+
+def from_json(text: str) -> Rates | None:
+    """Inverse of `to_json`; None for what it did not write."""
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = json.loads(text)
         rates = Rates(
             fp32=tuple((int(side), float(rate)) for side, rate in kept["fp32"]),
             bf16=float(kept["bf16"]),
             int8=float(kept["int8"]),
             bandwidth=float(kept["bandwidth"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     measured = (rates.bf16, rates.bandwidth, *(figure for pair in rates.fp32 for figure in pair))
-    return rates if measured[2:] and all(0 < figure < math.inf for figure in measured) else None
-
-
-def write_rates(rates: Rates, file: Path) -> None:
-    """Keep them in `file`; raises `OSError` as the disk does."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(file, json.dumps(asdict(rates), indent=1) + "\n")
+    sound = rates.fp32 and rates.int8 >= 0 and all(0 < figure < math.inf for figure in measured)
+    return rates if sound else None
 
 
 @functools.cache
@@ -93,12 +93,23 @@ def _calibrated(device: torch.device, folder: Path, threads: int) -> Rates:
         machine = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{os.cpu_count()}-{threads}"
     label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{machine}-torch-{torch.__version__}")
     file = folder / f"rates-{label}.json"
-    kept = read_rates(file)
-    if kept is None:
-        kept = measure(device)
-        with contextlib.suppress(OSError):
-            write_rates(kept, file)
-    return kept
+    if kept := _read(file):
+        return kept
+    measured = measure(device)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # one that cannot be read
+        with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8") as aside:
+            aside.write(to_json(measured))
+            aside.flush()
+            file.hardlink_to(aside.name)  # fails where another process was first, whose figures are then taken over
+    return _read(file) or measured
+
+
+def _read(file: Path) -> Rates | None:
+    with contextlib.suppress(OSError, ValueError):
+        return from_json(file.read_text(encoding="utf-8"))
+    return None
 
 
 def _seconds(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

@@ -84,20 +84,20 @@ def cheapest(rates: Rates, tokens: int, out: int, inn: int, r: int, *, mergeable
     return Way(min(forward, key=forward.__getitem__), *min(backward, key=backward.__getitem__))
 
 
-def layer_seconds(rates: Rates, tokens: int, out: int, inn: int, r: int, frozen: str) -> float:
-    """Predicted seconds of one layer forward and backward, with `frozen` products in fp32, bf16 or int8."""
-    way = cheapest(rates, tokens, out, inn, r, mergeable=frozen == "fp32")
+def layer_seconds(rates: Rates, tokens: int, out: int, inn: int, r: int, arithmetic: str) -> float:
+    """Predicted seconds of one layer forward and backward, frozen products `native` (fp32), in `bf16` or in `int8`."""
+    way = cheapest(rates, tokens, out, inn, r, mergeable=arithmetic == "native")
     factors = _forward(rates, tokens, out, inn, r, way.merged_forward) + _backward(
         rates, tokens, out, inn, r, way.merged_backward, way.dense
     )
     operations = 4 * tokens * out * inn
-    if frozen == "fp32":
+    if arithmetic == "native":
         return factors + 2 * rates.product(tokens, inn, out)
-    if frozen == "bf16":
+    if arithmetic == "bf16":
         return factors + operations / rates.bf16 + rates.traffic(tokens * (inn + out), 3)
     if not rates.int8:
         return float("inf")
-    return factors + operations / rates.int8 + rates.traffic(tokens * (inn + out), 10)
+    return factors + operations / rates.int8 + rates.traffic(tokens * (inn + out), 4)
 
 
 def _forward(rates: Rates, tokens: int, out: int, inn: int, r: int, merged: bool) -> float:

@@ -62,4 +62,4 @@ def product_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Both in stretches of tokens that a CPU's cache holds. Compiled code fuses the passes; GPUs need no stretches."""
     tokens = _CACHED_TOKENS if x.device.type == "cpu" and not torch.compiler.is_compiling() else x.shape[0]
-    return zip(x.split(tokens), y.split(tokens), strict=True)
+    return zip(torch.split(x, tokens), torch.split(y, tokens), strict=True)

@@ -16,10 +16,15 @@ from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
+from relora.lowrank.costs import Rates, layer_seconds
 from relora.lowrank.inject import find_targets
+from relora.lowrank.kernel import Arithmetic
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.report.trackers import check_trackers
 from relora.train.schedule import Schedule
+
+_CLEARLY_FASTER = 0.9
+"""Of the low-rank layers' predicted time: what int8 must save at least to be worth its rounding."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,22 @@ def lowrank_of(config: RunConfig) -> LowRankConfig:
     if config.lowrank.base == "auto":
         settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
     return LowRankConfig(**settings)
+
+
+def frozen_arithmetic(config: RunConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
+    """Of the products with frozen weights: what the configuration says, or int8 where that is clearly faster."""
+    if config.method == "full" or config.precision.frozen == "fp32":
+        return "native"
+    if config.precision.frozen != "auto":
+        return config.precision.frozen
+    lowrank, tokens = lowrank_of(config), config.batch.micro_sequences * config.data.sequence_length
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in find_targets(model, lowrank)]
+    native: Arithmetic = "native" if config.precision.dtype == "fp32" else "bf16"
+
+    def seconds(arithmetic: Arithmetic) -> float:
+        return sum(layer_seconds(rates, tokens, out, inn, lowrank.r, arithmetic) for out, inn in shapes)
+
+    return "int8" if seconds("int8") < _CLEARLY_FASTER * seconds(native) else "native"
 
 
 def _fingerprint(*parts: bytes) -> str:

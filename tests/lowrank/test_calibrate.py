@@ -1,0 +1,62 @@
+"""The machine is measured once; what is kept is used, and what cannot be used is measured again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from relora.lowrank import calibrate
+from relora.lowrank.calibrate import calibrated, from_json, measure, to_json
+from relora.lowrank.costs import ANY
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_a_new_process() -> None:
+    calibrate._calibrated.cache_clear()
+
+
+def test_measures_plausibly() -> None:
+    rates = measure(CPU)
+    sides, figures = zip(*rates.fp32, strict=True)
+    assert list(sides) == sorted(sides) and list(figures) == sorted(figures)
+    assert 1e8 < figures[-1] < 1e15 and 1e7 < rates.bandwidth < 1e13 and rates.bf16 > 0 and rates.int8 > 0
+
+
+def test_the_first_measurement_stays(tmp_path: Path) -> None:
+    first = calibrated(CPU, tmp_path)
+    [file] = tmp_path.iterdir()
+    kept = replace(first, bandwidth=12345.0)
+    file.write_text(to_json(kept))
+    assert calibrated(CPU, tmp_path) is first  # once per process
+    calibrate._calibrated.cache_clear()
+    assert calibrated(CPU, tmp_path) == kept
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"fp32": [], "bf16": 1, "int8": 1, "bandwidth": 1}', "\x80"])
+def test_what_cannot_be_used_is_measured_again(tmp_path: Path, damage: str) -> None:
+    calibrated(CPU, tmp_path)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(damage.encode("latin-1"))
+    calibrate._calibrated.cache_clear()
+    again = calibrated(CPU, tmp_path)
+    assert from_json(file.read_text()) == again
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_written_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert calibrated(CPU, tmp_path / "file").bandwidth > 0
+
+
+def test_round_trip_and_refusals() -> None:
+    assert from_json(to_json(ANY)) == ANY
+    for bad in (replace(ANY, bandwidth=0.0), replace(ANY, bf16=float("inf")), replace(ANY, int8=-1.0)):
+        assert from_json(to_json(bad)) is None
+    assert from_json("None") is None
+
+
+def test_a_model_without_memory_needs_no_machine() -> None:
+    assert calibrated(torch.device("meta")) is ANY
