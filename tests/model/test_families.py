@@ -158,3 +158,15 @@ def test_the_folder_that_was_opened_stays_as_it_was(configure: Configure, tmp_pa
     before = {path.name: path.read_bytes() for path in start.iterdir()}
     pretrain(configure(start), quiet=True)
     assert {path.name: path.read_bytes() for path in start.iterdir()} == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpointing_changes_no_bit_of_a_run(configure: Configure, tmp_path: Path, family: str) -> None:
+    """Across the switch, a restart, evaluations and the samples; gpt2 draws dropout."""
+    start = saved_model(family, tmp_path / "start")
+    models = []
+    for kind in ("none", "selective", "full"):
+        config = configure(start, kind, memory={"activation_checkpointing": kind})
+        folder = pretrain(config, quiet=True).folder
+        models.append((folder / "model" / "model.safetensors").read_bytes())
+    assert models[0] == models[1] == models[2]

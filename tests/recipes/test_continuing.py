@@ -95,6 +95,11 @@ def test_another_run_is_refused_by_name(
         ({"batch__micro_sequences": 4}, f"batch.micro_sequences: 8 -> 4 ({ALLOWED['batch.micro_sequences']})"),
         ({"non_finite__policy": "skip"}, "non_finite.policy: stop -> skip"),
         ({"device": "cpu"}, f"device: auto -> cpu ({ALLOWED['device']})"),
+        ({"compile": True}, f"compile: False -> True ({ALLOWED['compile']})"),
+        (
+            {"memory__activation_checkpointing": "full"},
+            "memory.activation_checkpointing: none -> full (the same bits, but for compiled blocks)",
+        ),
         ({"data__train": "moved"}, "data.train.path: ['t'] -> ['moved'] (the same tokens)"),
         ({"data__validation": "w"}, "data.validation: v -> w (the same tokens)"),
     ],

@@ -35,7 +35,7 @@ def test_what_is_streamed_is_what_is_returned(capfd: pytest.CaptureFixture[str])
     pieces: list[str] = []
     result = generate(STORIES, [PROMPT, "Lily"], GREEDY, write=pieces.append)
     assert "".join(pieces) == "".join(text + "\n" for text in result.texts)
-    assert len(pieces) > 10
+    assert len(pieces) > 2  # of a tiny model a few at a time
     assert result.texts[0].startswith("Once upon a time, there was a little")
     assert result.tokens == 24
     assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)

@@ -1,12 +1,32 @@
 """Who trains at which rate, what survives the switch, and the optimizer's way to disk and back."""
 
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from relora.lowrank import LowRankConfig, inject, low_rank_layers
-from relora.train.optim import OptimizerConfig, build_optimizer, carry_state, load_named_state, named_state, set_lr
+from relora.errors import UserError
+from relora.lowrank import LowRankConfig, inject, low_rank_layers, restart
+from relora.train.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    carry_state,
+    check_optimizer,
+    load_named_state,
+    named_state,
+    set_lr,
+)
 
 CONFIG = OptimizerConfig(lr=1e-3, lowrank_lr=4e-3, lowrank_b_lr_ratio=4.0, weight_decay=0.1)
+EIGHT_BIT = dataclasses.replace(CONFIG, name="adamw-8bit")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra `quant`)"
+)
 
 
 def model() -> nn.Module:
@@ -73,3 +93,117 @@ def test_a_parameter_without_state_starts_fresh() -> None:
     saved = {name: tensor for name, tensor in named_state(net, optimizer).items() if not name.startswith("3.weight")}
     load_named_state(net, optimizer, saved)
     assert net[3].weight not in optimizer.state and net[0].weight in optimizer.state
+
+
+def test_no_small_update_is_lost() -> None:
+    """With a bf16 base, too, all that trains is fp32: bf16 near 1 goes by steps of 2^-8, far above these updates."""
+    net = model().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.fill_(1.0)
+    net.requires_grad_(True)
+    inject(net, LowRankConfig(r=2, target_modules=("1",), base="bf16"))
+    rate = 2.0**-18
+    optimizer = build_optimizer(net, OptimizerConfig(lr=rate, lowrank_lr=rate))
+    trained = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+    for _ in range(16):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+    assert low_rank_layers(net)["1"].weight.dtype == torch.bfloat16
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:  # AdamW's step under a constant gradient is the rate
+            torch.testing.assert_close(
+                trained[name] - parameter, torch.full_like(parameter, 16 * rate), rtol=0.05, atol=0
+            )
+
+
+# In 8 bits
+
+
+def large_model() -> nn.Module:
+    """Two tensors with codes, the others below the size from which there are any."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(128, 48), nn.Linear(48, 48), nn.LayerNorm(48), nn.Linear(48, 128))
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check_optimizer("adamw")
+    with pytest.raises(UserError, match=r"^optimizer.name: adamw-8bit .*pip install 'relora\[quant\]'$"):
+        check_optimizer("adamw-8bit")
+
+
+@needs_bitsandbytes
+def test_moments_in_codes_follow_those_in_fp32() -> None:
+    nets = [large_model(), large_model()]
+    start = nets[0][0].weight.detach().clone()
+    optimizers = [build_optimizer(net, config) for net, config in zip(nets, (CONFIG, EIGHT_BIT), strict=True)]
+    for _ in range(10):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            step(net, optimizer)
+    state = optimizers[1].state
+    assert state[nets[1][0].weight]["state1"].dtype == torch.uint8
+    assert state[nets[1][1].weight]["state1"].dtype == torch.float32
+    exact, coded = (net[0].weight - start for net in nets)
+    assert (coded - exact).norm() < 0.1 * exact.norm()
+
+
+@needs_bitsandbytes
+def test_codes_come_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
+    nets = [large_model(), large_model()]
+    optimizers = [build_optimizer(net, EIGHT_BIT) for net in nets]
+    for _ in range(3):
+        step(nets[0], optimizers[0])
+    nets[1].load_state_dict(nets[0].state_dict())
+    save_file(named_state(nets[0], optimizers[0]), tmp_path / "optimizer.safetensors")
+    load_named_state(nets[1], optimizers[1], load_file(tmp_path / "optimizer.safetensors"))
+    for _ in range(2):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            step(net, optimizer)
+        states = [named_state(net, optimizer) for net, optimizer in zip(nets, optimizers, strict=True)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert all(torch.equal(*pair) for pair in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+@needs_bitsandbytes
+def test_a_restart_forgets_codes_and_scales_and_step() -> None:
+    """The first update after it is that of an optimizer without a past."""
+    net = large_model()
+    inject(net, LowRankConfig(r=40, target_modules=("3",)))
+    optimizer = build_optimizer(net, EIGHT_BIT)
+    for _ in range(3):
+        step(net, optimizer)
+    factor = low_rank_layers(net)["3"].lora_B
+    assert optimizer.state[factor]["state1"].dtype == torch.uint8
+    report = restart(net, optimizer, cycle=1)
+    assert report.moments_cleared == 2 * 40 * (48 + 128)
+    assert factor not in optimizer.state and net[0].weight in optimizer.state
+    fresh = build_optimizer(net, EIGHT_BIT)
+    before = factor.detach().clone()
+    step(net, optimizer)
+    first = factor.detach().clone()
+    factor.data.copy_(before)
+    fresh.step()
+    assert torch.equal(first, factor) and not torch.equal(first, before)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(CONFIG, EIGHT_BIT), (EIGHT_BIT, CONFIG)])
+def test_the_moments_of_another_optimizer_are_refused(saved_by: OptimizerConfig, loaded_by: OptimizerConfig) -> None:
+    net = large_model()
+    saving, loading = build_optimizer(net, saved_by), build_optimizer(net, loaded_by)
+    step(net, saving)
+    with pytest.raises(UserError, match=rf"are not {loaded_by.name}'s"):
+        load_named_state(net, loading, named_state(net, saving))
+    assert not loading.state
+
+
+@needs_bitsandbytes
+def test_scales_of_another_shape_are_refused() -> None:
+    net = large_model()
+    optimizer = build_optimizer(net, EIGHT_BIT)
+    step(net, optimizer)
+    state = named_state(net, optimizer)
+    with pytest.raises(UserError, match="or not of its shape"):
+        load_named_state(net, optimizer, state | {"0.weight:absmax1": state["0.weight:absmax1"][:-1]})

@@ -5,6 +5,7 @@ The runs are those of test_loop.py in small: a network of two blocks, restarts b
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import signal
 from collections.abc import Callable, Mapping
@@ -25,7 +26,8 @@ from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
-from relora.train.run import Run, begin
+from relora.train.recovery import look_back
+from relora.train.run import Progress, Run, begin
 from relora.train.schedule import Schedule
 from relora.train.state import TrainState
 
@@ -232,6 +234,80 @@ def test_skip_stops_where_there_is_no_step_to_skip(tmp_path: Path) -> None:
         play(tmp_path, never, model=model, non_finite="skip")
 
 
+# Unseen: the host runs ahead, as on a GPU
+
+TIMETABLES = {
+    "full": {"schedule": Schedule(total_steps=12, warm_start_steps=12), "checkpoint_every_steps": 12},
+    "lora": {"schedule": Schedule(total_steps=12), "evaluate_every_steps": 9},
+    "relora": {},
+}
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES)
+@pytest.mark.parametrize("bad", [(), (1,), (7,), (4, 5), (3, 8, 10)])
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_steps_that_nobody_watched_give_the_same_bytes(
+    tmp_path: Path, policy: str, bad: tuple[int, ...], timetable: str
+) -> None:
+    settings = {"non_finite": policy, "log_every_steps": 5, **TIMETABLES[timetable]}
+    seen = play(tmp_path / "seen", is_batch(*bad), **settings)
+    unseen = play(tmp_path / "unseen", is_batch(*bad), look_every_steps=7, **settings)
+    assert same(seen, unseen) and unseen.state.incidents == len(bad)
+    if timetable == "full" and bad == (7,):
+        assert unseen.batches[7:10] == [7, 8, 7]  # it had gone on, and went back
+
+
+def test_looking_back_leaves_no_trace_of_what_was_held_back() -> None:
+    """Of three unseen steps of 24 tokens the second went wrong."""
+    optimizer = torch.optim.AdamW(Net().parameters(), fused=True)
+    optimizer.found_inf = torch.tensor(1.0)
+    progress = Progress(optimizer, TrainState(8, 192), unlogged_tokens=96)
+    progress.unseen = [(TrainState(5 + n, 120 + 24 * n), torch.tensor(float(n > 0))) for n in range(3)]
+    look_back(progress)
+    assert progress == Progress(
+        optimizer, TrainState(6, 144), unlogged_tokens=48, evaluated_loss=progress.evaluated_loss
+    )
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_an_unwatched_step_is_named_as_one_that_was_watched(tmp_path: Path) -> None:
+    messages = []
+    for look_every_steps in (1, 7):
+        with pytest.raises(RunStopped) as caught:
+            changes = {"look_every_steps": look_every_steps, "log_every_steps": 100, **TIMETABLES["full"]}
+            play(tmp_path / str(look_every_steps), is_batch(4), **changes)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "step 4: loss nan" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "bad", "saved"),
+    [(signal.SIGTERM, 7, 8, 9), (signal.SIGTERM, 8, 7, 8), (signal.SIGUSR1, 7, 8, 9)],
+)
+def test_a_signal_waits_for_a_step_that_is_seen(
+    tmp_path: Path, number: signal.Signals, at: int, bad: int, saved: int
+) -> None:
+    """Steps 7 and 8 are taken unseen. What is saved stands after the bad one of them, and says so."""
+    settings = {"non_finite": "skip", "look_every_steps": 7, "log_every_steps": 5, **TIMETABLES["full"]}
+    whole = play(tmp_path / "whole", is_batch(bad), **settings)
+    with contextlib.suppress(Interrupted):
+        play(tmp_path / "cut", is_batch(bad), signals={at: number}, **settings)
+    checkpoints = Checkpoints(tmp_path / "cut" / "checkpoints")
+    assert checkpoints.steps()[0] == saved
+    assert checkpoints.open(saved).state.progress == TrainState(saved, 24 * (saved - 1), incidents=1)
+    assert same(play(tmp_path / "cut", is_batch(bad), **settings), whole)
+
+
+def test_killed_between_two_looks(tmp_path: Path) -> None:
+    settings = {"non_finite": "rewind", "look_every_steps": 7, "log_every_steps": 5, **TIMETABLES["lora"]}
+    whole = play(tmp_path / "whole", is_batch(5), **settings)
+    for kill_at in range(1, len(whole.batches)):
+        folder = tmp_path / f"killed-{kill_at}"
+        with pytest.raises(Killed):
+            play(folder, is_batch(5), kill_at=kill_at, **settings)
+        assert same(play(folder, is_batch(5), **settings), whole), kill_at
+
+
 # Rewind
 
 
@@ -360,3 +436,17 @@ def test_exact_tensors_of_a_rewound_model_are_those_of_a_new_one(tmp_path: Path)
         play(tmp_path / "two", is_batch(10), non_finite="rewind", lowrank=lowrank, kill_at=9)
     assert same(play(tmp_path / "two", is_batch(10), non_finite="rewind", lowrank=lowrank), whole)
     assert {"blocks.0.scaling", "blocks.0.lora_A"} <= whole.tensors.keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_a_run_in_8_bits_goes_on_as_any(tmp_path: Path, policy: str) -> None:
+    """Through the switch, restarts, an incident and a kill."""
+    optimizer = dataclasses.replace(SETTINGS["optimizer"], name="adamw-8bit")
+    whole = play(tmp_path / "whole", is_batch(7), non_finite=policy, optimizer=optimizer)
+    assert {"embed.weight:state1", "embed.weight:step"} <= whole.moments.keys()
+    for kill_at in (2, 6, 9, 11):
+        folder = tmp_path / f"killed-{kill_at}"
+        with pytest.raises(Killed):
+            play(folder, is_batch(7), non_finite=policy, optimizer=optimizer, kill_at=kill_at)
+        assert same(play(folder, is_batch(7), non_finite=policy, optimizer=optimizer), whole), kill_at

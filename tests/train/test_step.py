@@ -1,5 +1,6 @@
 """One step: micro-batches weigh right, nothing moves on bad numbers, dead tensors are named."""
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from relora.errors import RunStopped
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
-from relora.train.step import dead_tensors, train_step
+from relora.train.optim import named_state
+from relora.train.step import dead_tensors, release, train_step
 
 
 class Sequences(NamedTuple):
@@ -41,7 +43,12 @@ def batch() -> Sequences:
 
 
 def one_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, sequences: Sequences, micro: int = 6, **changes: object
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    micro: int = 6,
+    take=None,
+    **changes: object,
 ):
     settings = {
         "seed": 0,
@@ -51,7 +58,7 @@ def one_step(
         "autocast": None,
         "check_gradients": True,
     }
-    return train_step(model, optimizer, sequences, loss, **(settings | changes))
+    return (take or partial(train_step, loss=loss))(model, optimizer, sequences, **(settings | changes))
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -86,6 +93,39 @@ def test_bad_numbers_stop_the_run_before_anything_moves() -> None:
         one_step(model, optimizer, batch(), step=3)
     assert not optimizer.state
     assert all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_step_taken_unseen_is_the_same_step() -> None:
+    weights = []
+    for look in (True, False):
+        model = Bigram()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        outcomes = [one_step(model, optimizer, batch(), step=step, look=look, clip_grad_norm=0.1) for step in range(3)]
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+        assert [outcome.tokens for outcome in outcomes] == [21] * 3
+        assert all(outcome.held is None if look else not outcome.held for outcome in outcomes)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_nothing_moves_after_a_bad_step_that_was_not_seen_until_it_is_released(good_steps: int) -> None:
+    model = Bigram()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def tensors() -> dict[str, Tensor]:
+        return {name: t.clone() for name, t in (dict(model.named_parameters()) | named_state(model, optimizer)).items()}
+
+    for step in range(good_steps):
+        one_step(model, optimizer, batch(), step=step, look=False)
+    before = tensors()
+    bad = partial(train_step, loss=lambda *args: (loss(*args)[0] * torch.nan, torch.tensor(0)))
+    assert one_step(model, optimizer, batch(), look=False, take=bad).held == 1
+    assert one_step(model, optimizer, batch(), look=False).held == 1  # good, but after it
+    release(optimizer)
+    after = tensors()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert one_step(model, optimizer, batch()).held is None
+    assert not torch.equal(model.head.weight, before["head.weight"])
 
 
 def test_a_dead_tensor_is_named() -> None:

@@ -19,6 +19,7 @@ from relora.lowrank.int8 import quantize_rows
 from relora.lowrank.kernel import Arithmetic
 
 Storage = Literal["auto", "fp32", "bf16", "int8"]
+_ROWS = 256
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -90,9 +91,11 @@ class FrozenWeight:
         """Round the exact weight to what is stored and multiplied."""
         weight, copy, scale = self._layer.weight, self._layer.frozen_copy, self._layer.frozen_scale
         if scale is not None:
-            codes, new_scale = quantize_rows(self._rows(self.exact).to(weight.device))
-            scale.copy_(new_scale)
-            (self._rows(weight.data) if copy is None else copy).copy_(codes)
+            codes = self._rows(weight.data) if copy is None else copy
+            parts = (torch.split(rows, _ROWS) for rows in (self._rows(self.exact), codes, scale))
+            for exact, part, part_scale in zip(*parts, strict=True):  # in parts: no second copy of the weight
+                for place, new in zip((part, part_scale), quantize_rows(exact.to(weight.device)), strict=True):
+                    place.copy_(new)
         elif copy is not None:
             copy.copy_(self._rows(self.exact))
         if self.master is not None and weight.dtype != torch.int8:

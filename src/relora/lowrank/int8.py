@@ -60,6 +60,6 @@ def product_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Both in stretches of tokens that a CPU's cache holds. Compiled code fuses the passes; GPUs need no stretches."""
-    tokens = _CACHED_TOKENS if x.device.type == "cpu" and not torch.compiler.is_compiling() else x.shape[0]
+    """Both in stretches of tokens that a CPU's cache holds."""
+    tokens = _CACHED_TOKENS if x.device.type == "cpu" else x.shape[0]
     return zip(torch.split(x, tokens), torch.split(y, tokens), strict=True)

@@ -8,14 +8,15 @@ and nothing else: weights and factors are kept by reference, x Aᵀ is computed 
 The frozen products run in the arithmetic of x, in bf16 or in int8 (`int8`); the factors' never below that of x.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora.lowrank import int8
 from relora.lowrank.costs import FACTORED, Rates, Way, cheapest
+from relora.lowrank.int8 import dequantized, product, product_backward, runs_in_int8
 
 Arithmetic = Literal["native", "bf16", "int8"]
 """Of the frozen products; `native` is that of the layer's input, or autocast's."""
@@ -58,20 +59,21 @@ def low_rank_linear(
     # without autocast, half-precision activations meet fp32 factors: small updates live there, so their precision wins
     low = dtype if autocast else torch.promote_types(dtype, lora_A.dtype)
     flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-    if arithmetic == "int8" and not int8.runs_in_int8(flat.shape[0], weight):
+    if arithmetic == "int8" and not runs_in_int8(flat.shape[0], weight):
         arithmetic = "native"
     with torch.autocast(device, enabled=False):
         if dropout:
             plan = Plan(FACTORED, arithmetic, dtype, low)
             compressed = scaling * F.linear(F.dropout(flat.to(low), dropout), lora_A.to(low))
-            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, plan)  # type: ignore[no-untyped-call]
+            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, None, plan)  # type: ignore[no-untyped-call]
             y = y + F.linear(compressed, lora_B.to(low)).to(dtype)
         else:
             (out, inn), r = weight.shape, lora_A.shape[0]
+            fixed, trained = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             # in half precision W + s B A would lose what is small against W
             mergeable = arithmetic == "native" and dtype.itemsize >= 4
             plan = Plan(cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable), arithmetic, dtype, low)
-            y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, scaling, plan)  # type: ignore[no-untyped-call]
+            y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, fixed, trained, plan)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -87,32 +89,24 @@ class _LowRank(torch.autograd.Function):
         bias: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
-        scaling: Tensor | float,
+        fixed_scaling: float,
+        trained_scaling: Tensor | None,
         plan: Plan,
     ) -> Tensor:
-        ctx.scaling = None if isinstance(scaling, Tensor) else scaling
-        ctx.save_for_backward(x, weight, scale, lora_A, lora_B, scaling if ctx.scaling is None else None)
-        ctx.plan = plan
-        bias = None if bias is None else bias.to(plan.dtype)
-        if plan.way.merged_forward:
-            assert lora_A is not None and lora_B is not None  # FACTORED goes without
-            return F.linear(x, _merged(weight, scale, lora_A, lora_B, scaling, plan.dtype), bias)
-        y = _frozen_product(x, weight, scale, plan)
-        if bias is not None:
-            y += bias
-        if lora_A is None or lora_B is None:
-            return y
-        return _add_product(y, scaling * (x.to(plan.low) @ lora_A.to(plan.low).T), lora_B.to(plan.low).T)
+        ctx.save_for_backward(x, weight, scale, lora_A, lora_B, trained_scaling)
+        ctx.fixed_scaling, ctx.plan = fixed_scaling, plan
+        y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *plan)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, lora_A, lora_B, trained_scaling = ctx.saved_tensors
-        scaling = ctx.scaling if trained_scaling is None else trained_scaling
+        scaling = ctx.fixed_scaling if trained_scaling is None else trained_scaling
         plan, wants = ctx.plan, ctx.needs_input_grad
         grad_bias = grad.sum(0) if wants[3] else None
         if lora_A is None or lora_B is None:
-            grad_x = _frozen_backward(grad, weight, scale, plan).to(x.dtype) if wants[0] else None
-            return grad_x, None, None, grad_bias, None, None, None, None
+            grad_x = _frozen_backward(grad, weight, scale, plan.arithmetic, plan.dtype) if wants[0] else None
+            return (None if grad_x is None else grad_x.to(x.dtype)), None, None, grad_bias, *[None] * 5
         a, b, low_grad = lora_A.to(plan.low), lora_B.to(plan.low), grad.to(plan.low)
         grad_x = grad_a = grad_b = grad_scaling = None
         if not (plan.way.merged_backward and plan.way.dense):
@@ -121,9 +115,11 @@ class _LowRank(torch.autograd.Function):
             if plan.way.merged_backward:
                 grad_x = grad.to(plan.dtype) @ _merged(weight, scale, lora_A, lora_B, scaling, plan.dtype)
             else:
-                grad_x = _add_product(_frozen_backward(grad, weight, scale, plan), scaling * compressed, a)
+                grad_x = _add_product(
+                    _frozen_backward(grad, weight, scale, plan.arithmetic, plan.dtype), scaling * compressed, a
+                )
             grad_x = grad_x.to(x.dtype)
-        if any(wants[4:7]):
+        if any(wants[4:]):
             x = x.to(plan.low)
             if plan.way.dense:
                 grad_weight = low_grad.T @ x  # [out, in], of this layer alone
@@ -132,26 +128,61 @@ class _LowRank(torch.autograd.Function):
                 unscaled_a = compressed.T @ x
                 grad_b = ((scaling * (x @ a.T)).T @ low_grad).T  # narrow sides first: up to twice as fast on a CPU
             grad_a, grad_b = (scaling * unscaled_a).to(lora_A.dtype), grad_b.to(lora_B.dtype)
-            grad_scaling = (unscaled_a * a).sum().to(lora_A.dtype) if wants[6] else None
-        return grad_x, None, None, grad_bias, grad_a, grad_b, grad_scaling, None
+            grad_scaling = (unscaled_a * a).sum().to(lora_A.dtype) if wants[7] else None
+        return grad_x, None, None, grad_bias, grad_a, grad_b, None, grad_scaling, None
 
 
-def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, plan: Plan) -> Tensor:
+@torch.library.custom_op("relora::low_rank_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    fixed_scaling: float,
+    trained_scaling: Tensor | None,
+    way: Sequence[bool],
+    arithmetic: str,
+    dtype: torch.dtype,
+    low: torch.dtype,
+) -> Tensor:
+    """y [tokens, out], as one operator: selective activation checkpointing keeps y, and nothing that led to it."""
+    merged = Way(*way).merged_forward
+    scaling = fixed_scaling if trained_scaling is None else trained_scaling
+    bias = None if bias is None else bias.to(dtype)
+    if lora_A is not None and lora_B is not None and merged:
+        return F.linear(x, _merged(weight, scale, lora_A, lora_B, scaling, dtype), bias)
+    y = _frozen_product(x, weight, scale, arithmetic, dtype)
+    if bias is not None:
+        y += bias
+    if lora_A is None or lora_B is None:
+        return y
+    return _add_product(y, scaling * (x.to(low) @ lora_A.to(low).T), lora_B.to(low).T)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    dtype: torch.dtype = others[-2]
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, arithmetic: str, dtype: torch.dtype) -> Tensor:
     """x Wᵀ [tokens, out]."""
-    if plan.arithmetic == "int8":
+    if arithmetic == "int8":
         assert scale is not None  # codes have one
-        return int8.product(x, weight, scale).to(plan.dtype)
-    dtype = torch.bfloat16 if plan.arithmetic == "bf16" else plan.dtype
-    return (x.to(dtype) @ _as(weight, scale, dtype).T).to(plan.dtype)
+        return product(x, weight, scale).to(dtype)
+    precision = torch.bfloat16 if arithmetic == "bf16" else dtype
+    return (x.to(precision) @ _as(weight, scale, precision).T).to(dtype)
 
 
-def _frozen_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, plan: Plan) -> Tensor:
+def _frozen_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, arithmetic: str, dtype: torch.dtype) -> Tensor:
     """dY W [tokens, in]."""
-    if plan.arithmetic == "int8":
+    if arithmetic == "int8":
         assert scale is not None
-        return int8.product_backward(grad, weight, scale).to(plan.dtype)
-    dtype = torch.bfloat16 if plan.arithmetic == "bf16" else plan.dtype
-    return (grad.to(dtype) @ _as(weight, scale, dtype)).to(plan.dtype)
+        return product_backward(grad, weight, scale).to(dtype)
+    precision = torch.bfloat16 if arithmetic == "bf16" else dtype
+    return (grad.to(precision) @ _as(weight, scale, precision)).to(dtype)
 
 
 def _merged(
@@ -168,4 +199,4 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _as(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The frozen weight as numbers of `dtype`, which may be the weight itself."""
-    return weight.to(dtype) if scale is None else int8.dequantized(weight, scale, dtype)
+    return weight.to(dtype) if scale is None else dequantized(weight, scale, dtype)

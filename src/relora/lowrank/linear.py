@@ -122,7 +122,7 @@ class LowRankLinear(Layer):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """The update s·B A in the factors' precision, in the weight's shape."""
-        delta = self.scaling * (self.lora_B @ self.lora_A)  # [out, in]
+        delta = (self.scaling * self.lora_B) @ self.lora_A  # [out, in], and nothing else of that size
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()

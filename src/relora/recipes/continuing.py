@@ -26,6 +26,8 @@ ALLOWED = {
     "non_finite": "",
     "batch.micro_sequences": "sums are rounded, and dropout is drawn, differently",
     "device": "sums are rounded, and dropout is drawn, differently",
+    "compile": "sums are rounded, and dropout is drawn, differently",
+    "memory": "the same bits, but for compiled blocks",
     "data.train.path": "the same tokens",
     "data.validation": "the same tokens",
 }

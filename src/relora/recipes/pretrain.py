@@ -4,7 +4,7 @@ This file assembles; the loop is in `train/loop.py`, the method in `lowrank/`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,22 +13,27 @@ from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.durable import write_durably
 from relora.errors import RunStopped, UserError
-from relora.lowrank import merge
+from relora.lowrank import LowRankConfig, merge
+from relora.lowrank.calibrate import calibrated, from_json, to_json
 from relora.measure import Evaluation, evaluate, token_loss
+from relora.model.blocks import training_blocks
 from relora.model.load import save_model
 from relora.recipes.continuing import changes_since, check_settings, newest
 from relora.recipes.generate import sample_texts
-from relora.recipes.parts import Ingredients, factor_parameters, gather, lowrank_of, schedule_of
+from relora.recipes.parts import Ingredients, factor_parameters, frozen_arithmetic, gather, lowrank_of, schedule_of
 from relora.recipes.run_folder import check_space, claim, describe_run
 from relora.report.console import Console
 from relora.report.html import write_report
 from relora.report.reporter import Reporter
 from relora.report.trackers import open_trackers
-from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint import Checkpoint, Checkpoints
 from relora.train.loop import train
-from relora.train.optim import OptimizerConfig
+from relora.train.optim import OptimizerConfig, check_optimizer
 from relora.train.run import Run, begin
 from relora.train.state import numeric_environment
+
+LOOK_EVERY_STEPS = 16
+"""On a GPU, whose fused AdamW can hold back an update by itself, the host may run so many steps ahead."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,28 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
         UserError: a setting, a folder or a combination that cannot be used, found before anything is written.
         RunStopped, Interrupted: see `relora.errors`; the same call continues from the last checkpoint.
     """
+    check_optimizer(config.optimizer.name)
     parts = gather(config)
+    checkpointing = config.memory.activation_checkpointing
+    blocks = training_blocks(parts.model, checkpointing=checkpointing, compiled=config.compile)
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     # a checkpoint holds at most weights, m and v in fp32; one more than is kept while it is written, and the model
     trained = parameters + factor_parameters(config, parts.model)
     needed = trained * 12 * (config.checkpoint.keep_last + 1) + parameters * 4
     check_space(Path(config.output_dir), needed, continuing=not fresh)
     settings = numeric_environment(parts.device, config.precision.dtype) | parts.content
+    if config.compile:
+        settings["compile"] = "inductor"
     with claim(config, fresh) as folder, _checkpoints(config, folder) as checkpoints:
         warnings = changes_since(folder, config)
         checkpoint, broken = newest(checkpoints, strict=strict)
         warnings += broken
+        lowrank = _low_rank(config, parts, checkpoint)
+        settings["frozen"] = lowrank.frozen
         if checkpoint:
             warnings += check_settings(checkpoint.manifest.settings, settings, strict=strict)
+        if lowrank.rates:
+            settings["rates"] = to_json(lowrank.rates)
         describe_run(folder, config, parameters)
         copy_tokenizer(parts.held_out.folder.tokenizer_path, folder / "tokenizer")  # an export needs no data
         trackers = open_trackers(
@@ -75,10 +89,22 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
                 reporter.message(f"continuing after step {checkpoint.step} of {config.total_steps}")
             for line in warnings:
                 reporter.warning(line)
-            run = assemble(config, parts, reporter, checkpoints, settings)
-            state = train(run, begin(run, checkpoint))
+            if lowrank.frozen == "int8":
+                reporter.message("low-rank phase: products with frozen weights in int8 (precision.frozen)")
+            run = assemble(config, parts, lowrank, reporter, checkpoints, settings)
+            with blocks:
+                state = train(run, begin(run, checkpoint))
             evaluation = _finish(config, parts, run, folder)
     return PretrainResult(folder, state.step, state.tokens, evaluation)
+
+
+def _low_rank(config: RunConfig, parts: Ingredients, checkpoint: Checkpoint | None) -> LowRankConfig:
+    """The low-rank layers, computed in the ways that the run began with, or else in those that pay on this device."""
+    if config.method == "full":
+        return lowrank_of(config)
+    kept = from_json(str(checkpoint.manifest.settings.get("rates"))) if checkpoint else None
+    rates = kept or calibrated(parts.device)
+    return replace(lowrank_of(config), frozen=frozen_arithmetic(config, parts.model, rates), rates=rates)
 
 
 def _checkpoints(config: RunConfig, folder: Path) -> Checkpoints:
@@ -105,6 +131,7 @@ def _finish(config: RunConfig, parts: Ingredients, run: Run, folder: Path) -> Ev
 def assemble(
     config: RunConfig,
     parts: Ingredients,
+    lowrank: LowRankConfig,
     reporter: Reporter,
     checkpoints: Checkpoints,
     settings: dict[str, str | int],
@@ -126,6 +153,7 @@ def assemble(
             each_batch=each_batch,
         ),
         optimizer=OptimizerConfig(
+            name=optimizer.name,
             lr=optimizer.lr,
             lowrank_lr=config.lowrank_lr,
             lowrank_b_lr_ratio=optimizer.lowrank_b_lr_ratio,
@@ -133,7 +161,7 @@ def assemble(
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         ),
-        lowrank=lowrank_of(config),
+        lowrank=lowrank,
         restart_reset=config.restart.optimizer,
         restart_keep_ratio=config.restart.keep_ratio,
         reporter=reporter,
@@ -145,6 +173,7 @@ def assemble(
         clip_grad_norm=optimizer.clip_grad_norm,
         non_finite=config.non_finite.policy,
         non_finite_limit=config.non_finite.limit,
+        look_every_steps=LOOK_EVERY_STEPS if parts.device.type == "cuda" and optimizer.name == "adamw" else 1,
         log_every_steps=config.log.every_steps,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,

@@ -5,6 +5,9 @@
 All that time decides is asked of the `Schedule`; all that is drawn is keyed by the step. So the loop holds no counters
 of its own, and a run continued from any checkpoint takes the same steps, bit for bit. A checkpoint of step t is taken
 before anything else that is due at t; a continued run does that again.
+
+On a GPU the host runs ahead: most steps are taken unseen. It looks in time for all that needs the truth, so the only
+thing that can come in between is a signal, and that waits for one more step.
 """
 
 import signal
@@ -17,7 +20,7 @@ from relora.device import peak_memory_bytes
 from relora.errors import Interrupted, NonFinite
 from relora.lowrank import inject, restart
 from relora.train.optim import build_optimizer, carry_state, set_lr
-from relora.train.recovery import recover
+from relora.train.recovery import look_back, recover
 from relora.train.run import Progress, Run, save, save_due
 from relora.train.signals import Signals
 from relora.train.state import TrainState
@@ -35,7 +38,7 @@ def train(run: Run, progress: Progress) -> TrainState:
             try:
                 if _settle(run, progress, signals):
                     break
-                _advance(run, progress)
+                _advance(run, progress, signals)
             except NonFinite as failure:
                 progress = recover(run, progress, failure)
         run.checkpoints.wait()
@@ -53,6 +56,8 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
             _stop(run, progress, signals.stop)
 
     run.checkpoints.check()
+    if progress.unseen:
+        return False
     stop_if_asked()
     asked = signals.take_save()
     if asked or save_due(run, step):
@@ -65,32 +70,38 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
     return step == run.schedule.total_steps
 
 
-def _advance(run: Run, progress: Progress) -> None:
+def _advance(run: Run, progress: Progress, signals: Signals) -> None:
     """Cross the boundary that is due, take a step, report it."""
     if run.schedule.switch_due(progress.state.step):
         _switch(run, progress)
     if run.schedule.restart_due(progress.state.step):
         _restart(run, progress)
-    _report(run, progress, _take_step(run, progress))
+    look = signals.asked or _look_due(run, progress.state.step + 1)
+    _report(run, progress, _take_step(run, progress, look))
 
 
-def _take_step(run: Run, progress: Progress) -> StepOutcome:
-    step, started = progress.state.step, time.perf_counter()
+def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
+    started = time.perf_counter()
+    if look:
+        look_back(progress)
+    before, step = progress.state, progress.state.step
     set_lr(progress.optimizer, run.schedule.lr_factor(step))
     outcome = train_step(
         run.model,
         progress.optimizer,
-        run.batch_at(progress.state.batch),
+        run.batch_at(before.batch),
         run.loss,
         seed=run.seed,
         step=step,
         micro_sequences=run.micro_sequences,
         clip_grad_norm=run.clip_grad_norm,
         autocast=run.autocast,
-        # at once for all but lora_A, whose gradient comes to life when lora_B has moved, two steps into a cycle
-        check_gradients=step - run.schedule.cycle_start(step) in (0, 2),
+        check_gradients=_check_due(run, step),
+        look=look,
     )
-    progress.state = progress.state.after(outcome.tokens)
+    if outcome.held is not None:
+        progress.unseen.append((before, outcome.held))
+    progress.state = before.after(outcome.tokens)
     progress.unlogged_seconds += time.perf_counter() - started
     progress.unlogged_tokens += outcome.tokens
     return outcome
@@ -124,8 +135,7 @@ def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
     """A line of metrics every so often, at the end, and for the first step of every cycle; the live line always."""
     state, schedule, taken = progress.state, run.schedule, progress.state.step - 1
     run.reporter.progress(state.step)
-    first_of_cycle = taken == schedule.cycle_start(taken)
-    if state.step % run.log_every_steps and state.step < schedule.total_steps and not first_of_cycle:
+    if not _log_due(run, state.step):
         return
     factor = schedule.lr_factor(taken)
     record = {"kind": "train", **run.position(state, taken), "loss": outcome.loss, "lr": run.optimizer.lr * factor}
@@ -163,6 +173,23 @@ def _stop(run: Run, progress: Progress, signal_number: int) -> NoReturn:
     name, step = signal.Signals(signal_number).name, progress.state.step
     message = f"{name}: stopped after step {step}, checkpoint written; the same command continues"
     raise Interrupted(message, signal_number)
+
+
+def _look_due(run: Run, step: int) -> bool:
+    """Whether the host must know how the update that leads to `step` went."""
+    due = _log_due(run, step) or _check_due(run, step - 1) or save_due(run, step) or _evaluation_due(run, step)
+    return due or step % run.look_every_steps == 0
+
+
+def _log_due(run: Run, step: int) -> bool:
+    """Every so often, at the end, and after the first step of every cycle."""
+    first_of_cycle = step - 1 == run.schedule.cycle_start(step - 1)
+    return first_of_cycle or step == run.schedule.total_steps or step % run.log_every_steps == 0
+
+
+def _check_due(run: Run, step: int) -> bool:
+    """At once for all but lora_A, whose gradient comes to life when lora_B has moved, two steps into a cycle."""
+    return step - run.schedule.cycle_start(step) in (0, 2)
 
 
 def _evaluation_due(run: Run, step: int) -> bool:

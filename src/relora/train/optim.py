@@ -3,10 +3,16 @@
 Everything at full rank (embeddings, norms, head; in the warm start all of it) goes at `lr`, lora_A at `lowrank_lr`,
 lora_B at `lowrank_b_lr_ratio` times that (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Matrices are decayed, vectors
 and scales are not.
+
+`adamw-8bit` keeps m and v as 8-bit codes, one fp32 scale for 256 of them (Dettmers et al. 2021, arXiv 2110.02861): 2
+bytes a parameter instead of 8. The price: moments that are right to a few percent, and a step that the host waits for.
 """
 
+import importlib.util
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +20,21 @@ from torch import Tensor, nn
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
 
+OptimizerName = Literal["adamw", "adamw-8bit"]
+
+_Layout = dict[str, tuple[torch.Size, bool]]
+"""Of one parameter's state: the shape of each tensor, and whether it is floating point."""
+
+CODES_PER_SCALE = 256
+FEWEST_CODES = 4096
+"""Moments of smaller tensors stay in fp32. Both numbers are the library's; what is loaded is checked by them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW's settings; learning rates are peaks, scaled by the schedule at every step."""
 
+    name: OptimizerName = "adamw"
     lr: float
     lowrank_lr: float
     lowrank_b_lr_ratio: float = 1.0
@@ -27,8 +43,16 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of `model`; each group keeps its peak rate in `initial_lr`."""
+def check_optimizer(name: OptimizerName) -> None:
+    """`UserError` naming the extra where the optimizer's library is absent; loads nothing."""
+    if name == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optimizer.name: adamw-8bit needs bitsandbytes, which is not installed; run: pip install 'relora[quant]'"
+        )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of `model`, fused or in 8 bits; a group's peak rate is its `initial_lr`."""
     factors: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "scaling": []}
     for layer in low_rank_layers(model).values():
         for kind, factor in layer.factors.items():
@@ -43,9 +67,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         _group(factors["lora_B"], b_lr, decay),
         _group(factors["scaling"], config.lowrank_lr, 0.0),
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=config.betas, eps=config.eps, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw-8bit":
+        return _eight_bit(groups, config)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -65,7 +90,8 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     """The optimizer's tensors as `parameter name:key`, e.g. `lm_head.weight:exp_avg`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{names[id(parameter)]}:{key}": value
+        # the 8-bit tables of code values are shared by all parameters, and two names on one tensor cannot be saved
+        f"{names[id(parameter)]}:{key}": value.clone() if key.startswith("qmap") else torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -84,11 +110,22 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = {names[id(parameter)]: parameter for parameter in _parameters(optimizer)}
     for name, state in by_name.items():
-        _check_state(name, state, parameters.get(name))
+        _check_state(name, state, parameters.get(name), optimizer)
     states = [by_name.get(name, {}) for name in parameters]
     groups = optimizer.state_dict()["param_groups"]
     # through load_state_dict, which knows on which device and in which type each optimizer keeps its step
     optimizer.load_state_dict({"state": {i: state for i, state in enumerate(states) if state}, "param_groups": groups})
+    if not isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state["step"] = int(state["step"])  # the 8-bit kernels take a number
+
+
+def _eight_bit(groups: list[dict[str, object]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels that no optimizer uses
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=config.betas, eps=config.eps, min_8bit_size=FEWEST_CODES)
+    return optimizer
 
 
 def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, object]:
@@ -99,10 +136,29 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _check_state(name: str, state: dict[str, Tensor], parameter: nn.Parameter | None) -> None:
-    """AdamW's: two moments of the parameter's shape, and a step."""
+def _check_state(
+    name: str, state: dict[str, Tensor], parameter: nn.Parameter | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """Those that the optimizer would lay out itself, by name, shape and kind of number."""
     if parameter is None:
         raise UserError(f"the saved optimizer has moments of {name}, which does not train here")
-    shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
-    if {key: tensor.shape for key, tensor in state.items() if tensor.is_floating_point()} != shapes:
-        raise UserError(f"the saved optimizer's moments of {name} are not AdamW's, or not of its shape")
+    eight_bit = not isinstance(optimizer, torch.optim.AdamW)
+    expected = _eight_bit_layout(parameter) if eight_bit else _layout(parameter)
+    if {key: (tensor.shape, tensor.is_floating_point()) for key, tensor in state.items()} != expected:
+        kind = "adamw-8bit's" if eight_bit else "adamw's"
+        raise UserError(f"the saved optimizer's moments of {name} are not {kind}, or not of its shape")
+
+
+def _layout(parameter: nn.Parameter) -> _Layout:
+    return {"exp_avg": (parameter.shape, True), "exp_avg_sq": (parameter.shape, True), "step": (torch.Size(), True)}
+
+
+def _eight_bit_layout(parameter: nn.Parameter) -> _Layout:
+    coded = parameter.numel() >= FEWEST_CODES
+    moments = dict.fromkeys(("state1", "state2"), (parameter.shape, not coded))
+    step: _Layout = {"step": (torch.Size(), False)}
+    if not coded:
+        return moments | step
+    tables = {key: (torch.Size([256]), True) for key in ("qmap1", "qmap2")}
+    scales = torch.Size([-(-parameter.numel() // CODES_PER_SCALE)])
+    return moments | tables | dict.fromkeys(("absmax1", "absmax2"), (scales, True)) | step

@@ -4,8 +4,27 @@ What follows an incident is a function of what is saved, like everything else: a
 continued meets the same failure and takes the same way.
 """
 
+import torch
+
 from relora.errors import NonFinite, RunStopped
 from relora.train.run import Progress, Run, begin
+from relora.train.step import release
+
+
+def look_back(progress: Progress) -> None:
+    """Learn how the steps went that were taken unseen; where one went wrong, stand before it again.
+
+    Nothing has moved since then. So that step can be taken once more, seen this time, and fails as it did.
+    """
+    if not progress.unseen:
+        return
+    held = torch.stack([flag for _, flag in progress.unseen]).tolist()  # the one wait
+    if held[-1]:
+        before, _ = progress.unseen[held.index(1)]
+        progress.unlogged_tokens -= progress.state.tokens - before.tokens
+        progress.state = before
+        release(progress.optimizer)
+    progress.unseen = []
 
 
 def recover(run: Run, progress: Progress, failure: NonFinite) -> Progress:

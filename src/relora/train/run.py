@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, strip
@@ -54,6 +54,8 @@ class Run:
     clip_grad_norm: float
     non_finite: NonFinitePolicy
     non_finite_limit: int
+    look_every_steps: int
+    """The host waits for a step's figures at least so often, and where they are logged or something is due."""
     log_every_steps: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
@@ -70,6 +72,8 @@ class Progress:
 
     optimizer: torch.optim.Optimizer
     state: TrainState = field(default_factory=TrainState)
+    unseen: list[tuple[TrainState, Tensor]] = field(default_factory=list)
+    """The steps since the host last looked: where each began, and its flag (see `train_step`)."""
     unlogged_tokens: int = 0
     unlogged_seconds: float = 0.0
     evaluated_loss: float = math.nan

@@ -29,6 +29,11 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether anything was asked for that has not been done."""
+        return self._save or self.stop is not None
+
     def take_save(self) -> bool:
         """Whether a checkpoint was asked for since this was last asked."""
         asked, self._save = self._save, False

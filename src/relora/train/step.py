@@ -1,4 +1,10 @@
-"""One optimizer step: micro-batches, loss per valid token, clip, and a finite check before any weight moves."""
+"""One optimizer step: micro-batches, loss per valid token, clip, and a finite check before any weight moves.
+
+The check costs a wait: the host learns a loss only when the device has computed it. So a step may be taken unseen.
+Then the check is the device's: a flag that goes up with the first loss or gradient that is not finite and stays up
+holds back that update and all that follow (`found_inf` of the fused kernels). When the host looks at last, weights and
+moments are as they were before the step that went wrong.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,6 +18,7 @@ from relora.draws import keyed_seed
 from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
 from relora.measure import IGNORED
+from relora.train.embeddings import rows_added_in_place
 
 
 class Batch(Protocol):
@@ -29,13 +36,15 @@ Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step measured."""
+    """What a step measured; of one taken unseen, loss and norm are NaN and `held` is the flag on the device."""
 
     loss: float
     """Mean over the step's valid tokens, before the update; nats."""
     grad_norm: float
     """Norm over all trainable parameters, before clipping."""
     tokens: int
+    held: Tensor | None = None
+    """1 where this step or one before it, since the last look, was not finite: then nothing has moved."""
 
 
 def train_step(
@@ -50,43 +59,58 @@ def train_step(
     clip_grad_norm: float,
     autocast: torch.dtype | None,
     check_gradients: bool,
+    look: bool = True,
 ) -> StepOutcome:
     """Accumulate over micro-batches and update once.
 
     The loss is a sum divided by the valid tokens of the whole step, so that unequal micro-batches weigh right.
     Dropout draws from the global stream, reseeded here by (seed, step): a resumed run draws the same.
 
+    Args:
+        look: wait for loss and gradient before anything moves. Without, `optimizer` must be a fused one.
+
     Raises:
         NonFinite: loss or gradient is not finite. RunStopped: a trainable tensor is dead. No weight and no moment has
-            moved.
+            moved. Neither is raised by a step that is taken unseen.
     """
     torch.manual_seed(keyed_seed(seed, "step", step))
     device = next(model.parameters()).device
-    valid_tokens = int((batch.labels != IGNORED).sum())
+    valid_tokens = int((batch.labels != IGNORED).sum())  # of the host's copy: nothing to wait for
     micro_losses = []
-    micro_batches = zip(
-        torch.split(batch.input_ids, micro_sequences), torch.split(batch.labels, micro_sequences), strict=True
-    )
-    for input_ids, labels in micro_batches:
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            micro_loss, _ = loss(model, input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        torch.autograd.backward(micro_loss / valid_tokens)
-        micro_losses.append(micro_loss.detach())
+    parts = (torch.split(_sent(tensor, device), micro_sequences) for tensor in (batch.input_ids, batch.labels))
+    with rows_added_in_place(model):
+        for input_ids, labels in zip(*parts, strict=True):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                micro_loss, _ = loss(model, input_ids, labels)
+            torch.autograd.backward(micro_loss / valid_tokens)
+            micro_losses.append(micro_loss.detach())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     grad_norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-    loss_sum = torch.stack(micro_losses).sum()
-    outcome = StepOutcome((loss_sum / valid_tokens).item(), grad_norm.item(), valid_tokens)
-    if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-        failure = _non_finite(model, outcome, micro_losses, step, micro_sequences)
-        optimizer.zero_grad()
-        raise failure
-    if check_gradients:
-        _stop_on_dead(model, step)
+    figures = torch.stack([torch.stack(micro_losses).sum() / valid_tokens, grad_norm])
+    if look:
+        mean_loss, norm = figures.tolist()
+        outcome = StepOutcome(mean_loss, norm, valid_tokens)
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            failure = _non_finite(model, outcome, micro_losses, step, micro_sequences)
+            optimizer.zero_grad()
+            raise failure
+        if check_gradients:
+            _stop_on_dead(model, step)
+    else:
+        outcome = StepOutcome(math.nan, math.nan, valid_tokens, _hold_if_bad(optimizer, figures))
     if clip_grad_norm:
         nn.utils.clip_grads_with_norm_(trainable, clip_grad_norm, grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return outcome
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer move again, once it is known which update was held back first."""
+    del optimizer.found_inf  # type: ignore[attr-defined]
+    for parameter, state in list(optimizer.state.items()):
+        if not state["step"]:  # laid out for a first update that was not taken
+            del optimizer.state[parameter]
 
 
 def dead_tensors(model: nn.Module) -> list[str]:
@@ -102,6 +126,19 @@ def dead_tensors(model: nn.Module) -> list[str]:
         and id(parameter) not in excused
         and (parameter.grad is None or not parameter.grad.any())
     ]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host goes on at once, and where they are one nothing is copied."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def _hold_if_bad(optimizer: torch.optim.Optimizer, figures: Tensor) -> Tensor:
+    """Raise the flag that the optimizer's kernels read, if a figure is not finite; it stays up until `release`."""
+    held = 1 - figures.isfinite().all().float()
+    held = torch.maximum(held, getattr(optimizer, "found_inf", held))
+    optimizer.found_inf = held  # type: ignore[attr-defined]
+    return held
 
 
 def _non_finite(

@@ -1,0 +1,330 @@
+"""Blocks that train with less memory, or compiled: the same numbers, the same modules, few compilations."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+)
+
+from relora.errors import UserError
+from relora.lowrank import LowRankConfig, inject, merge
+from relora.lowrank.inject import low_rank_layers
+from relora.measure import evaluating, token_loss
+from relora.model import blocks as blocks_module
+from relora.model.blocks import Checkpointing, find_blocks, training_blocks
+
+ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = LlamaConfig(**SHAPE, intermediate_size=48, num_key_value_heads=2)
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LLAMA,
+    "gpt_neox": GPTNeoXConfig(**SHAPE, intermediate_size=48, hidden_dropout=0.1, attention_dropout=0.1),
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=32, **ENDS),
+    "opt": OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE,
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+}
+"""GPT-2, GPT-NeoX and OPT draw dropout."""
+pytestmark = [  # torch's compiler, of itself
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+Measured = tuple[Tensor, dict[str, Tensor]]
+
+
+def build(settings: PreTrainedConfig = LLAMA) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(settings).train()
+
+
+def add_factors(model: nn.Module, dropout: float = 0.1, r: int = 4) -> None:
+    """As in the middle of a cycle: B is not zero."""
+    inject(model, LowRankConfig(r=r, lora_dropout=dropout))
+    for layer in low_rank_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.02, generator=torch.Generator().manual_seed(1))
+
+
+def measure(model: nn.Module, sequences: int = 2) -> Measured:
+    """Loss and gradients of one micro-batch."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    ids = torch.randint(0, 64, (sequences, 16))
+    loss, _ = token_loss(model, ids, ids)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_bits(one: Measured, other: Measured) -> None:
+    assert torch.equal(one[0], other[0])
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert torch.equal(gradient, other[1][name]), name
+
+
+def assert_close(one: Measured, other: Measured) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def warmed(model: nn.Module) -> nn.Module:
+    """What is found out about a model at its first pass is known."""
+    measure(model)
+    return model
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compilations() -> int:
+    """Of blocks; trying the compiler is one more."""
+    return counters["stats"]["unique_graphs"] - 1
+
+
+@pytest.mark.parametrize("low_rank", [False, True], ids=["full rank", "low rank"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_no_bit(family: str, low_rank: bool) -> None:
+    """Dropout of the model and of the low-rank layer included."""
+    model = build(FAMILIES[family])
+    if low_rank:
+        add_factors(model, r=1 if "moe" in family else 4)  # a gate has one output
+    plain = measure(model)
+    for kind in ("selective", "full"):
+        with training_blocks(model, checkpointing=kind):
+            assert_same_bits(measure(model), plain)
+            assert_same_bits(measure(model), plain)  # nothing of one micro-batch is left for the next
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_under_autocast_too(kind: Checkpointing) -> None:
+    model = build()
+    add_factors(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = measure(model)
+        with training_blocks(model, checkpointing=kind):
+            assert_same_bits(measure(model), plain)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, operation: torch._ops.OpOverload, _: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(model: nn.Module) -> Counter[str]:
+    """How often each operator ran in one forward and backward pass."""
+    with Operations() as counted:
+        measure(model)
+    return counted.counts
+
+
+def test_what_is_computed_again() -> None:
+    """selective repeats no product and no attention; full repeats them but for what comes last."""
+    model = build()
+    plain = operations(warmed(model))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    with training_blocks(model, checkpointing="selective"):
+        selective = operations(model)
+    with training_blocks(model, checkpointing="full"):
+        full = operations(model)
+    assert selective["mm"] == plain["mm"] < full["mm"]
+    assert selective[attention] == plain[attention] == 3 and full[attention] == 6
+    assert plain["silu"] == 3 and selective["silu"] == full["silu"] == 6
+
+
+def test_a_product_of_weights_is_not_kept() -> None:
+    """W + s B A has as many entries as W: kept for every layer it would be a second model."""
+    tokens, addmm = 32, torch.ops.aten.addmm.default
+    weight, factors, x = torch.zeros(24, 16), (torch.zeros(24, 4), torch.zeros(4, 16)), torch.zeros(tokens, 16)
+    kept = blocks_module._kept
+    assert kept(tokens, None, addmm, weight, *factors) is blocks_module.CheckpointPolicy.PREFER_RECOMPUTE
+    assert kept(tokens, None, torch.ops.aten.mm.default, x, weight.T) is blocks_module.CheckpointPolicy.MUST_SAVE
+
+
+def test_evaluation_and_the_end_meet_plain_blocks() -> None:
+    """Eval mode computes as written, and afterwards no module holds anything of ours."""
+    model = build()
+    names, attributes = list(model.state_dict()), [set(vars(module)) for module in model.modules()]
+    kinds = [type(module) for module in model.modules()]
+    ids = torch.arange(10).reshape(1, 10)
+    with evaluating(model):
+        logits = model(ids).logits
+    with training_blocks(model, checkpointing="full", compiled=True, backend="eager"):
+        assert list(model.state_dict()) == names and [type(module) for module in model.modules()] == kinds
+        with evaluating(model):
+            assert torch.equal(model(ids).logits, logits)
+            text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert text.shape[1] <= 13
+    assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+def test_the_blocks_are_put_back_after_an_error() -> None:
+    model = build()
+    with pytest.raises(ZeroDivisionError), training_blocks(model, checkpointing="full"):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_asked_for_nothing_nothing_is_touched() -> None:
+    with training_blocks(nn.Linear(2, 2)):
+        pass
+
+
+@pytest.mark.parametrize("asked", [{"compiled": True}, {"checkpointing": "selective"}])
+def test_a_model_without_blocks_is_refused(asked: dict[str, bool | Checkpointing]) -> None:
+    with pytest.raises(UserError, match="no repeated blocks"):
+        training_blocks(nn.Sequential(nn.Linear(2, 2)), **asked)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_found_by_structure(family: str) -> None:
+    """The decoder layers, not the experts within one."""
+    found = find_blocks(build(FAMILIES[family]))
+    assert len(found) == 3 and all(
+        "Layer" in type(block).__name__ or "Block" in type(block).__name__ for block in found
+    )
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_compilation_a_phase(kind: Checkpointing) -> None:
+    """Not one a block, a restart, an evaluation, or a return to the full-rank phase."""
+    model = build()
+    factors = build()
+    add_factors(factors, dropout=0.0)
+    with training_blocks(model, checkpointing=kind, compiled=True, backend="aot_eager"):
+        full_rank = [measure(model) for _ in range(2)][-1]
+        assert compilations() == 1
+        with evaluating(model):
+            model(torch.zeros(1, 7, dtype=torch.long))
+        add_factors(model, dropout=0.0)
+        low_rank = [measure(model) for _ in range(2)][-1]
+        assert compilations() == 2
+        for cycle in range(1, 4):
+            for layer in low_rank_layers(model).values():
+                layer.merge_()
+                layer.redraw_(cycle)
+            measure(model)
+        merge(model)
+        measure(model)
+        assert compilations() == 2
+    assert not counters["graph_break"]
+    assert_close(full_rank, measure(build()))
+    assert_close(low_rank, measure(factors))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_blocks_that_read_their_own_number_stay_below_the_limit() -> None:
+    settings = GPT2Config(
+        n_embd=8, n_layer=5, n_head=2, vocab_size=64, n_positions=32, scale_attn_by_inverse_layer_idx=True, **ENDS
+    )
+    model = build(settings)
+    with training_blocks(model, compiled=True, backend="eager"):
+        measure(model)
+        add_factors(model)
+        measure(model)
+    assert compilations() == 10 and not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_real_compiler_gives_the_same_to_a_few_digits() -> None:
+    model = build()
+    add_factors(model, dropout=0.0)
+    plain = measure(model)
+    with training_blocks(model, checkpointing="selective", compiled=True):
+        compiled = measure(model)
+        assert_same_bits(measure(model), compiled)  # a run that is continued meets the same bits
+    assert_close(compiled, plain)
+    assert compilations() == 1
+
+
+class ScaledProduct(torch.autograd.Function):
+    """What a low-rank layer's kernel is: x kept once, weights by reference, the factors' product formed on the way."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        return (x.flatten(0, -2) @ torch.addmm(weight, b, a, alpha=0.5).T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        x, weight, a, b = ctx.saved_tensors
+        dense = 0.5 * grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad @ torch.addmm(weight, b, a, alpha=0.5), None, b.T @ dense, dense @ a.T
+
+
+class Kernelled(nn.Module):
+    """A residual block around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4, requires_grad=False)
+        self.a, self.b = nn.Parameter(torch.randn(4, 16) / 4), nn.Parameter(torch.randn(16, 4) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(ScaledProduct.apply(self.norm(x), self.weight, self.a, self.b))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_custom_function_in_the_block_goes_along(kind: Checkpointing, compiled: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([Kernelled(), Kernelled()])
+
+    def gradients() -> Measured:
+        model.zero_grad()
+        x = torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16).requires_grad_()
+        y = x
+        for block in model:
+            y = block(y)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return y.detach(), {"x": x.grad} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    with training_blocks(model, checkpointing=kind, compiled=compiled, backend="aot_eager"):
+        (assert_close if compiled else assert_same_bits)(gradients(), plain)
+    assert not counters["graph_break"]
+
+
+def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match=r"compile: needs a C\+\+ compiler .*set `compile: false`") as caught:
+        training_blocks(build(), compiled=True)
+    assert "\n" not in str(caught.value)
