@@ -4,7 +4,6 @@ The library face: `inject`, `restart`, `Schedule` and `merge` work in any PyTorc
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from relora.recipes.pretrain import pretrain as pretrain
     from relora.train.schedule import Schedule as Schedule
 
-__version__ = version("relora")
+__version__: str
 
 _HOME = {
     "InjectReport": "relora.lowrank",
@@ -35,10 +34,12 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Public names load with their wing on first use: `relora --help` and a misspelt key must not wait for torch."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("relora")
     if name not in _HOME:
         raise AttributeError(f"module 'relora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), "__version__", *_HOME]

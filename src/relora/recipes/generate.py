@@ -19,6 +19,9 @@ from relora.recipes.finished import Finished, open_finished
 
 Write = Callable[[str], object]
 
+STREAM_SECONDS = 0.05
+"""Text is written this often at most: no eye follows more."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -85,7 +88,7 @@ def generate(
     texts, new_tokens = [], 0
     begin = time.perf_counter()
     for ids in prompt_ids:
-        whole = _continue(finished.model, finished.tokenizer, ids, sampling, seed, write)
+        whole = continue_prompt(finished.model, finished.tokenizer, ids, sampling, seed, write)
         texts.append(finished.tokenizer.decode(whole, skip_special_tokens=True))
         new_tokens += len(whole) - len(ids)
     seconds = time.perf_counter() - begin
@@ -112,7 +115,7 @@ def sample_texts(
         ids = finished.encode(prompt)
         room = (max_positions(model) or len(ids) + max_new_tokens) - len(ids)
         sampling = Sampling(max_new_tokens=max(1, min(max_new_tokens, room)), temperature=temperature, top_p=top_p)
-        texts.append(tokenizer.decode(_continue(model, tokenizer, ids, sampling, seed), skip_special_tokens=True))
+        texts.append(tokenizer.decode(continue_prompt(model, tokenizer, ids, sampling, seed), skip_special_tokens=True))
     return texts
 
 
@@ -135,7 +138,7 @@ def _encode(finished: Finished, prompt: str, max_new_tokens: int) -> list[int]:
     return ids
 
 
-def _continue(
+def continue_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     ids: list[int],
@@ -163,17 +166,40 @@ def _continue(
             prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=GenerationConfig(**settings),
-            streamer=None if write is None else _streamer(tokenizer, write),
+            streamer=None if write is None else _Streamer(tokenizer, write),
         )
     text: Tensor = whole[0]
     return text
 
 
-def _streamer(tokenizer: PreTrainedTokenizerFast, write: Write) -> TextStreamer:
-    """Whole words as they are known; the prompt too, or SentencePiece would lose the space after it."""
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    streamer.on_finalized_text = lambda text, stream_end=False: write(text + "\n" * stream_end)
-    return streamer
+class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
+    """Whole words as they are known; the prompt too, or SentencePiece would lose the space after it.
+
+    Decoding takes as long as a token of a tiny model, so tokens wait for one another up to STREAM_SECONDS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._write = write
+        self._waiting: list[Tensor] = []
+        self._written = 0.0
+
+    def put(self, value: Tensor) -> None:
+        self._waiting.append(value.flatten())
+        if time.monotonic() - self._written >= STREAM_SECONDS:
+            self._flush()
+
+    def end(self) -> None:
+        self._flush()
+        super().end()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text + "\n" * stream_end)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            super().put(torch.cat(self._waiting))
+        self._waiting, self._written = [], time.monotonic()
 
 
 @contextmanager
