@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "lowrank": set(),
     "report": set(),
     "measure": {"data", "model", "lowrank", "report", "device"},
+    "plan": {"data", "model", "lowrank", "config", "device", "measure"},
     "train": {"lowrank", "measure", "report", "device"},
-    "recipes": {"config", "device", "data", "model", "lowrank", "report", "measure", "train"},
+    "recipes": {"config", "device", "data", "model", "lowrank", "report", "measure", "plan", "train"},
     "cli": {"config", "recipes", "data", "report"},
     "__init__": {"lowrank", "recipes", "train"},
 }
@@ -117,7 +118,7 @@ def names_what_runs(node: ast.AST, module: str) -> str | None:
         for name in (*wholes, *parts):
             if name.split(".")[0] in UNPICKLING or (name in {*RUNNING, *LISTED} and LISTED.get(name) != module):
                 return name
-    if isinstance(node, ast.Name | ast.Attribute):
+    if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
         name = ast.unparse(node)  # also where it is only handed on
         if name in RUNNING and LISTED.get(name) != module:
             return name
