@@ -15,8 +15,9 @@ import pytest
 from relora.config import RunConfig, parse_config
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
+from relora.lowrank.costs import ANY
 from relora.recipes.export import export
-from relora.recipes.parts import gather, lowrank_of
+from relora.recipes.parts import gather, settled_lowrank
 from relora.recipes.pretrain import assemble, pretrain
 from relora.recipes.run_folder import claim, describe_run
 from relora.report.console import Console
@@ -87,7 +88,7 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
             Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
             Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
         ):
-            run = change(assemble(config, parts, lowrank_of(config), reporter, checkpoints, {}))
+            run = change(assemble(config, parts, settled_lowrank(config, parts, ANY), reporter, checkpoints, {}))
             train(run, begin(run, checkpoints.latest()[0]))
     return folder
 
@@ -121,8 +122,10 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         {"method": "lora", "warm_start__steps": 0, "optimizer__lowrank_b_lr_ratio": 4.0},
         {"warm_start__steps": 0},
         {"precision__dtype": "bf16", "lowrank__trainable_scaling": True, "restart__optimizer": "magnitude"},
+        {"precision__frozen": "int8"},
+        {"precision__frozen": "int8", "lowrank__base": "int8", "lowrank__lora_dropout": 0.1},
     ],
-    ids=["plain", "dropout", "lora", "no warm start", "bf16"],
+    ids=["plain", "dropout", "lora", "no warm start", "bf16", "int8", "int8 alone"],
 )
 def test_killed_before_every_step_and_continued_gives_the_same_bytes(
     configure: Configure, variant: dict[str, object]

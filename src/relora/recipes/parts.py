@@ -4,7 +4,7 @@ Nothing is written here.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
+from relora.lowrank.calibrate import calibrated
 from relora.lowrank.costs import Rates, layer_seconds
 from relora.lowrank.inject import find_targets
 from relora.lowrank.kernel import Arithmetic
@@ -127,6 +128,18 @@ def lowrank_of(config: RunConfig) -> LowRankConfig:
     if config.lowrank.base == "auto":
         settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
     return LowRankConfig(**settings)
+
+
+def settled_lowrank(config: RunConfig, parts: Ingredients, kept: Rates | None) -> LowRankConfig:
+    """`lowrank_of`, computed in the ways that the run began with, or else in those that pay on this device.
+
+    Args:
+        kept: the rates by which a run chose that is now continued.
+    """
+    if config.method == "full":
+        return lowrank_of(config)
+    rates = kept or calibrated(parts.device)
+    return replace(lowrank_of(config), frozen=frozen_arithmetic(config, parts.model, rates), rates=rates)
 
 
 def frozen_arithmetic(config: RunConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:

@@ -4,7 +4,7 @@ This file assembles; the loop is in `train/loop.py`, the method in `lowrank/`.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,19 +14,19 @@ from relora.data.tokenizer import copy_tokenizer
 from relora.durable import write_durably
 from relora.errors import RunStopped, UserError
 from relora.lowrank import LowRankConfig, merge
-from relora.lowrank.calibrate import calibrated, from_json, to_json
+from relora.lowrank.calibrate import from_json, to_json
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.blocks import training_blocks
 from relora.model.load import save_model
 from relora.recipes.continuing import changes_since, check_settings, newest
 from relora.recipes.generate import sample_texts
-from relora.recipes.parts import Ingredients, factor_parameters, frozen_arithmetic, gather, lowrank_of, schedule_of
+from relora.recipes.parts import Ingredients, factor_parameters, gather, schedule_of, settled_lowrank
 from relora.recipes.run_folder import check_space, claim, describe_run
 from relora.report.console import Console
 from relora.report.html import write_report
 from relora.report.reporter import Reporter
 from relora.report.trackers import open_trackers
-from relora.train.checkpoint import Checkpoint, Checkpoints
+from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
 from relora.train.optim import OptimizerConfig, check_optimizer
 from relora.train.run import Run, begin
@@ -73,7 +73,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
         warnings = changes_since(folder, config)
         checkpoint, broken = newest(checkpoints, strict=strict)
         warnings += broken
-        lowrank = _low_rank(config, parts, checkpoint)
+        kept = from_json(str(checkpoint.manifest.settings.get("rates"))) if checkpoint else None
+        lowrank = settled_lowrank(config, parts, kept)
         settings["frozen"] = lowrank.frozen
         if checkpoint:
             warnings += check_settings(checkpoint.manifest.settings, settings, strict=strict)
@@ -96,15 +97,6 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
                 state = train(run, begin(run, checkpoint))
             evaluation = _finish(config, parts, run, folder)
     return PretrainResult(folder, state.step, state.tokens, evaluation)
-
-
-def _low_rank(config: RunConfig, parts: Ingredients, checkpoint: Checkpoint | None) -> LowRankConfig:
-    """The low-rank layers, computed in the ways that the run began with, or else in those that pay on this device."""
-    if config.method == "full":
-        return lowrank_of(config)
-    kept = from_json(str(checkpoint.manifest.settings.get("rates"))) if checkpoint else None
-    rates = kept or calibrated(parts.device)
-    return replace(lowrank_of(config), frozen=frozen_arithmetic(config, parts.model, rates), rates=rates)
 
 
 def _checkpoints(config: RunConfig, folder: Path) -> Checkpoints:
