@@ -67,7 +67,7 @@ def test_lowrank_settings_and_library_config_agree() -> None:
         ("batch.sequences=0", "`batch.sequences` is 0"),
         ("lowrank.r=-1", "`lowrank.r` is -1"),
         ("lowrank.lora_dropout=1.5", "`lowrank.lora_dropout` is 1.5"),
-        ("lowrank.base=int3", "'auto', 'fp32' or 'bf16'"),
+        ("lowrank.base=int3", "'auto', 'fp32', 'bf16' or 'int8'"),
         ("optimizer.lr=.nan", "`optimizer.lr`"),
         ("optimizer.lr=abc", "valid number"),
         ("restart.optimizer=clear", "'zero', 'random', 'magnitude' or 'keep'"),
