@@ -12,13 +12,15 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from relora.config import RunConfig, load_config, to_yaml
 from relora.errors import ReloraError, UserError
 from relora.mistakes import shown_line
+
+if TYPE_CHECKING:
+    from relora.config import RunConfig
 
 app = typer.Typer(
     help="Pretrain language models through low-rank updates: prepare, pretrain, evaluate, generate.",
@@ -121,6 +123,40 @@ def pretrain(
     result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json)
     if as_json:
         _print_json(asdict(result))
+
+
+@app.command(epilog="Example: relora plan configs/quickstart.yaml --fit 6GiB --out fits.yaml")
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Overrides = None,
+    fit: Annotated[str | None, typer.Option(help="Find the fastest configuration within so much, e.g. 6GiB.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --fit: file to write it to.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Take real steps of each phase; use what they took.")] = False,
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="Also for other methods, bases and kinds of checkpointing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory by kind and time by phase, before anything is built."""
+    from relora.config import to_yaml
+    from relora.recipes.plan import as_figures, fitting, make_plan, print_plan, size_in_bytes, write_config
+
+    settings = _configuration(config, overrides)
+    if out is not None and fit is None:
+        raise UserError("--out: writes what --fit finds; give --fit SIZE")
+    if out is not None and out.exists():
+        raise UserError(f"{out}: is there already and was left as it is; give another --out")
+    if fit is not None:
+        settings = fitting(settings, size_in_bytes(fit))
+    found = make_plan(settings, probed=probe, alternatives=alternatives)
+    if out is not None:
+        write_config(settings, out)
+    if as_json:
+        _print_json({**as_figures(found), **({"config": settings.model_dump(mode="json")} if fit else {})})
+        return
+    if fit is not None and out is None:
+        print(to_yaml(settings), end="")
+    print_plan(found)
 
 
 @app.command(epilog="Example: relora export runs/quickstart --checkpoint 500 --out models/at-500")
@@ -229,6 +265,8 @@ def show_config(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all keys instead.")] = False,
 ) -> None:
     """Check a configuration and print it with every default filled in."""
+    from relora.config import RunConfig, to_yaml
+
     if schema:
         print(json.dumps(RunConfig.model_json_schema(), indent=1))
         return
@@ -237,7 +275,9 @@ def show_config(
     print(to_yaml(_configuration(config, overrides)), end="")
 
 
-def _configuration(path: Path, overrides: list[str] | None) -> RunConfig:
+def _configuration(path: Path, overrides: list[str] | None) -> "RunConfig":
+    from relora.config import load_config
+
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("WORLD_SIZE: this version trains in one process; start it without torchrun")
     return load_config(path, overrides or [])

@@ -1,0 +1,155 @@
+"""Real steps in a process of their own: what the process takes, how long a step takes, what a plan is held against.
+
+A fresh process has one peak, so each phase gets one. Tokens are synthetic; nothing is written but one small file in the
+user's cache, which keeps what a process takes before it has a model.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora.config import RunConfig, parse_config
+from relora.device import choose_device, peak_memory_bytes
+from relora.durable import write_durably
+from relora.errors import RunStopped
+from relora.lowrank import inject
+from relora.lowrank.calibrate import calibrated
+from relora.measure import token_loss
+from relora.model.blocks import training_blocks
+from relora.recipes.parts import frozen_arithmetic, lowrank_of, open_configured_model
+from relora.train.optim import OptimizerConfig, build_optimizer, check_optimizer
+from relora.train.schedule import Phase
+from relora.train.step import train_step
+
+STEPS = 3
+"""The first lays out the moments, the second is the first that has them, the third tells whether it stays."""
+_NOTHING: dict[str, Any] = {
+    "output_dir": "none",
+    "model": {
+        "preset": "llama-9m",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    },
+    "data": {"train": "none", "validation": "none", "sequence_length": 16},
+    "lowrank": {"r": 4},
+    "schedule": {"total_steps": 4, "warmup_steps": 0},
+    "warm_start": {"steps": 1},
+    "batch": {"sequences": 2, "micro_sequences": 1},
+}
+"""Model and steps that are next to nothing."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What steps took."""
+
+    peak: int
+    """Bytes: on a GPU of tensors, elsewhere of the whole process."""
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def probe(config: RunConfig, phase: Phase) -> Measured:
+    """Three real steps of a phase in a fresh process.
+
+    Raises:
+        RunStopped: the process died, as where memory is short. UserError: as the run's.
+    """
+    check_optimizer(config.optimizer.name)
+    context = multiprocessing.get_context("spawn")
+    tree = config.model_dump(mode="json", exclude_none=True)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_take_steps, tree, phase, torch.get_num_threads()).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise RunStopped(
+                f"the {phase.replace('_', ' ')} step died, most likely for lack of memory; "
+                "`relora plan CONFIG --fit SIZE` finds what fits"
+            ) from None
+
+
+def process_bytes(folder: Path | None = None) -> int:
+    """What a training process takes beside its tensors: interpreter, libraries, their work space.
+
+    Measured by steps of a model that is next to nothing; kept in `folder` (by default the user's cache).
+    """
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relora"
+    versions = "-".join(version(package) for package in ("relora", "torch", "transformers"))
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{versions}-{torch.get_num_threads()}")
+    file = folder / f"process-{label}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
+        if kept > 0:
+            return kept
+    measured = probe(parse_config({**_NOTHING, "device": "cpu"}), "full").peak
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(file, json.dumps({"bytes": measured}) + "\n")
+    return measured
+
+
+def autocast_of(config: RunConfig) -> torch.dtype | None:
+    """The dtype of products, where it is not the weights'."""
+    return None if config.precision.dtype == "fp32" else torch.bfloat16
+
+
+def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
+    torch.set_num_threads(threads)
+    config = parse_config(tree)
+    device = choose_device(config.device)
+    model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code).to(device)
+    model.train()
+    if phase == "low_rank":
+        rates = calibrated(device)
+        frozen = frozen_arithmetic(config, model, rates)
+        inject(model, replace(lowrank_of(config), frozen=frozen, rates=rates), seed=config.seed)
+    settings = config.optimizer
+    optimizer = build_optimizer(
+        model, OptimizerConfig(name=settings.name, lr=settings.lr, lowrank_lr=config.lowrank_lr)
+    )
+    shape = (config.batch.sequences, config.data.sequence_length)
+    ids = torch.arange(shape[0] * shape[1]).view(shape) % model.get_input_embeddings().num_embeddings
+    seconds = []
+    with training_blocks(model, checkpointing=config.memory.activation_checkpointing, compiled=config.compile):
+        for step in range(STEPS):
+            started = time.perf_counter()
+            train_step(
+                model,
+                optimizer,
+                _Batch(ids, ids),
+                token_loss,
+                seed=config.seed,
+                step=step,
+                micro_sequences=config.batch.micro_sequences,
+                clip_grad_norm=config.optimizer.clip_grad_norm,
+                autocast=autocast_of(config),
+                check_gradients=False,
+            )
+            seconds.append(time.perf_counter() - started)
+    return Measured(_own_peak(device), min(seconds[1:]))
+
+
+def _own_peak(device: torch.device) -> int:
+    """As `peak_memory_bytes`, but for Linux, where that of a process begins with what its parent had taken."""
+    if device.type == "cuda" or not sys.platform.startswith("linux"):
+        return peak_memory_bytes(device)
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
