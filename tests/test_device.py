@@ -1,5 +1,8 @@
 """Choosing a device: what is there is found, what is not is the user's mistake."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -31,3 +34,11 @@ def test_peak_memory_is_of_this_process() -> None:
     torch.ones(2**26)  # 256 MiB
     assert before > 10 * 2**20
     assert peak_memory_bytes(torch.device("cpu")) >= before
+
+
+def test_peak_memory_does_not_begin_with_the_parents() -> None:
+    """A process that is started by a large one: the kernel hands it the parent's peak in `getrusage`."""
+    ballast = torch.ones(2**27)  # 512 MiB
+    code = "import torch; from relora.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < ballast.nbytes <= peak_memory_bytes(torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -41,5 +42,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory taken so far: on a CUDA device by tensors, elsewhere by this process (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where what getrusage tells begins with what the parent process had taken
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB
+    return resident if sys.platform == "darwin" else resident * 1024

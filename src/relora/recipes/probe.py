@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -144,12 +143,4 @@ def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
                 check_gradients=False,
             )
             seconds.append(time.perf_counter() - started)
-    return Measured(_own_peak(device), min(seconds[1:]))
-
-
-def _own_peak(device: torch.device) -> int:
-    """As `peak_memory_bytes`, but for Linux, where that of a process begins with what its parent had taken."""
-    if device.type == "cuda" or not sys.platform.startswith("linux"):
-        return peak_memory_bytes(device)
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return Measured(peak_memory_bytes(device), min(seconds[1:]))
