@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 from relora.data.batches import Batch
+from relora.device import peak_memory_bytes
 from relora.lowrank import LowRankConfig, inject
 from relora.measure import token_loss
 from relora.model.load import build_model
@@ -178,7 +178,7 @@ def peak_mib(preset: str, micro_batches: int, side: str) -> int:
     take = steps(preset, micro_batches, side)
     next(take)
     next(take)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return peak_memory_bytes(torch.device("cpu")) // 2**20
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
             Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
             Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
         ):
-            run = change(assemble(config, parts, settled_lowrank(config, parts, ANY), reporter, checkpoints, {}))
+            lowrank = settled_lowrank(config, parts.model, parts.device, ANY)
+            run = change(assemble(config, parts, lowrank, reporter, checkpoints, {}))
             train(run, begin(run, checkpoints.latest()[0]))
     return folder
 

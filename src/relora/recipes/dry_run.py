@@ -13,6 +13,7 @@ from relora.config import RunConfig
 from relora.device import choose_device
 from relora.lowrank import inject
 from relora.recipes.parts import lowrank_of, open_data, open_fitting_model, schedule_of
+from relora.train.optim import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def describe(config: RunConfig) -> RunPlan:
     """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run's."""
     schedule = schedule_of(config)
     choose_device(config.device)
+    check_optimizer(config.optimizer.name)
     batches, held_out = open_data(config)
     with torch.device("meta"):
         model = open_fitting_model(config, held_out.folder)

@@ -130,16 +130,23 @@ def lowrank_of(config: RunConfig) -> LowRankConfig:
     return LowRankConfig(**settings)
 
 
-def settled_lowrank(config: RunConfig, parts: Ingredients, kept: Rates | None) -> LowRankConfig:
-    """`lowrank_of`, computed in the ways that the run began with, or else in those that pay on this device.
+def autocast_of(config: RunConfig) -> torch.dtype | None:
+    """Dtype of the products, where it is not the weights'."""
+    return None if config.precision.dtype == "fp32" else torch.bfloat16
+
+
+def settled_lowrank(
+    config: RunConfig, model: PreTrainedModel, device: torch.device, kept: Rates | None = None
+) -> LowRankConfig:
+    """`lowrank_of`, computed in the ways that pay on this device.
 
     Args:
-        kept: the rates by which a run chose that is now continued.
+        kept: the rates by which a run chose that is now continued, and computed as it began.
     """
     if config.method == "full":
         return lowrank_of(config)
-    rates = kept or calibrated(parts.device)
-    return replace(lowrank_of(config), frozen=frozen_arithmetic(config, parts.model, rates), rates=rates)
+    rates = kept or calibrated(device)
+    return replace(lowrank_of(config), frozen=frozen_arithmetic(config, model, rates), rates=rates)
 
 
 def frozen_arithmetic(config: RunConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:

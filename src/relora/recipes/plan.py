@@ -28,8 +28,8 @@ from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
 from relora.plan import KINDS, Candidate, StepFigures, StepShape, best_fit, simulate
-from relora.recipes.parts import frozen_arithmetic, lowrank_of, open_configured_model, schedule_of
-from relora.recipes.probe import Measured, autocast_of, probe, process_bytes
+from relora.recipes.parts import autocast_of, open_configured_model, schedule_of, settled_lowrank
+from relora.recipes.probe import Measured, probe, process_bytes
 from relora.train.embeddings import rows_added_in_place
 from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES
 from relora.train.schedule import Phase
@@ -289,7 +289,7 @@ def step_figures(config: RunConfig, phase: Phase, device: torch.device) -> StepF
     with torch.device("meta"):
         model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code)
     rates = calibrated(device)
-    lowrank = replace(lowrank_of(config), frozen=frozen_arithmetic(config, model, rates), rates=rates)
+    lowrank = settled_lowrank(config, model, device, rates)
     autocast = autocast_of(config)
 
     def run_pass(model: nn.Module, ids: Tensor) -> None:

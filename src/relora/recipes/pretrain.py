@@ -7,8 +7,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.durable import write_durably
@@ -17,10 +15,11 @@ from relora.lowrank import LowRankConfig, merge
 from relora.lowrank.calibrate import from_json, to_json
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.blocks import training_blocks
+from relora.model.head import whole_logits_reason
 from relora.model.load import save_model
 from relora.recipes.continuing import changes_since, check_settings, newest
 from relora.recipes.generate import sample_texts
-from relora.recipes.parts import Ingredients, factor_parameters, gather, schedule_of, settled_lowrank
+from relora.recipes.parts import Ingredients, autocast_of, factor_parameters, gather, schedule_of, settled_lowrank
 from relora.recipes.run_folder import check_space, claim, describe_run
 from relora.report.console import Console
 from relora.report.html import write_report
@@ -74,7 +73,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
         checkpoint, broken = newest(checkpoints, strict=strict)
         warnings += broken
         kept = from_json(str(checkpoint.manifest.settings.get("rates"))) if checkpoint else None
-        lowrank = settled_lowrank(config, parts, kept)
+        lowrank = settled_lowrank(config, parts.model, parts.device, kept)
         settings["frozen"] = lowrank.frozen
         if checkpoint:
             warnings += check_settings(checkpoint.manifest.settings, settings, strict=strict)
@@ -90,6 +89,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
                 reporter.message(f"continuing after step {checkpoint.step} of {config.total_steps}")
             for line in warnings:
                 reporter.warning(line)
+            if reason := whole_logits_reason(parts.model):
+                reporter.warning(f"the logits of a whole micro-batch are kept in memory: {reason}")
             if lowrank.frozen == "int8":
                 reporter.message("low-rank phase: products with frozen weights in int8 (precision.frozen)")
             run = assemble(config, parts, lowrank, reporter, checkpoints, settings)
@@ -130,7 +131,7 @@ def assemble(
 ) -> Run:
     """The run that the loop takes."""
     optimizer = config.optimizer
-    autocast = None if config.precision.dtype == "fp32" else torch.bfloat16
+    autocast = autocast_of(config)
     return Run(
         model=parts.model,
         schedule=schedule_of(config),

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from relora.device import choose_device, peak_memory_bytes
 from relora.durable import write_durably
 from relora.errors import RunStopped
 from relora.lowrank import inject
-from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
-from relora.recipes.parts import frozen_arithmetic, lowrank_of, open_configured_model
+from relora.recipes.parts import autocast_of, open_configured_model, settled_lowrank
 from relora.train.optim import OptimizerConfig, build_optimizer, check_optimizer
 from relora.train.schedule import Phase
 from relora.train.step import train_step
@@ -105,11 +104,6 @@ def process_bytes(folder: Path | None = None) -> int:
     return measured
 
 
-def autocast_of(config: RunConfig) -> torch.dtype | None:
-    """The dtype of products, where it is not the weights'."""
-    return None if config.precision.dtype == "fp32" else torch.bfloat16
-
-
 def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
     torch.set_num_threads(threads)
     config = parse_config(tree)
@@ -117,9 +111,7 @@ def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
     model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code).to(device)
     model.train()
     if phase == "low_rank":
-        rates = calibrated(device)
-        frozen = frozen_arithmetic(config, model, rates)
-        inject(model, replace(lowrank_of(config), frozen=frozen, rates=rates), seed=config.seed)
+        inject(model, settled_lowrank(config, model, device), seed=config.seed)
     settings = config.optimizer
     optimizer = build_optimizer(
         model, OptimizerConfig(name=settings.name, lr=settings.lr, lowrank_lr=config.lowrank_lr)
