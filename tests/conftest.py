@@ -1,5 +1,6 @@
 """What several test files share: one small prepared folder of real text."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ CORPUS = Path(__file__).parents[1] / "corpus"
 settings.register_profile("relora", deadline=None)  # a busy machine is not a failure
 settings.load_profile("relora")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and sums must not depend on it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured under the load of a test suite must not stay with the user."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -250,11 +250,16 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, finished or not
 
 
 @app.command(epilog="Example: relora doctor --json")
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the rates that runs choose by anew; on an idle machine.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What this machine has and lacks: versions, devices, dtypes, memory, disk, extras."""
     from relora.recipes.doctor import diagnose, print_diagnosis
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(calibrate=calibrate)
     _print_json(asdict(diagnosis)) if as_json else print_diagnosis(diagnosis)
 
 

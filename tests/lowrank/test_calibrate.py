@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relora.lowrank import calibrate
-from relora.lowrank.calibrate import calibrated, from_json, measure, to_json
+from relora.lowrank.calibrate import calibrated, from_json, measure, rates_file, to_json
 from relora.lowrank.costs import ANY
 
 CPU = torch.device("cpu")
@@ -33,6 +33,14 @@ def test_the_first_measurement_stays(tmp_path: Path) -> None:
     assert calibrated(CPU, tmp_path) is first  # once per process
     calibrate._calibrated.cache_clear()
     assert calibrated(CPU, tmp_path) == kept
+
+
+def test_measured_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+    calibrated(CPU, tmp_path)
+    file = rates_file(CPU, tmp_path)
+    file.write_text(to_json(replace(ANY, bandwidth=12345.0)))
+    again = calibrated(CPU, tmp_path, anew=True)
+    assert again.bandwidth != 12345.0 and from_json(file.read_text()) == again == calibrated(CPU, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"fp32": [], "bf16": 1, "int8": 1, "bandwidth": 1}', "\x80"])

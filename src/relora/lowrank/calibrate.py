@@ -1,8 +1,8 @@
 """What this machine's products and memory do in a second: measured once, in a fraction of a second, and kept in a file.
 
 The figures decide between ways of computing the same (`costs`), and so the last bits of a result. That is why the first
-measurement of a machine stays: later processes read it, whatever else the machine is doing, and a run folder keeps the
-one that it began with.
+measurement of a machine stays: later processes read it, whatever else the machine is doing, and a run's checkpoints
+keep the one that it began with. `relora doctor --calibrate` measures anew.
 """
 
 import contextlib
@@ -26,13 +26,34 @@ _SIDE, _SIDES = 1024, (8, 32, 128, 512)
 _ROUNDS = 6
 
 
-def calibrated(device: torch.device, folder: Path | None = None) -> Rates:
+def calibrated(device: torch.device, folder: Path | None = None, *, anew: bool = False) -> Rates:
     """The rates of a device: those kept in `folder` (by default the user's cache), else measured now and kept there.
 
     A folder that cannot be written costs a measurement per process and no more.
+
+    Args:
+        anew: forget the ones that are kept; they may have been measured while the machine was busy.
     """
+    if device.type == "meta":
+        return ANY
+    file = rates_file(device, folder)
+    if anew:
+        _calibrated.cache_clear()
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    return _calibrated(device, file)
+
+
+def rates_file(device: torch.device, folder: Path | None = None) -> Path:
+    """Where the rates of this machine, with this number of threads and this PyTorch, are kept."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        machine = f"{platform.machine()}-{capability}-{os.cpu_count()}-{torch.get_num_threads()}"
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{machine}-torch-{torch.__version__}")
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relora"
-    return ANY if device.type == "meta" else _calibrated(device, folder, torch.get_num_threads())
+    return folder / f"rates-{label}.json"
 
 
 def measure(device: torch.device) -> Rates:
@@ -86,20 +107,14 @@ def from_json(text: str) -> Rates | None:
 
 
 @functools.cache
-def _calibrated(device: torch.device, folder: Path, threads: int) -> Rates:
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{os.cpu_count()}-{threads}"
-    label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{machine}-torch-{torch.__version__}")
-    file = folder / f"rates-{label}.json"
+def _calibrated(device: torch.device, file: Path) -> Rates:
     if kept := _read(file):
         return kept
     measured = measure(device)
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # one that cannot be read
-        with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8") as aside:
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as aside:
             aside.write(to_json(measured))
             aside.flush()
             file.hardlink_to(aside.name)  # fails where another process was first, whose figures are then taken over

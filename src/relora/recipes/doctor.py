@@ -18,12 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from relora.device import choose_device
+from relora.lowrank.calibrate import calibrated, rates_file
 from relora.model.load import DTYPES
 
 PACKAGES = ("relora", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 EXTRAS = {
     "wandb": "log.trackers: [wandb]",
     "trackio": "log.trackers: [trackio]",
+    "bitsandbytes": "optimizer.name: adamw-8bit",
     "peft": "comparing layers and adapters with PEFT's",
 }
 """Packages that not everybody needs, and what each is for."""
@@ -71,17 +73,27 @@ class Diagnosis:
     memory_total_bytes: int | None
     disk_free_bytes: int
     dtypes: dict[str, DtypeSpeed]
+    rates: dict[str, float]
+    """By which runs choose how to compute low-rank layers: GFLOP/s of products by dtype, and GB/s of memory."""
+    rates_file: str
+    """Where they are kept."""
     extras: dict[str, str | None]
     """Version, or None where it is not installed."""
     warnings: list[str]
 
 
-def diagnose(folder: Path = Path()) -> Diagnosis:
-    """Look around; `folder` is where runs would be written. Takes about a tenth of a second beyond the imports."""
+def diagnose(folder: Path = Path(), *, calibrate: bool = False) -> Diagnosis:
+    """Look around: a tenth of a second beyond the imports, some more where the machine's rates are not known yet.
+
+    Args:
+        folder: where runs would be written.
+        calibrate: measure the rates anew, and keep them.
+    """
     device = choose_device("auto")
     memory_free, memory_total = _main_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     dtypes = _measure_dtypes(device)
+    rates = calibrated(device, anew=calibrate)
     disk_free = shutil.disk_usage(_existing(folder)).free
     return Diagnosis(
         versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
@@ -95,6 +107,13 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
         memory_total_bytes=memory_total,
         disk_free_bytes=disk_free,
         dtypes=dtypes,
+        rates={
+            "fp32_gflops": rates.fp32[-1][1] / 1e9,
+            "bf16_gflops": rates.bf16 / 1e9,
+            "int8_gflops": rates.int8 / 1e9,
+            "memory_gb_per_second": rates.bandwidth / GB,
+        },
+        rates_file=str(rates_file(device)),
         extras={package: _version(package) for package in EXTRAS},
         warnings=_warnings(device, dtypes, cores, memory_free, disk_free),
     )
@@ -116,6 +135,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
     table.add_row("disk", f"{diagnosis.disk_free_bytes / GB:.1f} GB free")
     for name, speed in diagnosis.dtypes.items():
         table.add_row(name, _describe_speed(speed))
+    rates = ", ".join(f"{name.replace('_', ' ')} {rate:,.0f}" for name, rate in diagnosis.rates.items())
+    table.add_row("rates", Text(f"{rates}; kept in {diagnosis.rates_file}, --calibrate measures anew"))
     for name, number in diagnosis.extras.items():
         table.add_row(name, Text(number or f"not installed; needed for {EXTRAS[name]}"))  # Text: no markup in it
     console = console or Console(highlight=False)
