@@ -126,3 +126,13 @@ def test_a_damaged_cache_is_measured_anew(cache: Path, tmp_path: Path) -> None:
     (tmp_path / kept.name).write_text('{"bytes": "many"}')
     assert process_bytes(tmp_path) == pytest.approx(process_bytes(cache / "relora"), rel=0.1)
     assert json.loads((tmp_path / kept.name).read_text())["bytes"] > 0
+
+
+def test_a_full_rank_run_has_alternatives_only_where_they_are_possible(config: Path) -> None:
+    """The default rank is larger than these layers; a full-rank run does not mind."""
+    plan = make_plan(load_config(config, ["method=full", "lowrank.r=4096"]), alternatives=True)
+    assert {other.method for other in plan.alternatives} == {"full"}
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_search(config: Path, tmp_path: Path) -> None:
+    call("plan", config, "--fit", "6GiB", "--out", tmp_path / "absent" / "x.yaml").complaint(2, "absent", "no folder")

@@ -139,13 +139,16 @@ def plan(
 ) -> None:
     """Memory by kind and time by phase, before anything is built."""
     from relora.config import to_yaml
-    from relora.recipes.plan import as_figures, fitting, make_plan, print_plan, size_in_bytes, write_config
+    from relora.recipes.plan import as_figures, fitting, make_plan, size_in_bytes, write_config
+    from relora.recipes.plan_table import print_plan
 
     settings = _configuration(config, overrides)
     if out is not None and fit is None:
         raise UserError("--out: writes what --fit finds; give --fit SIZE")
     if out is not None and out.exists():
         raise UserError(f"{out}: is there already and was left as it is; give another --out")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent}; make it, or give another --out")
     if fit is not None:
         settings = fitting(settings, size_in_bytes(fit))
     found = make_plan(settings, probed=probe, alternatives=alternatives)

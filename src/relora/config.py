@@ -318,6 +318,10 @@ class RunConfig(Settings):
                 f"warm_start.steps ({self.warm_start.steps}) must be shorter than the run ({total} steps); "
                 "for a full-rank run set `method: full`"
             )
+        if self.optimizer.name == "adamw-8bit" and restart.optimizer in ("random", "magnitude"):
+            raise ValueError(
+                f"restart.optimizer: {restart.optimizer} cannot prune the codes of adamw-8bit; set `zero` or `keep`"
+            )
         if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
             raise ValueError(
                 f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than "

@@ -53,3 +53,16 @@ def test_plain_layer_comes_back_exact() -> None:
     layer = LowRankLinear(plain, LowRankConfig(r=4, base="bf16"), name="x")
     layer.merge_()
     assert layer.plain() is plain and torch.equal(plain.weight, weight) and plain.weight.requires_grad
+
+
+@pytest.mark.parametrize("config", [{"base": "bf16"}, {"base": "int8"}, {"frozen": "int8"}, {"frozen": "bf16"}])
+def test_state_dict_holds_and_takes_the_exact_weight(config: dict[str, str]) -> None:
+    """Plain PyTorch's saving and loading: what products run on must follow what was loaded."""
+    torch.manual_seed(0)
+    source, target = (LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, **config), name="x") for _ in range(2))
+    assert not torch.equal(source.base.exact, target.base.exact)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source.base.exact, target.base.exact)
+    x = torch.randn(20, 64)
+    assert torch.equal(source(x), target(x))
+    assert torch.equal(target.plain().weight, source.base.exact)

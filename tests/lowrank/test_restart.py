@@ -117,8 +117,10 @@ def test_pruning_refuses_moments_that_are_codes() -> None:
     model, optimizer, _ = trained()
     for state in optimizer.state.values():
         state["exp_avg"] = state["exp_avg"].to(torch.uint8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r"restart\.optimizer"):
         restart(model, optimizer, cycle=1, reset="magnitude")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_rank_of_the_accumulated_update_grows_past_r() -> None:

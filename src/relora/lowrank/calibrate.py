@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from relora.lowrank.costs import ANY, Rates
+from relora.lowrank.int8 import LEVELS
 
 _SIDE, _SIDES = 1024, (8, 32, 128, 512)
 _ROUNDS = 6
@@ -69,7 +70,7 @@ def measure(device: torch.device) -> Rates:
     copy = torch.empty_like(numbers)
     works = {f"fp32 {narrowest}": product(narrowest, torch.float32) for narrowest in (*_SIDES, side)}
     works |= {"bf16": product(side, torch.bfloat16), "copy": lambda: copy.copy_(numbers)}
-    if device.type in ("cpu", "cuda"):
+    if _int8_pays_at_all(device):
         works["int8"] = product(side, torch.int8)
     seconds = _seconds(works, device)
     rates, best = [], 0.0
@@ -82,6 +83,18 @@ def measure(device: torch.device) -> Rates:
         int8=2 * side**3 / seconds["int8"] if "int8" in works else 0.0,
         bandwidth=2 * 4 * numbers.numel() / seconds["copy"],
     )
+
+
+def _int8_pays_at_all(device: torch.device) -> bool:
+    """Whether there is more than a plain loop behind `torch._int_mm`, and its sums are exact."""
+    if device.type not in ("cpu", "cuda"):
+        return False
+    side = 256
+    codes = torch.full((side, side), LEVELS, device=device, dtype=torch.int8)
+    numbers = codes.float()
+    seconds = _seconds({"int8": lambda: torch._int_mm(codes, codes), "fp32": lambda: numbers @ numbers}, device)
+    exact = bool((torch._int_mm(codes, codes) == side * LEVELS**2).all())
+    return exact and seconds["int8"] < 2 * seconds["fp32"]
 
 
 def to_json(rates: Rates) -> str:
@@ -134,7 +147,7 @@ def _seconds(works: dict[str, Callable[[], object]], device: torch.device) -> di
         for name, work in works.items():
             started = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             best[name] = min(best[name], time.perf_counter() - started)
     return best

@@ -3,7 +3,8 @@
 LoRA's formula (Hu et al. 2021, arXiv 2106.09685, section 4.1), in the cheapest order of products for the shapes at hand
 (`costs`): the update is applied through its factors, or added to the weight for one product and dropped; the factors'
 gradients come from their own products, or from dW = dYᵀ x, formed for one layer at a time. x is kept for the way back
-and nothing else: weights and factors are kept by reference, x Aᵀ is computed again.
+and nothing else: weights and factors are kept by reference, x Aᵀ is computed again. (With dropout the factors' part is
+autograd's, which keeps the dropped input.)
 
 The frozen products run in the arithmetic of x, in bf16 or in int8 (`int8`); the factors' never below that of x.
 """
@@ -93,8 +94,8 @@ class _LowRank(torch.autograd.Function):
         trained_scaling: Tensor | None,
         plan: Plan,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scale, lora_A, lora_B, trained_scaling)
-        ctx.fixed_scaling, ctx.plan = fixed_scaling, plan
+        ctx.save_for_backward(None if lora_A is None else x, weight, scale, lora_A, lora_B, trained_scaling)
+        ctx.fixed_scaling, ctx.plan, ctx.dtype = fixed_scaling, plan, x.dtype
         y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *plan)
         return y
 
@@ -106,7 +107,7 @@ class _LowRank(torch.autograd.Function):
         grad_bias = grad.sum(0) if wants[3] else None
         if lora_A is None or lora_B is None:
             grad_x = _frozen_backward(grad, weight, scale, plan.arithmetic, plan.dtype) if wants[0] else None
-            return (None if grad_x is None else grad_x.to(x.dtype)), None, None, grad_bias, *[None] * 5
+            return (None if grad_x is None else grad_x.to(ctx.dtype)), None, None, grad_bias, *[None] * 5
         a, b, low_grad = lora_A.to(plan.low), lora_B.to(plan.low), grad.to(plan.low)
         grad_x = grad_a = grad_b = grad_scaling = None
         if not (plan.way.merged_backward and plan.way.dense):
@@ -118,7 +119,7 @@ class _LowRank(torch.autograd.Function):
                 grad_x = _add_product(
                     _frozen_backward(grad, weight, scale, plan.arithmetic, plan.dtype), scaling * compressed, a
                 )
-            grad_x = grad_x.to(x.dtype)
+            grad_x = grad_x.to(ctx.dtype)
         if any(wants[4:]):
             x = x.to(plan.low)
             if plan.way.dense:

@@ -10,6 +10,7 @@ which is how the published ReLoRA code loses its first cycle.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,19 @@ class LowRankLinear(Layer):
         self.weight.data = self.base.exact.to(self.weight.device)
         replaced.weight = self.weight.requires_grad_(True)
         return replaced
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """With the exact weight, however it is stored."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base.master is not None:
+            destination[f"{prefix}weight"] = self.base.master
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Into the exact weight, from which what is stored and multiplied is made anew."""
+        given = state_dict.get(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if isinstance(given, Tensor) and given.is_floating_point() and given.shape == self.weight.shape:
+            self.base.set_(given)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.initial_scaling:g}"

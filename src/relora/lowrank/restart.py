@@ -65,7 +65,8 @@ def restart(
 
     Raises:
         NonFinite: a factor or an update is not finite. Checked before the first weight moves, and again layer by
-            layer. UserError: pruning was asked for on moments that are not floating point (8-bit optimizers).
+            layer. UserError: pruning was asked for on moments that are not floating point (8-bit optimizers); nothing
+            has moved.
     """
     started = time.perf_counter()
     layers = low_rank_layers(model)
@@ -74,6 +75,10 @@ def restart(
             if not torch.isfinite(factor.sum()):
                 raise NonFinite(
                     f"{name}.{kind} is not finite before the restart into cycle {cycle}; no weight was changed"
+                )
+            if reset in ("random", "magnitude") and not all(m.is_floating_point() for m in _moments(optimizer, factor)):
+                raise UserError(
+                    f"restart.optimizer: {reset} needs floating-point moments; use `zero` with this optimizer"
                 )
     merged, cleared = [], 0
     for name, layer in layers.items():
@@ -120,25 +125,25 @@ def _clear_moments(
     optimizer: torch.optim.Optimizer, factor: nn.Parameter, reset: Reset, keep_ratio: float, draw: tuple[int, int, str]
 ) -> int:
     """Clear one factor's optimizer state; returns how many moment entries went to zero."""
-    if reset == "keep" or factor not in optimizer.state:
+    moments = _moments(optimizer, factor)
+    if reset == "keep" or not moments:
         return 0
-    state = optimizer.state[factor]
-    moments = [
-        value
-        for key, value in state.items()
-        if key != "step" and torch.is_tensor(value) and value.shape == factor.shape
-    ]
     if reset == "zero":
         # Forgetting the state is the one reset that is right for every optimizer: it starts anew at the next step, with
         # m = v = step = 0. Zeroing in place is not: a zero code of an 8-bit moment is not a zero value.
         del optimizer.state[factor]
         return sum(moment.numel() for moment in moments)
-    if not all(moment.is_floating_point() for moment in moments):
-        raise UserError(f"restart.optimizer: {reset} needs floating-point moments; use `zero` with this optimizer")
     keep = _kept_entries(moments[0], reset, keep_ratio, draw)
     for moment in moments:  # one mask for all: m kept where v is gone would be divided by eps
         moment.mul_(keep)
     return int((~keep).sum().item()) * len(moments)
+
+
+def _moments(optimizer: torch.optim.Optimizer, factor: nn.Parameter) -> list[Tensor]:
+    """What the optimizer keeps of a factor, entry by entry: none before its first step."""
+    state = optimizer.state.get(factor, {})
+    tensors = [value for key, value in state.items() if key != "step" and torch.is_tensor(value)]
+    return [tensor for tensor in tensors if tensor.shape == factor.shape]
 
 
 def _kept_entries(first_moment: Tensor, reset: Reset, keep_ratio: float, draw: tuple[int, int, str]) -> Tensor:

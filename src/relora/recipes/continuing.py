@@ -38,6 +38,9 @@ FIXED = {
 }
 """What must be what it was, though the configuration cannot tell, with the line to be said otherwise."""
 
+UNNOTED = {"compile": "none", "frozen": "native"}
+"""What was so before it was noted."""
+
 
 def changes_since(folder: Path, config: RunConfig) -> list[str]:
     """What differs between the run in `folder`, if there is one, and `config`: a line for every allowed change.
@@ -103,7 +106,7 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     changed = [
         f"{key} was {then.get(key, 'not noted')}, is {value}"
         for key, value in now.items()
-        if key not in FIXED and then.get(key) != value
+        if key not in FIXED and then.get(key, UNNOTED.get(key)) != value
     ]
     lines = []
     if changed:

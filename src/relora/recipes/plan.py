@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from relora.config import RunConfig, parse_config, to_yaml
@@ -27,7 +25,7 @@ from relora.lowrank import inject
 from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
-from relora.plan import KINDS, Candidate, StepFigures, StepShape, best_fit, simulate
+from relora.plan import Candidate, StepFigures, StepShape, best_fit, simulate
 from relora.recipes.parts import autocast_of, open_configured_model, schedule_of, settled_lowrank
 from relora.recipes.probe import Measured, probe, process_bytes
 from relora.train.embeddings import rows_added_in_place
@@ -165,13 +163,11 @@ def fitting(config: RunConfig, limit: int) -> RunConfig:
         micro_sequences=[n for n in range(1, config.batch.sequences + 1) if config.batch.sequences % n == 0],
         activation_checkpointing=CHECKPOINTING,
         bases=(own_base,) if full else tuple(dict.fromkeys((own_base, *BASES))),
-        ranks=(r,)
-        if full
-        else tuple(r >> halvings for halvings in range(r.bit_length()) if r >> halvings >= 8) or (r,),
+        ranks=(r,) if full else _halvings(r),
     )
     if fit is None:
         raise UserError(
-            f"--fit {_size(limit)}: nothing fits, the smallest peak is {_size(min(peaks))}; "
+            f"--fit {shown_size(limit)}: nothing fits, the smallest peak is {shown_size(min(peaks))}; "
             "take a smaller model, shorter sequences or `optimizer.name: adamw-8bit`"
         )
     return _changed(config, fit.candidate)
@@ -184,6 +180,8 @@ def write_config(config: RunConfig, out: Path) -> None:
             file.write(to_yaml(config))
     except FileExistsError:
         raise UserError(f"{out}: is there already and was left as it is; give another --out") from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 def size_in_bytes(text: str) -> int:
@@ -206,57 +204,6 @@ def as_figures(plan: Plan) -> dict[str, Any]:
     for phase, cost in zip(tree["phases"], plan.phases, strict=True):
         phase |= {name: getattr(cost, name) for name in ("predicted_peak", "peak", "checkpoint_peak", "seconds")}
     return {**tree, "peak": plan.peak, "seconds": plan.seconds}
-
-
-def print_plan(plan: Plan) -> None:
-    """The plan as tables."""
-    console = Console(highlight=False)
-    table = Table(title=f"a {plan.method} run on {plan.device}", title_justify="left")
-    table.add_column("")
-    for phase in plan.phases:
-        table.add_column(phase.name.replace("_", " "), justify="right")
-    steps = (f"{p.first_step:,} ... {p.first_step + p.steps:,}" for p in plan.phases)
-    table.add_row("steps", *steps)
-    for name in ("trained", "frozen", "factors"):
-        table.add_row(f"{name} parameters", *(f"{getattr(p.figures, name):,}" for p in plan.phases))
-    table.add_section()
-    for kind in KINDS:
-        sizes = [p.figures.memory.get(kind, 0) for p in plan.phases]
-        if any(size >= 10**5 for size in sizes):
-            table.add_row(kind, *map(_size, sizes))
-    for label, shown in _rows(plan):
-        table.add_row(label, *(shown(p) for p in plan.phases))
-    console.print(table)
-    worst = max(plan.phases, key=lambda phase: phase.checkpoint_peak)
-    console.print(
-        f"peak: {_size(plan.peak)}, in the {worst.name.replace('_', ' ')} phase; {_time(plan.seconds)} of steps"
-    )
-    if plan.alternatives:
-        others = Table(title="with other settings", title_justify="left")
-        for column in ("method", "base", "activation checkpointing", "peak", "a step"):
-            others.add_column(column, justify="right" if column in ("peak", "a step") else "left")
-        for other in plan.alternatives:
-            seconds = f"{other.step_seconds:.2f} s"
-            checkpointing = other.activation_checkpointing
-            others.add_row(other.method, other.base or "-", checkpointing, _size(other.peak), seconds)
-        console.print(others)
-
-
-def _rows(plan: Plan) -> list[tuple[str, Callable[[PhaseCost], str]]]:
-    rows: list[tuple[str, Callable[[PhaseCost], str]]] = [
-        ("process", lambda p: _size(p.process)),
-        ("allocator", lambda p: _size(p.allocator)),
-        ("peak of a step", lambda p: _size(p.predicted_peak)),
-        ("... while a checkpoint is written", lambda p: _size(p.checkpoint_peak)),
-        ("between steps (tensors)", lambda p: _size(p.figures.resident)),
-        ("restart (tensors)", lambda p: _size(p.figures.restart) if p.figures.factors and plan.restarts else "-"),
-        ("a step", lambda p: f"{p.figures.seconds:.2f} s"),
-        ("the phase", lambda p: _time(p.seconds)),
-    ]
-    if any(phase.measured for phase in plan.phases):
-        rows.append(("probed: peak", lambda p: _size(p.measured.peak) if p.measured else "-"))
-        rows.append(("probed: a step", lambda p: f"{p.measured.step_seconds:.2f} s" if p.measured else "-"))
-    return rows
 
 
 def _stretches(config: RunConfig) -> list[tuple[Phase, int, int]]:
@@ -343,16 +290,23 @@ def _alternatives(config: RunConfig, process: int, device: torch.device) -> list
         full[checkpointing] = _phase_cost(changed, "full", 0, changed.total_steps, process, device)
         cost = full[checkpointing]
         found.append(Alternative("full", None, checkpointing, cost.checkpoint_peak, cost.figures.seconds))
-    low_rank = config if config.method != "full" else None
-    if low_rank is None:
-        try:
-            low_rank = _with(config, {"method": "lora", "warm_start": {"steps": 0}})
-        except UserError:
-            return found
+    try:
+        low_rank = config if config.method != "full" else _with(config, {"method": "lora", "warm_start": {"steps": 0}})
+        return found + _low_rank_alternatives(low_rank, full, process, device)
+    except UserError:
+        if config.method != "full":
+            raise
+        return found  # the low-rank settings, which this run has no use for, do not fit it
+
+
+def _low_rank_alternatives(
+    config: RunConfig, full: dict[str, PhaseCost], process: int, device: torch.device
+) -> list[Alternative]:
+    found = []
     for base in BASES:
         for checkpointing in CHECKPOINTING:
             memory = {"memory": {"activation_checkpointing": checkpointing}}
-            changed = _with(low_rank, {"lowrank": {"base": base}, **memory})
+            changed = _with(config, {"lowrank": {"base": base}, **memory})
             cost = _phase_cost(changed, "low_rank", 0, 1, process, device)
             warm = full[checkpointing].checkpoint_peak
             for method in ("lora", "relora"):
@@ -385,11 +339,6 @@ def _with(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return parse_config(tree)
 
 
-def _size(size: int) -> str:
+def shown_size(size: int) -> str:
+    """Bytes, for a person."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

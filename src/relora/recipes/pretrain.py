@@ -66,8 +66,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
     needed = trained * 12 * (config.checkpoint.keep_last + 1) + parameters * 4
     check_space(Path(config.output_dir), needed, continuing=not fresh)
     settings = numeric_environment(parts.device, config.precision.dtype) | parts.content
-    if config.compile:
-        settings["compile"] = "inductor"
+    settings["compile"] = "inductor" if config.compile else "none"
     with claim(config, fresh) as folder, _checkpoints(config, folder) as checkpoints:
         warnings = changes_since(folder, config)
         checkpoint, broken = newest(checkpoints, strict=strict)

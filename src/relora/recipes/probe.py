@@ -77,7 +77,13 @@ def probe(config: RunConfig, phase: Phase) -> Measured:
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(_take_steps, tree, phase, torch.get_num_threads()).result()
-        except concurrent.futures.process.BrokenProcessPool:
+        except (concurrent.futures.process.BrokenProcessPool, MemoryError, RuntimeError) as error:
+            if (
+                not isinstance(error, torch.OutOfMemoryError)
+                and type(error) is RuntimeError
+                and "alloc" not in str(error)
+            ):
+                raise
             raise RunStopped(
                 f"the {phase.replace('_', ' ')} step died, most likely for lack of memory; "
                 "`relora plan CONFIG --fit SIZE` finds what fits"
