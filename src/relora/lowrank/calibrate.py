@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from relora.durable import user_cache
 from relora.lowrank.costs import ANY, Rates
 from relora.lowrank.int8 import LEVELS
 
@@ -53,8 +54,7 @@ def rates_file(device: torch.device, folder: Path | None = None) -> Path:
         capability = torch.backends.cpu.get_cpu_capability()
         machine = f"{platform.machine()}-{capability}-{os.cpu_count()}-{torch.get_num_threads()}"
     label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{machine}-torch-{torch.__version__}")
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relora"
-    return folder / f"rates-{label}.json"
+    return (folder or user_cache()) / f"rates-{label}.json"
 
 
 def measure(device: torch.device) -> Rates:

@@ -23,7 +23,7 @@ Arithmetic = Literal["native", "bf16", "int8"]
 """Of the frozen products; `native` is that of the layer's input, or autocast's."""
 
 
-class Plan(NamedTuple):
+class Order(NamedTuple):
     """How one call is computed."""
 
     way: Way
@@ -64,17 +64,17 @@ def low_rank_linear(
         arithmetic = "native"
     with torch.autocast(device, enabled=False):
         if dropout:
-            plan = Plan(FACTORED, arithmetic, dtype, low)
+            order = Order(FACTORED, arithmetic, dtype, low)
             compressed = scaling * F.linear(F.dropout(flat.to(low), dropout), lora_A.to(low))
-            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, None, plan)  # type: ignore[no-untyped-call]
+            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, None, order)  # type: ignore[no-untyped-call]
             y = y + F.linear(compressed, lora_B.to(low)).to(dtype)
         else:
             (out, inn), r = weight.shape, lora_A.shape[0]
             fixed, trained = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             # in half precision W + s B A would lose what is small against W
             mergeable = arithmetic == "native" and dtype.itemsize >= 4
-            plan = Plan(cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable), arithmetic, dtype, low)
-            y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, fixed, trained, plan)  # type: ignore[no-untyped-call]
+            order = Order(cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable), arithmetic, dtype, low)
+            y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, fixed, trained, order)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -92,37 +92,37 @@ class _LowRank(torch.autograd.Function):
         lora_B: Tensor | None,
         fixed_scaling: float,
         trained_scaling: Tensor | None,
-        plan: Plan,
+        order: Order,
     ) -> Tensor:
         ctx.save_for_backward(None if lora_A is None else x, weight, scale, lora_A, lora_B, trained_scaling)
-        ctx.fixed_scaling, ctx.plan, ctx.dtype = fixed_scaling, plan, x.dtype
-        y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *plan)
+        ctx.fixed_scaling, ctx.order, ctx.dtype = fixed_scaling, order, x.dtype
+        y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *order)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, lora_A, lora_B, trained_scaling = ctx.saved_tensors
         scaling = ctx.fixed_scaling if trained_scaling is None else trained_scaling
-        plan, wants = ctx.plan, ctx.needs_input_grad
+        order, wants = ctx.order, ctx.needs_input_grad
         grad_bias = grad.sum(0) if wants[3] else None
         if lora_A is None or lora_B is None:
-            grad_x = _frozen_backward(grad, weight, scale, plan.arithmetic, plan.dtype) if wants[0] else None
+            grad_x = _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype) if wants[0] else None
             return (None if grad_x is None else grad_x.to(ctx.dtype)), None, None, grad_bias, *[None] * 5
-        a, b, low_grad = lora_A.to(plan.low), lora_B.to(plan.low), grad.to(plan.low)
+        a, b, low_grad = lora_A.to(order.low), lora_B.to(order.low), grad.to(order.low)
         grad_x = grad_a = grad_b = grad_scaling = None
-        if not (plan.way.merged_backward and plan.way.dense):
+        if not (order.way.merged_backward and order.way.dense):
             compressed = low_grad @ b  # dY B [tokens, r]
         if wants[0]:
-            if plan.way.merged_backward:
-                grad_x = grad.to(plan.dtype) @ _merged(weight, scale, lora_A, lora_B, scaling, plan.dtype)
+            if order.way.merged_backward:
+                grad_x = grad.to(order.dtype) @ _merged(weight, scale, lora_A, lora_B, scaling, order.dtype)
             else:
                 grad_x = _add_product(
-                    _frozen_backward(grad, weight, scale, plan.arithmetic, plan.dtype), scaling * compressed, a
+                    _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype), scaling * compressed, a
                 )
             grad_x = grad_x.to(ctx.dtype)
         if any(wants[4:]):
-            x = x.to(plan.low)
-            if plan.way.dense:
+            x = x.to(order.low)
+            if order.way.dense:
                 grad_weight = low_grad.T @ x  # [out, in], of this layer alone
                 unscaled_a, grad_b = b.T @ grad_weight, scaling * (grad_weight @ a.T)
             else:

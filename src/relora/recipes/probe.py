@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import json
 import multiprocessing
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 
 from relora.config import RunConfig, parse_config
 from relora.device import choose_device, peak_memory_bytes
-from relora.durable import write_durably
+from relora.durable import user_cache, write_durably
 from relora.errors import RunStopped
 from relora.lowrank import inject
 from relora.measure import token_loss
@@ -77,12 +76,8 @@ def probe(config: RunConfig, phase: Phase) -> Measured:
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(_take_steps, tree, phase, torch.get_num_threads()).result()
-        except (concurrent.futures.process.BrokenProcessPool, MemoryError, RuntimeError) as error:
-            if (
-                not isinstance(error, torch.OutOfMemoryError)
-                and type(error) is RuntimeError
-                and "alloc" not in str(error)
-            ):
+        except (MemoryError, RuntimeError) as error:
+            if not _for_lack_of_memory(error):
                 raise
             raise RunStopped(
                 f"the {phase.replace('_', ' ')} step died, most likely for lack of memory; "
@@ -90,12 +85,18 @@ def probe(config: RunConfig, phase: Phase) -> Measured:
             ) from None
 
 
+def _for_lack_of_memory(error: Exception) -> bool:
+    """Whether the system killed the process, or an allocation failed; the CPU's says so in words only."""
+    died = isinstance(error, concurrent.futures.process.BrokenProcessPool | MemoryError | torch.OutOfMemoryError)
+    return died or (type(error) is RuntimeError and "allocate memory" in str(error))
+
+
 def process_bytes(folder: Path | None = None) -> int:
     """What a training process takes beside its tensors: interpreter, libraries, their work space.
 
     Measured by steps of a model that is next to nothing; kept in `folder` (by default the user's cache).
     """
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relora"
+    folder = folder or user_cache()
     versions = "-".join(version(package) for package in ("relora", "torch", "transformers"))
     label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{versions}-{torch.get_num_threads()}")
     file = folder / f"process-{label}.json"
