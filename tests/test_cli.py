@@ -573,7 +573,7 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "fields.jsonl").write_text(good)
     (tmp_path / "number.jsonl").write_text(good + '\n{"text": 3}\n')
     (tmp_path / "book.docx").write_text("text")
-    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(os.urandom(2000))[:-900])
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(os.urandom(2000), mtime=0)[:-900])
     (tmp_path / "table.parquet").write_text("no table")
     (tmp_path / "folder").mkdir()
     (tmp_path / "unreadable.txt").symlink_to("/proc/self/mem")  # opens, even for root, and cannot be read

@@ -91,7 +91,7 @@ COMPRESSIONS = st.sampled_from(["", "", ".gz", ".zst"])
 def _compressed(data: bytes, suffix: str) -> bytes:
     match suffix:
         case ".gz":
-            return gzip.compress(data[:9]) + gzip.compress(data[9:])
+            return gzip.compress(data[:9], mtime=0) + gzip.compress(data[9:], mtime=0)
         case ".zst":
             return bytes(pyarrow.compress(data, codec="zstd", asbytes=True))
         case _:
