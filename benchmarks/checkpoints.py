@@ -32,7 +32,8 @@ import torch
 
 from relora.config import CheckpointSettings, RunConfig, parse_config
 from relora.recipes.parts import gather, lowrank_of
-from relora.recipes.pretrain import assemble
+from relora.recipes.pretrain import job_of
+from relora.recipes.running import assemble
 from relora.report.console import Console
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import FROZEN, Checkpoints, SavedState, Tensors
@@ -160,7 +161,7 @@ def measure(config: RunConfig) -> list[Block]:
     parts = gather(config)
     print(f"\n{config.model.preset}, {sum(p.numel() for p in parts.model.parameters()) / MB:.1f} million parameters")
     with Clock(turns.folder, turns) as reporter:
-        run = assemble(config, parts, lowrank_of(config), reporter, turns, {})
+        run = assemble(job_of(config, parts), lowrank_of(config), reporter, turns, {})
         train(run, begin(run, None))
     return [block for block in turns.blocks if block.steps]
 
@@ -196,7 +197,7 @@ def print_way_back(config: RunConfig) -> None:
     checkpoint = checkpoints.open(max(step for step in checkpoints.steps() if step < config.total_steps))
     times.append(time.perf_counter())
     with Reporter(Path(config.output_dir), 0, [], Console(quiet=True)) as reporter:
-        run = stopping(assemble(config, parts, lowrank_of(config), reporter, checkpoints, {}), checkpoint.step)
+        run = stopping(assemble(job_of(config, parts), lowrank_of(config), reporter, checkpoints, {}), checkpoint.step)
         progress = begin(run, checkpoint)
         times.append(time.perf_counter())
         try:

@@ -18,8 +18,9 @@ from relora.lowrank import low_rank_layers
 from relora.lowrank.costs import ANY
 from relora.recipes.export import export
 from relora.recipes.parts import gather, settled_lowrank
-from relora.recipes.pretrain import assemble, pretrain
+from relora.recipes.pretrain import job_of, pretrain
 from relora.recipes.run_folder import claim, describe_run
+from relora.recipes.running import assemble
 from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
@@ -89,7 +90,7 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
             Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
         ):
             lowrank = settled_lowrank(config, parts.model, parts.device, ANY)
-            run = change(assemble(config, parts, lowrank, reporter, checkpoints, {}))
+            run = change(assemble(job_of(config, parts), lowrank, reporter, checkpoints, {}))
             train(run, begin(run, checkpoints.latest()[0]))
     return folder
 

@@ -5,7 +5,6 @@ Every low-rank side trains the factors of all linear layers in the blocks, the e
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,14 +21,6 @@ from relora.train.step import train_step
 from sides.draws import draw_, next_tokens
 from sides.shape import SEQUENCE, Shape
 from sides.side import ALPHA, CLIP, LR, Side, stepping
-
-
-@dataclass(frozen=True)
-class Batch:
-    """As `train_step` takes it."""
-
-    input_ids: Tensor
-    labels: Tensor
 
 
 def llama(shape: Shape) -> LlamaForCausalLM:
@@ -122,7 +113,7 @@ def ours(
         return train_step(
             model,
             optimizer,
-            Batch(ids, next_tokens(ids)),
+            (ids, next_tokens(ids)),
             token_loss,
             seed=0,
             step=done,

@@ -12,9 +12,9 @@ bits per byte   loss / ln 2 * tokens / bytes; unlike perplexity it compares acro
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,9 @@ class Evaluation:
     bits_per_byte: float | None
     """None where the bytes behind the tokens are not known."""
     tokens: int
-    """Tokens scored."""
+    """Tokens scored; of a classifier, examples."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Of a classifier, by name: accuracy, F1 and what else its task is judged by."""
 
     @classmethod
     def of(cls, loss_sum: float, tokens: int, byte_count: float | None) -> "Evaluation":
@@ -58,13 +60,17 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of a batch.
 
     Args:
         model: a Hugging Face causal LM, or anything that returns `.logits` [batch, length, vocabulary].
         input_ids: [batch, length], integers.
         labels: [batch, length]; `labels[:, i]` is the token after `input_ids[:, i]`, or -100 (not scored).
+        position_ids: [batch, length], where several examples are packed into one sequence: each counts from 0, and
+            attends to itself alone.
 
     Returns:
         The sum over scored tokens in nats (fp32, or fp64 of an fp64 model; a scalar) and their number (integer
@@ -72,9 +78,10 @@ def token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Ten
         differentiated once.
     """
     labels, tokens = labels.flatten(), (labels != IGNORED).sum()
-    found = head_input(model, input_ids)
+    placed = {} if position_ids is None else {"position_ids": position_ids}
+    found = head_input(model, input_ids, **placed)
     if found is None:
-        logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+        logits = model(input_ids=input_ids, use_cache=False, **placed).logits.flatten(0, 1)
         logits = logits.to(_wide(logits.dtype))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), tokens
     hidden, head = found
@@ -186,14 +193,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     *,
     bytes_per_token: float | None = None,
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
+    loss: Callable[..., tuple[Tensor, Tensor]] | None = None,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score batches of `(input_ids, labels)` (see `token_loss`); the model comes back in the mode it was in.
+    """Score batches as `loss` takes them (see `token_loss`); the model comes back in the mode it was in.
 
     Draws nothing, so training goes on as if it had not been called.
 
@@ -201,14 +209,15 @@ def evaluate(
         bytes_per_token: of the text behind the batches, for bits per byte.
         device: where the model is; by default that of its first parameter.
         autocast: the dtype of matrix products, where it is not that of the weights.
+        loss: (model, *batch) -> (summed loss, number of what is scored); `token_loss` unless given.
         each_batch: called before every batch; what it raises ends the evaluation.
     """
     device = device or next(model.parameters()).device
     loss_sum, tokens = 0.0, 0
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for input_ids, labels in batches:
+        for batch in batches:
             each_batch()
-            batch_loss, batch_tokens = token_loss(model, input_ids.to(device), labels.to(device))
+            batch_loss, batch_tokens = (loss or token_loss)(model, *(tensor.to(device) for tensor in batch))
             loss_sum += batch_loss.item()  # a Python float is fp64
             tokens += int(batch_tokens.item())
     return Evaluation.of(loss_sum, tokens, bytes_per_token * tokens if bytes_per_token else None)

@@ -22,7 +22,8 @@ from relora.config import RunConfig, parse_config
 from relora.data.batches import HeldOut
 from relora.data.shards import PreparedFolder
 from relora.measure import evaluate
-from relora.recipes.pretrain import PretrainResult, pretrain
+from relora.recipes.pretrain import pretrain
+from relora.recipes.running import RunResult
 from relora.report.metrics import read_json_lines
 
 SHAPE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -78,7 +79,7 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
     return build
 
 
-def reopened(result: PretrainResult) -> PreTrainedModel:
+def reopened(result: RunResult) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(result.folder / "model")
 
 

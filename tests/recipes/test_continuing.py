@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from relora.config import RunConfig, parse_config, to_yaml
+from relora.config import RunConfig, parse_config, parse_finetune_config, to_yaml
 from relora.errors import UserError
 from relora.recipes.continuing import ALLOWED, FREE, _flat, _in, changes_since, check_settings, newest
+from relora.recipes.parts import schedule_of
 from relora.train.checkpoint import Checkpoints, SavedState
 
 Configure = Callable[..., RunConfig]
+
+
+def changes(folder: Path, config: RunConfig) -> list[str]:
+    return changes_since(folder, config, schedule_of)
 
 
 @pytest.fixture
@@ -51,12 +56,12 @@ def save(folder: Path, step: int) -> Path:
 
 
 def test_a_new_folder_has_nothing_to_compare(configure: Configure, tmp_path: Path) -> None:
-    assert changes_since(tmp_path, configure()) == []
+    assert changes(tmp_path, configure()) == []
 
 
 def test_the_same_run_needs_no_word(configure: Configure, folder: Path) -> None:
     free = configure(log__every_steps=77, checkpoint__keep_last=5, samples__max_new_tokens=3, output_dir="elsewhere")
-    assert changes_since(folder, configure()) == changes_since(folder, free) == []
+    assert changes(folder, configure()) == changes(folder, free) == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_another_run_is_refused_by_name(
     configure: Configure, folder: Path, overrides: dict[str, object], named: str
 ) -> None:
     with pytest.raises(UserError, match=f"holds another run; it differs in {named}"):
-        changes_since(folder, configure(**overrides))
+        changes(folder, configure(**overrides))
 
 
 @pytest.mark.parametrize(
@@ -107,11 +112,11 @@ def test_another_run_is_refused_by_name(
 def test_an_allowed_change_is_said_in_one_line(
     configure: Configure, folder: Path, overrides: dict[str, object], line: str
 ) -> None:
-    assert changes_since(folder, configure(**overrides)) == [line]
+    assert changes(folder, configure(**overrides)) == [line]
 
 
 def test_a_longer_run_says_what_becomes_of_the_schedule(configure: Configure, folder: Path) -> None:
-    lines = changes_since(folder, configure(schedule__total_steps=18000))
+    lines = changes(folder, configure(schedule__total_steps=18000))
     assert lines[0] == "schedule.total_steps: 9000 -> 18000"
     assert lines[1].startswith(
         "the cosine now ends at step 18000 instead of 9000: at step 4000 the learning rate goes from "
@@ -122,17 +127,18 @@ def test_a_longer_run_says_what_becomes_of_the_schedule(configure: Configure, fo
 def test_a_restart_that_the_old_length_left_out_is_not_counted(configure: Configure, folder: Path) -> None:
     """Before step 4000 the old run, of 4000 steps, did the restarts before 2000 and 3000."""
     (folder / "config.yaml").write_text(to_yaml(configure(schedule__total_steps=4000)))
-    assert "3 restarts in all instead of 2" in changes_since(folder, configure(schedule__total_steps=5000))[1]
+    assert "3 restarts in all instead of 2" in changes(folder, configure(schedule__total_steps=5000))[1]
 
 
 def test_a_run_cannot_become_shorter_than_it_is(configure: Configure, folder: Path) -> None:
-    assert len(changes_since(folder, configure(schedule__total_steps=4000))) == 2
+    assert len(changes(folder, configure(schedule__total_steps=4000))) == 2
     with pytest.raises(UserError, match="has done 4000 steps, more than the 3999 asked for"):
-        changes_since(folder, configure(schedule__total_steps=3999))
+        changes(folder, configure(schedule__total_steps=3999))
 
 
 def test_every_class_names_keys_that_exist(configure: Configure) -> None:
-    keys = _flat(configure())
+    finetuning = {"output_dir": "o", "task": "instruct", "model": {"path": "m"}, "data": {"train": "t"}}
+    keys = _flat(configure()) | _flat(parse_finetune_config(finetuning))
     for name in (*FREE, *ALLOWED):
         assert any(_in(key, (name,)) for key in keys), name
 
@@ -140,7 +146,7 @@ def test_every_class_names_keys_that_exist(configure: Configure) -> None:
 def test_a_configuration_cut_short_is_refused_by_name(configure: Configure, folder: Path) -> None:
     (folder / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"config\.yaml"):
-        changes_since(folder, configure())
+        changes(folder, configure())
 
 
 # From which checkpoint

@@ -33,18 +33,21 @@ def whole_logits_reason(model: nn.Module) -> str | None:
     return _REASONS[model]
 
 
-def head_input(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, nn.Linear] | None:
-    """What the head would multiply, [batch, length, in_features], and the head; None: see `whole_logits_reason`."""
+def head_input(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | None:
+    """What the head would multiply, [batch, length, in_features], and the head; None: see `whole_logits_reason`.
+
+    `others` is what else the model is given.
+    """
     if whole_logits_reason(model) is not None:
         return None
-    found = _separated(model, input_ids)
+    found = _separated(model, input_ids, **others)
     if isinstance(found, str):  # the model was changed since it was first seen
         _REASONS[model] = found
         return None
     return found
 
 
-def _separated(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, nn.Linear] | str:
+def _separated(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | str:
     """One forward pass without the head's product, or why it tells nothing of the logits."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
@@ -64,7 +67,7 @@ def _separated(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, nn.Linear] 
 
     # ours is the last to see the input and the first to see the output, whoever else looks on
     with head.register_forward_pre_hook(stand_aside), head.register_forward_hook(keep, prepend=True):
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = model(input_ids=input_ids, use_cache=False, **others).logits
     if len(inputs) != 1:
         return f"it calls its head {len(inputs)} times"
     output, version = outputs[0]

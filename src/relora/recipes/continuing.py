@@ -7,19 +7,23 @@ Every key of the configuration is in one of three classes:
     refused    makes another run of it: named, and nothing is touched
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from relora.config import RunConfig, load_config
+from relora.config import RunConfig, TrainingConfig, load_any_config
 from relora.errors import UserError
-from relora.recipes.parts import schedule_of
 from relora.train.checkpoint import Checkpoint, Checkpoints
+from relora.train.schedule import Schedule
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 FREE = ("output_dir", "log", "checkpoint", "samples")
 """Keys and sections."""
 ALLOWED = {
     "schedule.total_steps": "",
     "schedule.total_tokens": "",
+    "schedule.epochs": "",
     "optimizer": "the moments stay",
     "evaluate.every_steps": "",
     "evaluate.tokens": "held-out figures before and after do not compare",
@@ -35,6 +39,7 @@ ALLOWED = {
 FIXED = {
     "data": "data: the prepared folders hold other tokens",
     "model": "model.path: its config.json is another",
+    "base": "model.path: its weights are others",
 }
 """What must be what it was, though the configuration cannot tell, with the line to be said otherwise."""
 
@@ -42,7 +47,7 @@ UNNOTED = {"compile": "none", "frozen": "native"}
 """What was so before it was noted."""
 
 
-def changes_since(folder: Path, config: RunConfig) -> list[str]:
+def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], Schedule]) -> list[str]:
     """What differs between the run in `folder`, if there is one, and `config`: a line for every allowed change.
 
     Raises:
@@ -50,7 +55,9 @@ def changes_since(folder: Path, config: RunConfig) -> list[str]:
     """
     if not (folder / "config.yaml").is_file():
         return []
-    there = load_config(folder / "config.yaml")
+    there = load_any_config(folder / "config.yaml")
+    if type(there) is not type(config):
+        raise UserError(f"output_dir: {folder} holds a run of another verb; choose another output_dir")
     old, new = _flat(there), _flat(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _in(key, FREE)]
     refused = [key for key in changed if not _in(key, ALLOWED)]
@@ -61,14 +68,15 @@ def changes_since(folder: Path, config: RunConfig) -> list[str]:
             "or --fresh to move that run aside"
         )
     done = max(Checkpoints(folder / "checkpoints").steps(), default=0)
-    if config.total_steps < done:
+    before, now = schedule_of(there), schedule_of(config)
+    if now.total_steps < done:
         raise UserError(
-            f"schedule: {folder} has done {done} steps, more than the {config.total_steps} asked for; "
+            f"schedule: {folder} has done {done} steps, more than the {now.total_steps} asked for; "
             "see `relora export --checkpoint` for an earlier state"
         )
     lines = [f"{key}: {old.get(key)} -> {new.get(key)}{_remark(key)}" for key in changed]
-    if there.total_steps != config.total_steps and done:
-        lines.append(_longer(there, config, done))
+    if before.total_steps != now.total_steps and done:
+        lines.append(_longer(before, now, done))
     return lines
 
 
@@ -118,8 +126,7 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     return lines
 
 
-def _longer(there: RunConfig, here: RunConfig, done: int) -> str:
-    old, new = schedule_of(there), schedule_of(here)
+def _longer(old: Schedule, new: Schedule, done: int) -> str:
     # one that the old schedule left out, for being too near to its end, is not made up for
     restarts = sum(step < done for step in old.restarts) + sum(step >= done for step in new.restarts)
     return (
@@ -139,11 +146,13 @@ def _in(key: str, names: Sequence[str] | dict[str, str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _flat(config: RunConfig) -> dict[str, object]:
+def _flat(config: TrainingConfig) -> dict[str, object]:
     """The settings as dotted keys, with paths and weights of the training data apart."""
     tree = config.model_dump(mode="json")
-    sources = config.data.sources
-    tree["data"]["train"] = {"path": [s.path for s in sources], "weight": [s.weight for s in sources]}
+    tree["data"]["train"] = {"path": tree["data"]["train"]}
+    if isinstance(config, RunConfig):
+        sources = config.data.sources
+        tree["data"]["train"] = {"path": [s.path for s in sources], "weight": [s.weight for s in sources]}
     return _dotted(tree)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.config import RunConfig
+from relora.config import FinetuneConfig, RunConfig, TrainingConfig
 from relora.data.batches import HeldOut, TrainBatches, check_same_tokenizer
 from relora.data.shards import PreparedFolder
 from relora.data.tokenizer import fingerprint, load_tokenizer
@@ -102,7 +102,7 @@ def open_configured_model(
     )
 
 
-def factor_parameters(config: RunConfig, model: PreTrainedModel) -> int:
+def factor_parameters(config: RunConfig | FinetuneConfig, model: PreTrainedModel) -> int:
     """How many parameters the factors will have beside those of `model`."""
     if config.method == "full":
         return 0
@@ -122,36 +122,41 @@ def schedule_of(config: RunConfig) -> Schedule:
     )
 
 
-def lowrank_of(config: RunConfig) -> LowRankConfig:
+def lowrank_of(config: TrainingConfig) -> LowRankConfig:
     """What the switch to low rank injects; with `base: auto`, precision bf16 stores frozen weights in bf16."""
     settings = config.lowrank.model_dump()
+    if isinstance(config, FinetuneConfig):
+        # what is not trained is the base's to the end, and the base is there: nothing needs a copy of its own
+        settings |= {"rest": "frozen", "master": config.method == "relora"}
+        if config.task == "classification":
+            settings["trained_modules"] = (*settings["trained_modules"], "score")  # its head is new
     if config.lowrank.base == "auto":
         settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
     return LowRankConfig(**settings)
 
 
-def autocast_of(config: RunConfig) -> torch.dtype | None:
+def autocast_of(config: TrainingConfig) -> torch.dtype | None:
     """Dtype of the products, where it is not the weights'."""
     return None if config.precision.dtype == "fp32" else torch.bfloat16
 
 
 def settled_lowrank(
-    config: RunConfig, model: PreTrainedModel, device: torch.device, kept: Rates | None = None
+    config: RunConfig | FinetuneConfig, model: PreTrainedModel, device: torch.device, kept: Rates | None = None
 ) -> LowRankConfig:
     """`lowrank_of`, computed in the ways that pay on this device.
 
     Args:
         kept: the rates by which a run chose that is now continued, and computed as it began.
     """
-    if config.method == "full":
+    if config.method not in ("lora", "relora"):
         return lowrank_of(config)
     rates = kept or calibrated(device)
     return replace(lowrank_of(config), frozen=frozen_arithmetic(config, model, rates), rates=rates)
 
 
-def frozen_arithmetic(config: RunConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
+def frozen_arithmetic(config: RunConfig | FinetuneConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
     """Of the products with frozen weights: what the configuration says, or int8 where that is clearly faster."""
-    if config.method == "full" or config.precision.frozen == "fp32":
+    if config.method not in ("lora", "relora") or config.precision.frozen == "fp32":
         return "native"
     if config.precision.frozen != "auto":
         return config.precision.frozen

@@ -58,12 +58,6 @@ class Measured:
     step_seconds: float
 
 
-@dataclass(frozen=True)
-class _Batch:
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-
-
 def probe(config: RunConfig, phase: Phase) -> Measured:
     """Three real steps of a phase in a fresh process.
 
@@ -132,7 +126,7 @@ def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
             train_step(
                 model,
                 optimizer,
-                _Batch(ids, ids),
+                (ids, ids),
                 token_loss,
                 seed=config.seed,
                 step=step,

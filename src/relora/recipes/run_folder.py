@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from relora.config import RunConfig, load_config, to_yaml
+from relora.config import RunConfig, TrainingConfig, load_config, to_yaml
 from relora.durable import write_durably
 from relora.errors import RunStopped, UserError
 from relora.untrusted import check_folder
 
 
 @contextmanager
-def claim(config: RunConfig, fresh: bool) -> Iterator[Path]:
+def claim(config: TrainingConfig, fresh: bool) -> Iterator[Path]:
     """The run's folder, ready to be written and held alone: new, or holding an earlier part of a run.
 
     `fresh` moves what is there aside, to the first free `NAME.1`, `NAME.2` ...; nothing is deleted.
@@ -80,7 +80,7 @@ def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) ->
         )
 
 
-def describe_run(folder: Path, config: RunConfig, parameters: int) -> None:
+def describe_run(folder: Path, config: TrainingConfig, parameters: int) -> None:
     """Write config.yaml and environment.json: what the run is, and what it runs on."""
     environment = {"parameters": parameters, **describe_environment()}
     try:

@@ -110,6 +110,8 @@ def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
 def _switch(run: Run, progress: Progress) -> None:
     """From full rank to low rank: inject, freeze, and carry over the moments of all that still trains at full rank."""
     report = inject(run.model, run.lowrank, seed=run.seed)
+    if run.initialize is not None:
+        run.initialize(run.model)
     full_rank_optimizer = progress.optimizer
     progress.optimizer = build_optimizer(run.model, run.optimizer)
     carry_state(full_rank_optimizer, progress.optimizer)
@@ -162,6 +164,7 @@ def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
             "validation_tokens": result.tokens,
+            **result.scores,
             "seconds": time.perf_counter() - started,
         }
     )

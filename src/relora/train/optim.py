@@ -53,7 +53,7 @@ def check_optimizer(name: OptimizerName) -> None:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of `model`, fused or in 8 bits; a group's peak rate is its `initial_lr`."""
-    factors: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "scaling": []}
+    factors: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "scaling": [], "magnitude": []}
     for layer in low_rank_layers(model).values():
         for kind, factor in layer.factors.items():
             factors[kind].append(factor)
@@ -65,7 +65,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         _group([p for p in full_rank if p.ndim < 2], config.lr, 0.0),
         _group(factors["lora_A"], config.lowrank_lr, decay),
         _group(factors["lora_B"], b_lr, decay),
-        _group(factors["scaling"], config.lowrank_lr, 0.0),
+        _group(factors["scaling"] + factors["magnitude"], config.lowrank_lr, 0.0),
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw-8bit":

@@ -41,6 +41,10 @@ class Run:
     """(model, called before each batch) -> held-out loss; leaves weights, modes and random streams as they are."""
     optimizer: OptimizerConfig
     lowrank: LowRankConfig
+    initialize: Callable[[nn.Module], None] | None = None
+    """Called when the factors have been put in, before the first step that trains them."""
+    saves_frozen: bool = True
+    """False where the frozen weights are those that the model came with, from beginning to end."""
     restart_reset: Reset
     restart_keep_ratio: float
     reporter: Reporter
@@ -91,7 +95,8 @@ def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
         run.reporter.rewind({"metrics.jsonl": 0, "restarts.jsonl": 0})
         return Progress(build_optimizer(run.model, run.optimizer))
     try:
-        load_exact_tensors(run.model, checkpoint.weights())
+        kept = {} if run.saves_frozen else _frozen(run.model)
+        load_exact_tensors(run.model, kept | checkpoint.weights())
         optimizer = build_optimizer(run.model, run.optimizer)
         load_named_state(run.model, optimizer, checkpoint.optimizer())
     except UserError as error:
@@ -114,8 +119,7 @@ def save(run: Run, progress: Progress) -> None:
     state = progress.state
     if name := _first_non_finite(run.model, progress.optimizer):
         raise NonFinite(f"after step {state.step}: {name} is not finite; no checkpoint was written")
-    tensors = exact_tensors(run.model)
-    frozen = {name for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
+    tensors, frozen = exact_tensors(run.model), _frozen(run.model)
     run.checkpoints.save(
         SavedState(
             **asdict(state),
@@ -124,7 +128,7 @@ def save(run: Run, progress: Progress) -> None:
             scheduled=save_due(run, state.step),
         ),
         weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
-        frozen={name: tensor for name, tensor in tensors.items() if name in frozen},
+        frozen=frozen if run.saves_frozen else {},
         optimizer=named_state(run.model, progress.optimizer),
         settings=run.settings,
     )
@@ -135,6 +139,12 @@ def save_due(run: Run, step: int) -> bool:
     if step == 0:
         return run.non_finite == "rewind"
     return step == run.schedule.total_steps or step % run.checkpoint_every_steps == 0
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """What does not train, exact, by name."""
+    names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in exact_tensors(model).items() if name in names}
 
 
 def _first_non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:

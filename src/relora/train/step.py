@@ -9,7 +9,6 @@ moments are as they were before the step that went wrong.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,12 @@ from relora.lowrank import low_rank_layers
 from relora.measure import IGNORED
 from relora.train.embeddings import rows_added_in_place
 
+Batch = tuple[Tensor, ...]
+"""The sequences of one step: input_ids, labels (IGNORED where nothing is scored), and what else the loss takes; each
+[sequences, ...] and split alike."""
 
-class Batch(Protocol):
-    """Sequences of one step, both [sequences, sequence_length]; labels are the next tokens, or IGNORED."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-
-
-Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(model, input_ids, labels) -> (loss summed over valid tokens, their number)."""
+Loss = Callable[..., tuple[Tensor, Tensor]]
+"""(model, *batch) -> (loss summed over valid labels, their number)."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +68,13 @@ def train_step(
     """
     torch.manual_seed(keyed_seed(seed, "step", step))
     device = next(model.parameters()).device
-    valid_tokens = int((batch.labels != IGNORED).sum())  # of the host's copy: nothing to wait for
+    valid_tokens = int((batch[1] != IGNORED).sum())  # of the host's copy: nothing to wait for
     micro_losses = []
-    parts = (torch.split(_sent(tensor, device), micro_sequences) for tensor in (batch.input_ids, batch.labels))
+    parts = (torch.split(_sent(tensor, device), micro_sequences) for tensor in batch)
     with rows_added_in_place(model):
-        for input_ids, labels in zip(*parts, strict=True):
+        for micro_batch in zip(*parts, strict=True):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                micro_loss, _ = loss(model, input_ids, labels)
+                micro_loss, _ = loss(model, *micro_batch)
             torch.autograd.backward(micro_loss / valid_tokens)
             micro_losses.append(micro_loss.detach())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -114,8 +107,15 @@ def release(optimizer: torch.optim.Optimizer) -> None:
 
 
 def dead_tensors(model: nn.Module) -> list[str]:
-    """Trainable tensors without a gradient, but for lora_A and a trained scale beside B = 0: theirs comes later."""
-    excused: set[int] = set()
+    """Trainable tensors without a gradient, but for those whose gradient comes later.
+
+    So do lora_A and a trained scale beside B = 0, and what is said to be `zero_until` another tensor is not all zero.
+    """
+    excused = {
+        id(parameter)
+        for parameter in model.parameters()
+        if (until := getattr(parameter, "zero_until", None)) is not None and not until.any()
+    }
     for layer in low_rank_layers(model).values():
         if not layer.lora_B.any():
             excused |= {id(factor) for kind, factor in layer.factors.items() if kind != "lora_B"}

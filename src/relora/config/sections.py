@@ -1,54 +1,21 @@
-"""The configuration of a run: YAML plus `key.sub=value` overrides -> frozen, typed settings.
+"""The sections of a configuration, one class each; the string under a field is its documentation."""
 
-Each section is one class; the string under a field is its documentation (and its text in the JSON schema).
-Unknown keys, impossible values and impossible combinations are a `UserError` of one line that names the key, before
-anything is loaded.
-Nothing here imports torch, so that a misspelt key is reported at once.
-"""
+from typing import Annotated, Literal
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from pydantic import Field, model_validator
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from relora.errors import UserError
-from relora.mistakes import LONGEST_PATH, first_mistake, shown, shown_name
-from relora.untrusted import DEPTH, no_address, parse_yaml, read_yaml
-
-
-def _no_bool(value: object) -> object:
-    """YAML reads `yes` and `on` as true, and Python takes true for 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, not {str(value).lower()}")
-    return value
-
-
-def _is_text(value: str) -> str:
-    """What YAML can spell in quotes and no file name or UTF-8 file can hold."""
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("must be text, without NUL characters and halves of surrogate pairs")
-    return value
-
-
-Number = BeforeValidator(_no_bool)
-PositiveInt = Annotated[int, Number, Field(gt=0, le=10**15)]
-NonNegativeInt = Annotated[int, Number, Field(ge=0, le=10**15)]
-Seed = Annotated[int, Number, Field(ge=0, lt=2**64)]
-PositiveFloat = Annotated[float, Number, Field(gt=0, le=1e9)]
-NonNegativeFloat = Annotated[float, Number, Field(ge=0, le=1e9)]
-Share = Annotated[float, Number, Field(ge=0, lt=1)]
-Ratio = Annotated[float, Number, Field(gt=0, le=1)]
-Text = Annotated[str, AfterValidator(_is_text)]
-Place = Annotated[str, Field(min_length=1), AfterValidator(_is_text), AfterValidator(no_address)]
-"""A path, or a hub id."""
-
-
-class Settings(BaseModel):
-    """A section: frozen, and strict about unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+from relora.config.values import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    Place,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    Settings,
+    Share,
+    Text,
+)
 
 
 class ModelSettings(Settings):
@@ -257,122 +224,3 @@ class SampleSettings(Settings):
     max_new_tokens: PositiveInt = 80
     temperature: PositiveFloat = 0.8
     top_p: Ratio = 0.95
-
-
-class RunConfig(Settings):
-    """Everything that `relora pretrain` reads."""
-
-    output_dir: Place
-    """The run folder."""
-    seed: Seed = 0
-    device: Text = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N or mps."""
-    model: ModelSettings
-    data: DataSettings
-    method: Literal["full", "lora", "relora"] = "relora"
-    lowrank: LowRankSettings = LowRankSettings()
-    warm_start: WarmStartSettings = WarmStartSettings()
-    restart: RestartSettings = RestartSettings()
-    schedule: ScheduleSettings
-    optimizer: OptimizerSettings = OptimizerSettings()
-    batch: BatchSettings = BatchSettings()
-    precision: PrecisionSettings = PrecisionSettings()
-    memory: MemorySettings = MemorySettings()
-    compile: bool = False
-    """Compile the repeated blocks (torch.compile); needs a C++ compiler on a CPU."""
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    non_finite: NonFiniteSettings = NonFiniteSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    log: LogSettings = LogSettings()
-    samples: SampleSettings = SampleSettings()
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens per optimizer step."""
-        return self.batch.sequences * self.data.sequence_length
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.schedule.total_steps is not None:
-            return self.schedule.total_steps
-        assert self.schedule.total_tokens is not None  # ScheduleSettings sees to it
-        return -(-self.schedule.total_tokens // self.batch_tokens)
-
-    @property
-    def lowrank_lr(self) -> float:
-        """Learning rate of lora_A."""
-        return self.optimizer.lowrank_lr if self.optimizer.lowrank_lr is not None else 2 * self.optimizer.lr
-
-    @model_validator(mode="after")
-    def _times_fit(self) -> "RunConfig":
-        total, restart = self.total_steps, self.restart
-        if total >= 10**8:
-            raise ValueError(f"schedule: a run has fewer than 100 million steps, this one would have {total:,}")
-        if self.schedule.warmup_steps >= total:
-            raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be shorter than the run ({total} steps)"
-            )
-        if self.method != "full" and self.warm_start.steps >= total:
-            raise ValueError(
-                f"warm_start.steps ({self.warm_start.steps}) must be shorter than the run ({total} steps); "
-                "for a full-rank run set `method: full`"
-            )
-        if self.optimizer.name == "adamw-8bit" and restart.optimizer in ("random", "magnitude"):
-            raise ValueError(
-                f"restart.optimizer: {restart.optimizer} cannot prune the codes of adamw-8bit; set `zero` or `keep`"
-            )
-        if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
-            raise ValueError(
-                f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than "
-                f"restart.every_steps ({restart.every_steps})"
-            )
-        return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key.sub=value` overrides in order and check the whole; `UserError` on anything wrong."""
-    tree = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
-    """A plain dictionary -> checked settings; `source` names its file in messages."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{source}: {first_mistake(error, RunConfig)}") from None
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    name = shown_name(str(path), LONGEST_PATH)
-    try:
-        tree = read_yaml(path)
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such file; give the path of a YAML configuration") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
-        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{name}: must be a YAML mapping of keys to values")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{shown(override)}: an override is written key.sub=value, e.g. optimizer.lr=1e-3")
-    *parents, last = key.split(".")
-    if len(parents) >= DEPTH:
-        raise UserError(f"{shown(override)}: more than {DEPTH} levels")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"{shown(override)}: `{parent}` is not a section")
-    tree[last] = parse_yaml(value, shown(override))

@@ -1,0 +1,64 @@
+"""What every run that trains reads: the settings that pretraining and fine-tuning share."""
+
+from pydantic import model_validator
+
+from relora.config.sections import (
+    BatchSettings,
+    CheckpointSettings,
+    EvaluateSettings,
+    LogSettings,
+    LowRankSettings,
+    MemorySettings,
+    ModelSettings,
+    NonFiniteSettings,
+    OptimizerSettings,
+    PrecisionSettings,
+    RestartSettings,
+)
+from relora.config.values import Place, Seed, Settings, Text
+
+
+class TrainingConfig(Settings):
+    """A run; what it trains on is said by those that stand on this."""
+
+    output_dir: Place
+    """The run folder."""
+    seed: Seed = 0
+    device: Text = "auto"
+    """auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N or mps."""
+    model: ModelSettings
+    data: Settings
+    method: Text
+    lowrank: LowRankSettings = LowRankSettings()
+    restart: RestartSettings = RestartSettings()
+    schedule: Settings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    batch: BatchSettings = BatchSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    memory: MemorySettings = MemorySettings()
+    compile: bool = False
+    """Compile the repeated blocks (torch.compile); needs a C++ compiler on a CPU."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    non_finite: NonFiniteSettings = NonFiniteSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    log: LogSettings = LogSettings()
+    samples: Settings
+
+    @property
+    def lowrank_lr(self) -> float:
+        """Learning rate of lora_A."""
+        return self.optimizer.lowrank_lr if self.optimizer.lowrank_lr is not None else 2 * self.optimizer.lr
+
+    @model_validator(mode="after")
+    def _restarts_fit(self) -> "TrainingConfig":
+        restart = self.restart
+        if self.optimizer.name == "adamw-8bit" and restart.optimizer in ("random", "magnitude"):
+            raise ValueError(
+                f"restart.optimizer: {restart.optimizer} cannot prune the codes of adamw-8bit; set `zero` or `keep`"
+            )
+        if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
+            raise ValueError(
+                f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than "
+                f"restart.every_steps ({restart.every_steps})"
+            )
+        return self
