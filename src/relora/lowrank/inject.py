@@ -1,18 +1,21 @@
 """Put low-rank layers into a model, and take them out again.
 
-`inject` walks any `nn.Module`, swaps the targets in place, freezes their weights and reports what it matched.
-Everything else (embeddings, norms, biases, the head) stays as it was, so in pretraining it trains at full rank (ReLoRA,
-arXiv 2307.05695, section 3). `merge` is the way back: a plain model with no trace of the factors.
+`inject` walks any `nn.Module`, swaps the targets in place, freezes their weights and reports what it matched. The rest
+(embeddings, norms, biases, the head) trains at full rank in pretraining (ReLoRA, arXiv 2307.05695, section 3) and is
+frozen in fine-tuning, but for modules that are named. `merge` is the way back: a plain model with no trace of the
+factors.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from relora.errors import UserError
-from relora.lowrank.linear import LowRankConfig, LowRankLinear, check_rank
+from relora.lowrank.linear import LowRankConfig, LowRankLinear, check_target
+from relora.lowrank.nf4 import check_installed
+from relora.lowrank.patterns import at_the_end, compiled
+from relora.mistakes import shown
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class InjectReport:
 
 
 def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectReport:
-    """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights.
+    """Replace the targets of `config` by `LowRankLinear` in place, freeze their weights, and the rest if it says so.
 
     Build the optimizer afterwards: what trains has changed.
 
@@ -47,20 +50,24 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectR
     """
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise UserError("the model has low-rank layers already; relora.merge(model) first")
+    paths = find_targets(model, config)
+    in_full = _trained_in_full(model, config, paths)
     targets = {}
-    for name in find_targets(model, config):
+    for name in paths:
         module = model.get_submodule(name)
         layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=_is_conv1d(module))
         layer.train(module.training)
         model.set_submodule(name, layer)
         targets[name] = (layer.out_features, layer.in_features)
+    if config.rest == "frozen":
+        _switch_rest(model, in_full)
     return _report(model, targets)
 
 
 def merge(model: nn.Module) -> None:
     """Merge every factor into its weight (fp32 or better) and put the plain layers back, in place; inverse of `inject`.
 
-    A weight that was stored in bf16 comes back as its exact fp32 master.
+    A weight that was stored coarsely comes back as its exact fp32 master; what was frozen trains again.
 
     Raises:
         NonFinite: an update is not finite; it names the layer.
@@ -71,8 +78,13 @@ def merge(model: nn.Module) -> None:
 
 
 def strip(model: nn.Module) -> None:
-    """Put the plain layers back, in place, with their weights as they are; what the factors hold is dropped."""
+    """Put the plain layers back, in place, with their weights as they are; what the factors hold is dropped.
+
+    Factors that began with a part of the weight give that back. What `inject` froze trains again.
+    """
     for name, layer in low_rank_layers(model).items():
+        for parameter, trained in layer.switched:
+            parameter.requires_grad_(trained)
         model.set_submodule(name, layer.plain())
 
 
@@ -84,14 +96,11 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that must be saved to continue: parameters and persistent buffers by name, frozen weights unrounded.
 
-    Tied parameters appear once, under their first name.
+    Tied parameters appear once, under their first name. Of a weight that is codes alone, what they stand for is made in
+    main memory, 4 bytes a parameter.
     """
-    persistent = model.state_dict(keep_vars=True).keys()
-    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    for name, layer in low_rank_layers(model).items():
-        tensors[f"{name}.weight"] = layer.base.exact
-    return tensors
+    exact = {f"{name}.weight": layer.base.exact for name, layer in low_rank_layers(model).items()}
+    return _stored_tensors(model) | exact
 
 
 def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -100,7 +109,8 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: names, a shape or a type differ. Nothing was copied.
     """
-    own = exact_tensors(model)
+    layers = low_rank_layers(model)
+    own = _stored_tensors(model) | {f"{name}.weight": layer.base.outline for name, layer in layers.items()}
     if own.keys() != tensors.keys():
         differing = ", ".join(sorted(own.keys() ^ tensors.keys())[:4])
         raise UserError(f"the saved tensors are another model's: {differing} are not in both")
@@ -109,7 +119,6 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if tensor.shape != saved.shape or tensor.is_floating_point() != saved.is_floating_point():
             kinds = " here, ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (tensor, saved))
             raise UserError(f"the saved tensors are another model's: {name} is {kinds} there")
-    layers = low_rank_layers(model)
     for name, tensor in own.items():
         path, _, kind = name.rpartition(".")
         if path in layers and kind == "weight":
@@ -125,7 +134,8 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
     without such, every linear layer that is not tied and not the output head.
 
     Raises:
-        UserError: a pattern matches nothing, a target shares its weight with another module, or r is too large for one.
+        UserError: a pattern matches nothing, a target shares its weight with another module or is to train in full, r
+            is too large for one, or the library that stores the base is not installed.
     """
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
@@ -135,12 +145,17 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
         found = _linear_layers_of_blocks(model, linears, shared)
     else:
         found = _matching(linears, config.target_modules)
+    _check_patterns(config, found)
     for name in found:
         if id(linears[name].weight) in shared:
             raise UserError(
                 f"lowrank.target_modules: {name} shares its weight with another module (tied embeddings); leave it out"
             )
-        check_rank(config.r, model.get_parameter(f"{name}.weight"), name)
+        out, inn = model.get_parameter(f"{name}.weight").shape[:: -1 if _is_conv1d(linears[name]) else 1]
+        check_target(config, name, out, inn)
+    _trained_in_full(model, config, found)
+    if config.base == "nf4":
+        check_installed()
     return found
 
 
@@ -157,7 +172,7 @@ def _linear_layers_of_blocks(model: nn.Module, linears: dict[str, nn.Module], sh
 def _matching(linears: dict[str, nn.Module], patterns: str | tuple[str, ...]) -> list[str]:
     """Names matched by one regular expression on whole paths, or by any of a list of path endings."""
     if isinstance(patterns, str):
-        expression = _compiled(patterns)
+        expression = compiled(patterns, "lowrank.target_modules")
         found = [name for name in linears if expression.fullmatch(name)]
         missing = [] if found else [patterns]
     else:
@@ -171,11 +186,60 @@ def _matching(linears: dict[str, nn.Module], patterns: str | tuple[str, ...]) ->
     return found
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"lowrank.target_modules: {pattern!r} is not a regular expression: {error}") from None
+def _check_patterns(config: LowRankConfig, targets: list[str]) -> None:
+    """A pattern that matches no target is a mistake, and would go unseen."""
+    for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            expression = at_the_end(pattern, f"lowrank.{setting}")
+            if not any(expression.match(name) for name in targets):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+                raise UserError(f"lowrank.{setting}: {shown(pattern)} matches no target; the targets are {known}")
+
+
+def _trained_in_full(model: nn.Module, config: LowRankConfig, targets: list[str]) -> set[int]:
+    """Identities of the parameters in `config.trained_modules`: a tied one trains wherever it stands."""
+    found: set[int] = set()
+    for pattern in config.trained_modules:
+        expression = at_the_end(pattern, "lowrank.trained_modules")
+        matched = {name: module for name, module in model.named_modules() if name and expression.match(name)}
+        for name in sorted(matched.keys() & targets):
+            raise UserError(
+                f"lowrank.trained_modules: {name} is a target of lowrank.target_modules; leave it out of one of the two"
+            )
+        parameters = {id(parameter) for module in matched.values() for parameter in module.parameters()}
+        if not parameters:
+            owners = {path.rpartition(".")[0] for path, _ in model.named_parameters()}.difference(targets, ("",))
+            raise UserError(
+                f"lowrank.trained_modules: {shown(pattern)} matches no module that has parameters; "
+                f"the model has {', '.join(sorted({path.rpartition('.')[2] for path in owners}))}"
+            )
+        found |= parameters
+    return found
+
+
+def _switch_rest(model: nn.Module, trained: set[int]) -> None:
+    """Let train what is in `trained`, and nothing else beside the factors; the first layer keeps what was changed."""
+    layers = list(low_rank_layers(model).values())
+    of_updates = {id(p) for layer in layers for p in (layer.weight, *layer.factors.values())}
+    changed = []
+    for parameter in model.parameters():
+        wanted = id(parameter) in trained
+        if id(parameter) not in of_updates and parameter.requires_grad != wanted:
+            changed.append((parameter, parameter.requires_grad))
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+    layers[0].switched = tuple(changed)
+
+
+def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, frozen weights as they are stored."""
+    passing = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    tensors: dict[str, Tensor] = {name: parameter.data for name, parameter in model.named_parameters()}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name not in passing}
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -192,8 +256,9 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _report(model: nn.Module, targets: dict[str, tuple[int, int]]) -> InjectReport:
-    layers = low_rank_layers(model)
-    low_rank = sum(factor.numel() for layer in layers.values() for factor in layer.factors.values())
+    layers = low_rank_layers(model).values()
+    low_rank = sum(factor.numel() for layer in layers for factor in layer.factors.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return InjectReport(targets=targets, frozen=frozen, low_rank=low_rank, full_rank=trainable - low_rank)
+    packed = sum(layer.base.shape.numel() - layer.weight.numel() for layer in layers)  # nf4: two in a byte
+    return InjectReport(targets=targets, frozen=frozen + packed, low_rank=low_rank, full_rank=trainable - low_rank)

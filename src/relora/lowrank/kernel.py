@@ -18,6 +18,7 @@ from torch import Tensor
 
 from relora.lowrank.costs import FACTORED, Rates, Way, cheapest
 from relora.lowrank.int8 import dequantized, product, product_backward, runs_in_int8
+from relora.lowrank.nf4 import dequantize_nf4
 
 Arithmetic = Literal["native", "bf16", "int8"]
 """Of the frozen products; `native` is that of the layer's input, or autocast's."""
@@ -50,7 +51,7 @@ def low_rank_linear(
     """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in] and lora_B [out, r].
 
     Args:
-        weight: frozen; in floating point, or int8 codes with a `scale` [out, 1].
+        weight: frozen; in floating point, int8 codes with a `scale` [out, 1], or NF4 codes [out, in / 2] with theirs.
         rates: of the device, for the choice between the ways to compute the same.
         dropout: acts on the input of the factors alone.
     """
@@ -69,7 +70,7 @@ def low_rank_linear(
             y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, None, order)  # type: ignore[no-untyped-call]
             y = y + F.linear(compressed, lora_B.to(low)).to(dtype)
         else:
-            (out, inn), r = weight.shape, lora_A.shape[0]
+            out, (r, inn) = weight.shape[0], lora_A.shape
             fixed, trained = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             # in half precision W + s B A would lose what is small against W
             mergeable = arithmetic == "native" and dtype.itemsize >= 4
@@ -174,7 +175,7 @@ def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, arithmetic:
         assert scale is not None  # codes have one
         return product(x, weight, scale).to(dtype)
     precision = torch.bfloat16 if arithmetic == "bf16" else dtype
-    return (x.to(precision) @ _as(weight, scale, precision).T).to(dtype)
+    return (x.to(precision) @ as_numbers(weight, scale, precision).T).to(dtype)
 
 
 def _frozen_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, arithmetic: str, dtype: torch.dtype) -> Tensor:
@@ -183,14 +184,14 @@ def _frozen_backward(grad: Tensor, weight: Tensor, scale: Tensor | None, arithme
         assert scale is not None
         return product_backward(grad, weight, scale).to(dtype)
     precision = torch.bfloat16 if arithmetic == "bf16" else dtype
-    return (grad.to(precision) @ _as(weight, scale, precision)).to(dtype)
+    return (grad.to(precision) @ as_numbers(weight, scale, precision)).to(dtype)
 
 
 def _merged(
     weight: Tensor, scale: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, dtype: torch.dtype
 ) -> Tensor:
     """W + s B A [out, in]."""
-    return torch.addmm(_as(weight, scale, dtype), (scaling * lora_B).to(dtype), lora_A.to(dtype))
+    return torch.addmm(as_numbers(weight, scale, dtype), (scaling * lora_B).to(dtype), lora_A.to(dtype))
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -198,6 +199,8 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return y.addmm_(left, right) if y.dtype == left.dtype else y.add_((left @ right).to(y.dtype))
 
 
-def _as(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def as_numbers(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The frozen weight as numbers of `dtype`, which may be the weight itself."""
-    return weight.to(dtype) if scale is None else dequantized(weight, scale, dtype)
+    if scale is None:
+        return weight.to(dtype)
+    return (dequantize_nf4 if weight.dtype == torch.uint8 else dequantized)(weight, scale, dtype)

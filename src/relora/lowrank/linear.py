@@ -5,12 +5,14 @@
 `weight` and `bias` keep their names, so checkpoints load by name and any model can hold the layer. After Hu et al. 2021
 (arXiv 2106.09685, section 4.1); s = lora_alpha / sqrt(r) is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
 A is drawn Kaiming-uniform and B is zero, so the layer starts as W. Both zero would be a saddle with no gradient at all,
-which is how the published ReLoRA code loses its first cycle.
+which is how the published ReLoRA code loses its first cycle. Other beginnings are in `factors`, DoRA's trained row
+lengths in `dora`, and how W is stored in `base`.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +22,86 @@ from relora.errors import NonFinite, UserError
 from relora.lowrank.base import FrozenWeight, Layer, Storage
 from relora.lowrank.calibrate import calibrated
 from relora.lowrank.costs import Rates
+from relora.lowrank.dora import dora_step, rescaled, row_norms
+from relora.lowrank.factors import DRAWS, FROM_WEIGHT, Init, principal
 from relora.lowrank.kernel import Arithmetic, low_rank_linear
+from relora.lowrank.nf4 import check_sides
+from relora.lowrank.patterns import by_pattern
+from relora.mistakes import shown
+
+Rest = Literal["trained", "frozen"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig:
-    """What `inject` puts beside the frozen weights."""
+    """What `inject` puts beside the frozen weights.
+
+    Raises:
+        UserError: of options that exclude one another.
+    """
 
     r: int = 128
     """Rank of one update."""
     lora_alpha: float = 32.0
     """Scale of the update, in units of 1/r (1/sqrt(r) with rslora)."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Regular expression for the end of a layer's path -> its r; the first that matches counts. As in PEFT."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Likewise -> its lora_alpha."""
     lora_dropout: float = 0.0
     """Dropout on the factors' input, while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear`, names (matched at the end of a module's path), or one regular expression for whole paths."""
     rslora: bool = False
+    dora: bool = False
+    """Train the length of every row apart from its direction."""
     trainable_scaling: bool = False
     """One trained scale per layer, back at its start after every merge."""
+    init: Init = "kaiming"
+    """How the factors begin; with `gradient-svd` as with `kaiming`, until `gradient_svd_`."""
+    rest: Rest = "trained"
+    """What is no target: trained at full rank (pretraining), or frozen (fine-tuning)."""
+    trained_modules: tuple[str, ...] = ()
+    """Modules that train in full though the rest is frozen: regular expressions for the end of a module's path."""
     base: Storage = "auto"
-    """Storage of frozen weights: as they are, fp32, or bf16 or int8 with an fp32 master in main memory."""
+    """Storage of frozen weights: as they are, fp32, or bf16, int8 or nf4 with an fp32 master in main memory."""
+    master: bool = True
+    """False: no master, so that a rounded weight is the exact one until something is merged into it."""
     frozen: Arithmetic = "native"
     """Of the products with frozen weights, while training."""
     rates: Rates | None = None
     """Of the device, to choose between ways of computing the same; measured once per machine unless given."""
+
+    def __post_init__(self) -> None:
+        for key, value, valid in (("init", self.init, get_args(Init)), ("rest", self.rest, get_args(Rest))):
+            if value not in valid:
+                raise UserError(f"lowrank.{key}: {shown(value)} is none of {', '.join(valid)}")
+        if self.trained_modules and self.rest != "frozen":
+            raise UserError("lowrank.trained_modules: everything trains with lowrank.rest: trained; leave it out")
+        if self.base == "nf4" and self.frozen == "int8":
+            raise UserError("precision.frozen: int8 has other codes than lowrank.base: nf4; choose native or bf16")
 
     @property
     def scaling(self) -> float:
         """s in y = W x + s B A x."""
         return self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    def of_layer(self, path: str) -> "LowRankConfig":
+        """With the r and lora_alpha that the patterns have for one layer."""
+        r = by_pattern(self.rank_pattern, path, self.r, "lowrank.rank_pattern")
+        alpha = by_pattern(self.alpha_pattern, path, self.lora_alpha, "lowrank.alpha_pattern")
+        return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-def check_rank(r: int, weight: Tensor, name: str) -> None:
-    """`UserError` where an update of rank r would be as large as the weight itself."""
-    if r > min(weight.shape):
-        raise UserError(
-            f"lowrank.r ({r}) exceeds the smaller side of {name or 'the layer'} "
-            f"({weight.shape[0]} x {weight.shape[1]}); r may be at most {min(weight.shape)} here"
-        )
+
+def check_target(config: LowRankConfig, path: str, out: int, inn: int) -> None:
+    """`UserError` where a weight [out, in] cannot be a target: an update of rank r would be as large as the weight."""
+    r, most = config.of_layer(path).r, min(out, inn)
+    if not 1 <= r <= most:
+        key = "lowrank.r" if r == config.r else "lowrank.rank_pattern"
+        mistake = "exceeds the smaller side" if r > most else "is too small a rank"
+        raise UserError(f"{key} ({r}) {mistake} of {path or 'the layer'} ({out} x {inn}); r may be at most {most} here")
+    if config.base == "nf4":
+        check_sides(inn, path)
 
 
 class LowRankLinear(Layer):
@@ -65,7 +109,7 @@ class LowRankLinear(Layer):
 
     Args:
         replaced: the layer to stand in for; it has `weight` and `bias`, and gets its place back from `plain`.
-        name: path of the layer in its model; keys the draw of A.
+        name: path of the layer in its model; keys the draw of A, and the patterns.
         seed: the run's seed.
         fan_in_fan_out: the weight is stored as [in, out].
 
@@ -74,6 +118,12 @@ class LowRankLinear(Layer):
     """
 
     scaling: Tensor | float
+    magnitude: nn.Parameter | None
+    """DoRA's row lengths [out]."""
+    initial_A: Tensor | None
+    """What lora_A and lora_B began with where W gave it up, so that updates relative to W can be told; zero once
+    merged."""
+    initial_B: Tensor | None
 
     def __init__(
         self, replaced: nn.Module, config: LowRankConfig, *, name: str = "", seed: int = 0, fan_in_fan_out: bool = False
@@ -84,33 +134,45 @@ class LowRankLinear(Layer):
         self.bias = replaced.bias  # type: ignore[assignment]
         self.fan_in_fan_out = fan_in_fan_out
         self.out_features, self.in_features = self.weight.shape[::-1] if fan_in_fan_out else self.weight.shape
-        self.name, self.seed = name, seed
+        check_target(config, name, self.out_features, self.in_features)
+        config = config.of_layer(name)
+        self.name, self.seed, self.init, self.rslora = name, seed, config.init, config.rslora
         self.r, self.lora_dropout, self.initial_scaling = config.r, config.lora_dropout, config.scaling
-        check_rank(self.r, self.weight, name)
         self._replaced = (replaced,)  # in a tuple, so that it is no submodule
-        self.base = FrozenWeight(self, config.base, config.frozen, fan_in_fan_out)
+        self._weight_trained = self.weight.requires_grad
+        self.switched: tuple[tuple[nn.Parameter, bool], ...] = ()
+        """What `inject` froze or let train beside this layer, and whether it trained before."""
+        self.base = FrozenWeight(self, config.base, config.frozen, fan_in_fan_out, keep_master=config.master)
         self.rates = config.rates or calibrated(self.weight.device)
         precise = torch.promote_types(self.base.exact.dtype, torch.float32)  # small updates live in the factors
         self.lora_A = nn.Parameter(self.weight.new_empty(self.r, self.in_features, dtype=precise))
         self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, self.r, dtype=precise))
+        magnitude = nn.Parameter(self.weight.new_empty(self.out_features, dtype=precise)) if config.dora else None
+        self.register_parameter("magnitude", magnitude)
         self.scaling = self.initial_scaling
         if config.trainable_scaling:
             self.scaling = nn.Parameter(self.weight.new_empty((), dtype=precise))
+        for kind, factor in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
+            self.register_buffer(kind, torch.zeros_like(factor) if self.init in FROM_WEIGHT else None)
         self.redraw_(cycle=0)
+        if self.init == "pissa":
+            self.take_over_(*principal(self.base.rows(self.base.exact).to(self.lora_A), self.r, self.initial_scaling))
+        self.base.settle()
+        self._measure_magnitude()
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
         """The trained parameters of the update, by their name in the layer."""
-        named = {"lora_A": self.lora_A, "lora_B": self.lora_B}
-        return named | {"scaling": self.scaling} if isinstance(self.scaling, nn.Parameter) else named
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "magnitude": self.magnitude, "scaling": self.scaling}
+        return {name: factor for name, factor in named.items() if isinstance(factor, nn.Parameter)}
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]."""
         weight, scale, arithmetic = self.base.operand(self.training)
-        return low_rank_linear(
+        y = low_rank_linear(
             x,
             weight,
-            self.bias,
+            self.bias if self.magnitude is None else None,
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -119,22 +181,56 @@ class LowRankLinear(Layer):
             arithmetic=arithmetic,
             scale=scale,
         )
+        if self.magnitude is None:
+            return y
+        return rescaled(y, self.magnitude / self._row_norms(), self.bias)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update s·B A in the factors' precision, in the weight's shape."""
+        """The update s·B A (of DoRA the step from W to W') in the factors' precision, in the weight's shape."""
         delta = (self.scaling * self.lora_B) @ self.lora_A  # [out, in], and nothing else of that size
-        return delta.T if self.fan_in_fan_out else delta
+        if self.magnitude is not None:
+            delta = dora_step(self.base.rows(self.base.exact).to(delta), delta, self.magnitude)
+        return self.base.rows(delta)
 
     @torch.no_grad()
     def redraw_(self, cycle: int) -> None:
-        """Draw A anew, keyed by seed, cycle and name (Kaiming-uniform, a = sqrt(5): bound 1/sqrt(in)); zero B."""
-        bound = 1 / math.sqrt(self.in_features)
+        """Draw A anew, keyed by seed, cycle and name (by default Kaiming-uniform: bound 1/sqrt(in)); zero B.
+
+        Raises:
+            UserError: in a later cycle than the first, see `check_restart`.
+        """
+        if cycle:
+            self.check_restart()
         generator = keyed_generator(self.seed, "redraw", cycle, self.name)
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        self.lora_A.copy_(DRAWS[self.init](self.lora_A.shape, generator))
         self.lora_B.zero_()
         if isinstance(self.scaling, nn.Parameter):
             self.scaling.fill_(self.initial_scaling)  # never 0: a zero scale beside a zero B has no gradient
+
+    def check_restart(self) -> None:
+        """`UserError` where the layer is made for one update, so that no cycle follows its first."""
+        if self.magnitude is not None:
+            raise UserError(
+                "lowrank.dora: a restart merges a low-rank update and draws it anew, and trained row lengths are "
+                "neither; restarts need dora: false"
+            )
+        if self.init in FROM_WEIGHT:
+            raise UserError(
+                f"lowrank.init: {self.init} takes its factors from the weight once, and a restart draws them anew; "
+                "restarts need kaiming or orthogonal"
+            )
+
+    @torch.no_grad()
+    def take_over_(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Begin with these factors; W gives up s·B A, so the layer's function stays (but for the base's rounding)."""
+        assert self.initial_A is not None and self.initial_B is not None
+        for own, initial, given in ((self.lora_A, self.initial_A, lora_A), (self.lora_B, self.initial_B, lora_B)):
+            own.copy_(given)
+            initial.copy_(given)
+        self.base.add_(self.base.rows((-self.initial_scaling * self.initial_B) @ self.initial_A))
+        self.base.settle()
+        self._measure_magnitude()
 
     @torch.no_grad()
     def merge_(self) -> Tensor:
@@ -151,28 +247,52 @@ class LowRankLinear(Layer):
                 "continue from the last checkpoint with a lower lowrank_lr"
             )
         self.base.add_(delta)
-        self.lora_B.zero_()
+        for merged in (self.lora_B, self.initial_A, self.initial_B):
+            if merged is not None:
+                merged.zero_()
+        self._measure_magnitude()
         return delta
 
     def plain(self) -> nn.Module:
-        """The layer this one stood in for, with the exact merged weight; call after `merge_`."""
+        """The layer this one stood in for, with the exact weight: merged after `merge_`, else as it was injected."""
+        if self.initial_A is not None and self.initial_B is not None and self.initial_B.any():
+            self.base.add_(self.base.rows((self.initial_scaling * self.initial_B) @ self.initial_A))
         replaced = self._replaced[0]
         self.weight.data = self.base.exact.to(self.weight.device)
-        replaced.weight = self.weight.requires_grad_(True)
+        replaced.weight = self.weight.requires_grad_(self._weight_trained)
         return replaced
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """Lengths [out] of the rows of W + s·B A, of the finest W on the device."""
+        direction = self.base.dense(self.lora_A.dtype)
+        return row_norms(direction.addmm_(self.scaling * self.lora_B, self.lora_A))
+
+    @torch.no_grad()
+    def _measure_magnitude(self) -> None:
+        """Row lengths as they are: the layer's function is then that of W + s·B A."""
+        if self.magnitude is not None:
+            self.magnitude.copy_(self._row_norms())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """With the exact weight, however it is stored."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.base.master is not None:
-            destination[f"{prefix}weight"] = self.base.master
+        if self.base.master is not None or not self.weight.is_floating_point():
+            destination[f"{prefix}weight"] = self.base.exact
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Into the exact weight, from which what is stored and multiplied is made anew."""
-        given = state_dict.get(f"{prefix}weight")
+        key = f"{prefix}weight"
+        given = state_dict.get(key)
+        fits = isinstance(given, Tensor) and given.is_floating_point() and given.shape == self.base.shape
+        exact = given if fits else None
+        if given is not None and self.weight.shape != self.base.shape:  # nf4's codes have a shape of their own
+            state_dict = state_dict | {key: self.weight}
+            if exact is None:
+                others[-1].append(f"size mismatch for {key}: the layer's weight is {list(self.base.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *others)
-        if isinstance(given, Tensor) and given.is_floating_point() and given.shape == self.weight.shape:
-            self.base.set_(given)
+        if exact is not None:
+            self.base.set_(exact)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.initial_scaling:g}"
