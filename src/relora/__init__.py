@@ -1,6 +1,7 @@
 """relora: pretrain and fine-tune language models through low-rank updates.
 
-The library face: `inject`, `restart`, `Schedule` and `merge` work in any PyTorch loop; `pretrain` runs a configuration.
+The library face: `inject`, `restart`, `Schedule` and `merge` work in any PyTorch loop, `Adapters`, `save_adapter` and
+`load_adapter` on any model; `pretrain` and `finetune` run a configuration.
 """
 
 import importlib
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from relora.lowrank import inject as inject
     from relora.lowrank import merge as merge
     from relora.lowrank import restart as restart
+    from relora.lowrank.adapters import load_adapter as load_adapter
+    from relora.lowrank.adapters import save_adapter as save_adapter
+    from relora.lowrank.several import Adapters as Adapters
+    from relora.recipes.finetune import finetune as finetune
     from relora.recipes.pretrain import pretrain as pretrain
     from relora.train.schedule import Schedule as Schedule
 
@@ -27,6 +32,10 @@ _HOME = {
     "inject": "relora.lowrank",
     "merge": "relora.lowrank",
     "restart": "relora.lowrank",
+    "Adapters": "relora.lowrank.several",
+    "load_adapter": "relora.lowrank.adapters",
+    "save_adapter": "relora.lowrank.adapters",
+    "finetune": "relora.recipes.finetune",
     "pretrain": "relora.recipes.pretrain",
     "Schedule": "relora.train.schedule",
 }

@@ -1,21 +1,20 @@
 """Text comes streamed and quiet, the same for the same seed, and leaves model and random streams as they were."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.adapted import STORIES, lora, needs_data, prompts, run_with_adapter, with_template
 
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.model import open_model
 from relora.recipes.finished import open_finished
-from relora.recipes.generate import Sampling, describe, generate, sample_texts
+from relora.recipes.generate import describe, generate, sample_texts
+from relora.recipes.writing import Sampling
 
-DATA = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-STORIES = DATA / "models" / "stories260K-llama-hf"
-pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared test data is not here")
+pytestmark = needs_data
 
 PROMPT = "Once upon a time"
 GREEDY = Sampling(max_new_tokens=12, do_sample=False)
@@ -130,3 +129,88 @@ def test_a_wrong_dtype_or_device() -> None:
     with pytest.raises(UserError, match="dtype: `int3` is none of"):
         open_finished(STORIES, dtype="int3")
     assert open_finished(STORIES, dtype="bf16").model.dtype == torch.bfloat16
+
+
+def test_adapters_side_by_side(tmp_path: Path) -> None:
+    red, blue = lora(tmp_path / "red", seed=1), prompts(tmp_path / "blue")
+    pieces: list[str] = []
+    places = [str(red), str(blue)]
+    result = generate(STORIES, [PROMPT, "Lily"], GREEDY, adapters=places, compare=True, write=pieces.append)
+    assert result.adapters == ["base", "red", "blue"] * 2
+    alone = {
+        "base": generate(STORIES, [PROMPT, "Lily"], GREEDY),
+        "red": generate(red, [PROMPT, "Lily"], GREEDY),
+        "blue": generate(STORIES, [PROMPT, "Lily"], GREEDY, adapters=[str(blue)]),
+    }
+    for name, one in alone.items():
+        assert one.adapters == [name] * 2
+        assert [text for text, who in zip(result.texts, result.adapters, strict=True) if who == name] == one.texts
+    assert len(set(result.texts)) == 6
+    assert "".join(pieces) == "".join(
+        f"== {name}\n{text}\n" for name, text in zip(result.adapters, result.texts, strict=True)
+    )
+    assert {name: speed.tokens for name, speed in result.by_adapter.items()} == {"base": 24, "red": 24, "blue": 24}
+    assert result.tokens == 72
+    assert result.seconds == pytest.approx(sum(speed.seconds for speed in result.by_adapter.values()))
+    lines = describe(result).splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["base", "red", "blue"]
+    assert lines[3].startswith("72 tokens in") and "peak memory" in lines[3]
+
+
+def test_the_base_by_its_name(tmp_path: Path) -> None:
+    red = lora(tmp_path / "red", seed=1)
+    assert generate(red, [PROMPT], GREEDY, adapters=["base"]).adapters == ["base", "red"]
+    assert generate(red, [PROMPT], GREEDY, compare=True).adapters == ["base", "red"]
+    assert generate(STORIES, [PROMPT], GREEDY, adapters=["base"]).adapters == ["base"]
+    with pytest.raises(UserError, match="compare: there is no adapter beside the base; give --adapter"):
+        generate(STORIES, [PROMPT], GREEDY, compare=True)
+
+
+def test_adapters_are_compared_with_the_same_seed(tmp_path: Path) -> None:
+    same = [str(lora(tmp_path / name, seed=1)) for name in ("one", "two")]
+    sampled = Sampling(max_new_tokens=20, temperature=1.0)
+    texts = generate(STORIES, [PROMPT], sampled, adapters=same, seed=5).texts
+    assert texts[0] == texts[1] == generate(STORIES, ["Lily", PROMPT], sampled, adapters=same[1:], seed=5).texts[1]
+
+
+def test_a_chat_gives_answers_alone(tmp_path: Path) -> None:
+    model = with_template(tmp_path / "model")
+    pieces: list[str] = []
+    result = generate(model, ["Hello", "Who?"], GREEDY, chat=True, system="Be kind.", write=pieces.append)
+    asked = [f"<s>system: Be kind.\nuser: {text}\nassistant:" for text in ("Hello", "Who?")]
+    tokenizer = load_tokenizer(str(model))
+    for prompt, answer in zip(asked, result.texts, strict=True):
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        whole = open_model(model).generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        text = tokenizer.decode(whole[0], skip_special_tokens=True)
+        assert text.endswith(f"assistant:{answer}")
+    assert "".join(pieces) == "".join(f"{answer}\n" for answer in result.texts)
+
+
+def test_a_run_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    run = run_with_adapter(tmp_path / "tuned")
+    (answer,) = generate(run, ["Hello"], GREEDY, chat=True).texts
+    # "Response:" and the answer are encoded apart in training, so the whole prompt as one text would be another one
+    (whole,) = generate(run, ["Hello"], GREEDY).texts
+    assert answer and whole.startswith("Hello")
+    with pytest.raises(UserError, match="no chat template"):
+        generate(STORIES, ["Hello"], GREEDY, chat=True)
+
+
+def test_stop_strings_and_a_system_prompt_need_sense() -> None:
+    plain = generate(STORIES, [PROMPT], GREEDY).texts[0]
+    (text,) = generate(STORIES, [PROMPT], GREEDY, stop=["little"]).texts
+    assert text == plain[: plain.index("little")]
+    with pytest.raises(UserError, match="stop string is empty"):
+        generate(STORIES, [PROMPT], stop=[""])
+    with pytest.raises(UserError, match="system: a system prompt is part of a chat; add --chat"):
+        generate(STORIES, [PROMPT], system="Be kind.")
+
+
+def test_what_cannot_be_done_is_said_before_the_first_word(tmp_path: Path) -> None:
+    pieces: list[str] = []
+    with pytest.raises(UserError, match="positions; shorten it"):
+        generate(STORIES, [PROMPT, PROMPT * 300], GREEDY, write=pieces.append)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        generate(tmp_path / "no-model-either", [PROMPT], adapters=[str(tmp_path / "nowhere")], write=pieces.append)
+    assert pieces == []

@@ -7,9 +7,10 @@ Raw text is scored as published figures are, through a sliding window: every tok
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +30,17 @@ from relora.model.load import max_positions
 from relora.recipes.finished import Finished, open_finished
 
 Ids = npt.NDArray[np.int64]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Score(Evaluation):
-    """What a model makes of one source."""
+class Score:
+    """What a model makes of one source; see `Evaluation`."""
 
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
     data: str
     bytes: int
     """Of the scored text as UTF-8; of a part of a prepared folder by its mean bytes per token."""
@@ -58,6 +64,7 @@ def evaluate_model(
     model_or_run: str | Path,
     data: Sequence[str],
     *,
+    adapter: str | None = None,
     sequence_length: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
@@ -70,6 +77,7 @@ def evaluate_model(
 
     Args:
         model_or_run: a run folder, a model folder or a hub id.
+        adapter: a folder or run whose adapter is used, beside the model that it belongs to.
         sequence_length: tokens in a window; by default those of the run, else the model's positions (at most 1,024).
         stride: tokens from one window to the next; by default half a window on raw text, a whole one on prepared data.
         tokens: score at most this many of each source, from its start.
@@ -77,11 +85,13 @@ def evaluate_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: no such model or source, or one that does not fit the other.
+        UserError: no such model, adapter or source, or one that does not fit the other.
     """
-    finished = open_finished(model_or_run, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    length = sequence_length or finished.sequence_length
-    _check(finished, length, stride, tokens, batch)
+    check_counts(sequence_length=sequence_length, stride=stride, tokens=tokens, batch=batch)
+    finished = open_scored(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    length = scored_length(finished, sequence_length)
+    if stride is not None and stride > length:
+        raise UserError(f"stride ({stride}) must not exceed sequence_length ({length}), or tokens would be left out")
     if not data:
         raise UserError("no data given; give a prepared folder or a text file")
     scores = []
@@ -112,6 +122,41 @@ def print_scores(scores: Sequence[Score], console: Console | None = None) -> Non
     (console or Console(highlight=False)).print(table)
 
 
+def open_scored(
+    model_or_run: str | Path, adapter: str | None, *, device: str, dtype: str, trust_remote_code: bool
+) -> Finished:
+    """The model to score: as it stands, or with `adapter` in use beside it; `UserError` as for `open_finished`."""
+    adapters = [] if adapter is None else [adapter]
+    finished = open_finished(
+        model_or_run, adapters=adapters, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    if adapter is not None:
+        finished.adapters.use(finished.adapters.names[-1])
+    return finished
+
+
+def scored_length(finished: Finished, sequence_length: int | None) -> int:
+    """Tokens that the model sees at once: `sequence_length`, by default its own; `UserError` beyond its positions."""
+    length = sequence_length or finished.sequence_length
+    positions = max_positions(finished.model)
+    if positions is not None and length > positions:
+        raise UserError(f"sequence_length ({length:,}) is more than the model's {positions:,} positions; shorten it")
+    return length
+
+
+def check_counts(**counts: int | None) -> None:
+    """`UserError` for a number that must be 1 or more, and is not."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+
+
+def with_progress(items: Iterable[_Item], total: int, label: str) -> Iterable[_Item]:
+    """A progress bar on a terminal, gone at the end; nothing elsewhere."""
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    return track(items, label, total, console=console, transient=True, disable=not console.is_terminal)
+
+
 def sliding_windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
     """Windows of `length` tokens, `stride` apart, over one document, as inputs and labels (the last may be shorter).
 
@@ -134,9 +179,12 @@ def _score_prepared(finished: Finished, source: str, length: int, stride: int, t
         batches, total = (held_out := HeldOut(folder, length, count, batch)), len(held_out)
     else:
         batches, total = _batches([folder.window(0, count)], length, stride, batch)
-    result = evaluate(finished.model, _with_progress(batches, total, source), bytes_per_token=folder.bytes_per_token)
+    result = evaluate(finished.model, with_progress(batches, total, source), bytes_per_token=folder.bytes_per_token)
     return Score(
-        **asdict(result),
+        result.loss,
+        result.perplexity,
+        result.bits_per_byte,
+        result.tokens,
         data=source,
         bytes=round(result.tokens * folder.bytes_per_token),
         word_perplexity=None,
@@ -148,10 +196,14 @@ def _score_prepared(finished: Finished, source: str, length: int, stride: int, t
 def _score_text(finished: Finished, source: str, length: int, stride: int, tokens: int | None, batch: int) -> Score:
     text = _read(finished, source, tokens)
     batches, total = _batches(text.documents, length, stride, batch)
-    result = evaluate(finished.model, _with_progress(batches, total, source))
+    result = evaluate(finished.model, with_progress(batches, total, source))
     loss_sum = result.loss * result.tokens
+    whole = Evaluation.of(loss_sum, result.tokens, text.bytes)
     return Score(
-        **asdict(Evaluation.of(loss_sum, result.tokens, text.bytes)),
+        whole.loss,
+        whole.perplexity,
+        whole.bits_per_byte,
+        whole.tokens,
         data=source,
         bytes=text.bytes,
         word_perplexity=perplexity(loss_sum / text.words) if text.words else None,
@@ -163,7 +215,7 @@ def _score_text(finished: Finished, source: str, length: int, stride: int, token
 def _read(finished: Finished, source: str, tokens: int | None) -> _Text:
     """The first `tokens` tokens of a source, document by document."""
     read: Iterable[str] = Corpus([source]).documents()
-    if Path(source).is_file() and not {".jsonl", ".parquet"} & set(Path(source).suffixes):
+    if Path(source).is_file() and not {".json", ".jsonl", ".parquet"} & set(Path(source).suffixes):
         read = ["".join(read)]  # a long text file comes in pieces that join up to it
     documents, scored, byte_count, words = [], 0, 0, 0
     for text in read:
@@ -200,22 +252,3 @@ def _batches(
             yield torch.from_numpy(inputs), torch.from_numpy(labels)
 
     return batches(), -(-total // sequences)
-
-
-def _with_progress(
-    batches: Iterable[tuple[Tensor, Tensor]], total: int, source: str
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """A progress bar on a terminal, gone at the end; nothing elsewhere."""
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    return track(batches, source, total, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _check(finished: Finished, length: int, stride: int | None, tokens: int | None, batch: int) -> None:
-    positions = max_positions(finished.model)
-    if positions is not None and length > positions:
-        raise UserError(f"sequence_length ({length:,}) is more than the model's {positions:,} positions; shorten it")
-    for name, value in (("sequence_length", length), ("stride", stride), ("tokens", tokens), ("batch", batch)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more")
-    if stride is not None and stride > length:
-        raise UserError(f"stride ({stride}) must not exceed sequence_length ({length}), or tokens would be left out")

@@ -1,12 +1,14 @@
-"""Any checkpoint of a run -> a plain Hugging Face model folder."""
+"""Any checkpoint of a run -> a plain Hugging Face model folder; a run or a model folder -> a GGUF file."""
 
 import logging
+import shutil
 from pathlib import Path
 
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.lowrank import inject, load_exact_tensors, merge
-from relora.model.load import dtype_named, save_model
+from relora.model.gguf import check_gguf, write_gguf
+from relora.model.load import dtype_named, model_folder, save_model
 from relora.recipes.parts import lowrank_of, open_configured_model, schedule_of
 from relora.recipes.run_folder import open_run
 from relora.train.checkpoint import Checkpoints
@@ -50,3 +52,44 @@ def export(
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
     out.parent.mkdir(parents=True, exist_ok=True)
     return save_model(model, out, tokenizer, stored)
+
+
+def export_gguf(
+    source: str | Path,
+    *,
+    step: int | None = None,
+    out: str | Path | None = None,
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a GGUF file from a run's checkpoint, a run's model, a model folder or a hub id; never over another file.
+
+    A run gives RUN/model; with `step`, or before it has one, a checkpoint, which `export` first writes beside `out` for
+    a while. `dtype` is one of `GGUF_DTYPES`. By default `out` is RUN/model-DTYPE.gguf, RUN/model-STEP-DTYPE.gguf,
+    NAME-DTYPE.gguf beside a model folder NAME, or NAME-DTYPE.gguf here for a hub id OWNER/NAME.
+
+    Raises:
+        UserError: what `export` and `write_gguf` refuse, or a `step` of what is no run. Nothing was written.
+        RunStopped: the disk is full or refuses the write.
+    """
+    place, is_run = Path(source), (Path(source) / "config.yaml").is_file()
+    if step is not None and not is_run:
+        raise UserError(f"--checkpoint {step}: {source} is not a run folder (no config.yaml in it)")
+    folder = place / "model" if is_run else model_folder(source)
+    out = Path(out) if out is not None else _gguf_file(place, is_run, step, dtype)
+    check_gguf(out, dtype)
+    if not is_run or (step is None and folder.is_dir()):
+        return write_gguf(folder, out, load_tokenizer(str(folder)), dtype)
+    aside = out.with_name(f".{out.name}.model")
+    try:
+        exported = export(source, step=step, out=aside, trust_remote_code=trust_remote_code)
+        return write_gguf(exported, out, load_tokenizer(str(exported)), dtype)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _gguf_file(place: Path, is_run: bool, step: int | None, dtype: str) -> Path:
+    if is_run:
+        return place / f"{'model' if step is None else f'model-{step}'}-{dtype}.gguf"
+    beside = place.resolve() if place.is_dir() else Path(place.name)
+    return beside.with_name(f"{beside.name}-{dtype}.gguf")

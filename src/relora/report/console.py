@@ -22,6 +22,9 @@ from relora.report.spikes import Rise
 RECENT_RECORDS = 32
 """Logged steps whose median time gives the rate."""
 
+SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman")
+"""Of a classifier, in the order in which they are shown."""
+
 PHASE_NAMES = {"warm_start": "warm start", "low_rank": "low rank", "full": "full rank"}
 
 
@@ -146,7 +149,11 @@ def describe_training(record: Record) -> str:
 
 
 def describe_evaluation(record: Record) -> str:
-    """Held-out loss, perplexity, bits per byte, and over how many tokens."""
+    """Held-out loss, perplexity, bits per byte, and over how many tokens; of a classifier its scores."""
+    scores = [f"{name} {format_figure(record[name])}" for name in SCORES if name in record]
+    if scores:
+        examples = f"{record['validation_tokens']:,} examples, {record['seconds']:.1f} s"
+        return f"held-out loss {format_figure(record['validation_loss'])}, {', '.join(scores)} ({examples})"
     return (
         f"held-out loss {format_figure(record['validation_loss'])}, "
         f"perplexity {format_figure(record['perplexity'], 2)}, "

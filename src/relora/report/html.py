@@ -88,14 +88,14 @@ def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
     yield _key(history)
     yield f'<section class="charts">{"".join(map(_figure, figures))}</section>'
     if history.held_out:
-        yield "<h2>Phases</h2>" + _table(PHASE_COLUMNS, map(_phase_row, history.segments))
+        yield "<h2>Phases</h2>" + table(PHASE_COLUMNS, map(_phase_row, history.segments))
     if history.restarts:
-        yield "<h2>Restarts</h2>" + _table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
+        yield "<h2>Restarts</h2>" + table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
         yield f'<p class="note">{RESTART_NOTE}</p>'
     if switch := _rise(history, cycle=0):
         yield f'<p class="note">{escape(describe_rise(switch).capitalize())}.</p>'
     if history.incidents:
-        yield "<h2>Not finite</h2>" + _table(INCIDENT_COLUMNS, map(_incident_row, history.incidents))
+        yield "<h2>Not finite</h2>" + table(INCIDENT_COLUMNS, map(_incident_row, history.incidents))
     if history.samples:
         yield "<h2>Samples</h2>" + "".join(map(_sample, history.samples))
     yield "<h2>How it was made</h2>"
@@ -225,7 +225,8 @@ def _perplexity(point: HeldOut | None) -> str:
     return "-" if point is None else f"{point.perplexity:,.2f}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """As HTML, everything escaped."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,119 @@
+"""`relora adapters VERB`: what can be done with trained updates that are kept apart from their base model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relora.cli.common import Json, print_json
+from relora.errors import UserError
+
+app = typer.Typer(
+    help="Adapters (LoRA, rsLoRA, DoRA in PEFT's format): list, show, merge, unmerge, combine, extract.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder with adapter_config.json.")]
+
+
+@app.command("list", epilog="Example: relora adapters list runs")
+def list_(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds adapters, at any depth.")], as_json: Json = False
+) -> None:
+    """What adapters there are: type, rank, targets, parameters, size and base model."""
+    from relora.recipes.adapters import list_adapters, print_list
+
+    found = list_adapters(folder)
+    print_json([asdict(one) for one in found]) if as_json else print_list(found)
+
+
+@app.command(epilog="Example: relora adapters show runs/french/adapter --json")
+def show(adapter: Folder, as_json: Json = False) -> None:
+    """What is in an adapter, layer by layer."""
+    from relora.recipes.adapters import print_contents, show_adapter
+
+    contents = show_adapter(adapter)
+    print_json(asdict(contents)) if as_json else print_contents(contents)
+
+
+@app.command(epilog="Example: relora adapters merge runs/french/adapter --out models/french")
+def merge(
+    adapter: Folder,
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Folder or hub id; by default what the adapter names.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Open both models and compare logits.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base model: a plain model folder, written in the memory of one weight."""
+    from relora.recipes.adapters import print_merge
+    from relora.recipes.merging import merge_adapter
+
+    report = merge_adapter(adapter, out, base=base, check=check)
+    print_json(asdict(report)) if as_json else print_merge(report)
+
+
+@app.command(epilog="Example: relora adapters unmerge models/french --out models/base-again")
+def unmerge(
+    model: Annotated[Path, typer.Argument(help="Model folder written by `relora adapters merge`.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if it is not where it was.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter, if it is not where it was.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take a merged adapter out again: bit for bit where the base is at hand, else by subtraction."""
+    from relora.recipes.adapters import print_unmerge
+    from relora.recipes.merging import unmerge_adapter
+
+    report = unmerge_adapter(model, out, base=base, adapter=adapter)
+    print_json(asdict(report)) if as_json else print_unmerge(report)
+
+
+@app.command(
+    epilog="Example: relora adapters combine runs/french/adapter runs/law/adapter --weights 0.7,0.3 --out law-french"
+)
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Folders with adapter_config.json.")],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    method: Annotated[
+        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties; the last three also with _svd.")
+    ] = "svd",
+    weights: Annotated[str | None, typer.Option(help="One for each, e.g. 0.7,0.3; by default all alike.")] = None,
+    r: Annotated[int | None, typer.Option(help="Rank, with svd; by default the largest of theirs.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the numbers kept, with ties and dare.")] = None,
+    seed: Annotated[int, typer.Option(help="Keys the draws of dare.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """One adapter out of several for the same base model."""
+    from relora.recipes.adapters import combine_adapters, print_list
+
+    summary = combine_adapters(adapters, out, weights=_numbers(weights), method=method, r=r, density=density, seed=seed)
+    print_json(asdict(summary)) if as_json else print_list([summary])
+
+
+@app.command(epilog="Example: relora adapters extract models/base models/tuned --r 16 --out extracted")
+def extract(
+    base: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The same model after full training.")],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    r: Annotated[int, typer.Option(help="Rank.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names of layers: q_proj,v_proj.")] = "all-linear",
+    as_json: Json = False,
+) -> None:
+    """The adapter nearest to what full training changed, and the share of the change that it keeps."""
+    from relora.recipes.adapters import extract_adapter, print_extraction
+
+    targets = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
+    report = extract_adapter(base, tuned, out, r=r, target_modules=targets)
+    print_json(asdict(report)) if as_json else print_extraction(report)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """`0.7,0.3` -> [0.7, 0.3]."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--weights {text}: give numbers with commas between, e.g. 0.7,0.3") from None
