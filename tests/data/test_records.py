@@ -213,3 +213,9 @@ def test_split_meets_its_share_and_depends_on_the_seed() -> None:
     assert len(held_out[0] & held_out[1]) < 100
     with pytest.raises(UserError, match="share of 1"):
         split(rows, 1.0, 0)
+
+
+def test_quotation_marks_in_a_tsv_file_are_text(tmp_path: Path) -> None:
+    (tmp_path / "dev.tsv").write_text('sentence\tlabel\n"no end\t1\nit\'s "fine"\t0\n')
+    rows = [record.fields for record in Records([str(tmp_path / "dev.tsv")])]
+    assert rows == [{"sentence": '"no end', "label": "1"}, {"sentence": 'it\'s "fine"', "label": "0"}]

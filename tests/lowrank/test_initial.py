@@ -245,3 +245,11 @@ def test_no_batch_and_no_layer_are_the_users_mistake() -> None:
     inject(model, LowRankConfig(r=4, init="gradient-svd"))
     with pytest.raises(UserError, match="at least one batch"):
         weight_gradients(model, [])
+
+
+def test_a_weight_that_is_not_finite_has_no_principal_part() -> None:
+    plain = nn.Linear(8, 6)
+    with torch.no_grad():
+        plain.weight[1, 1] = torch.nan
+    with pytest.raises(NonFinite, match="weight of x is not finite"):
+        LowRankLinear(plain, LowRankConfig(r=2, init="pissa"), name="x")

@@ -22,6 +22,7 @@ from relora.lowrank import (
     strip,
 )
 from relora.lowrank.costs import ANY
+from relora.lowrank.initial import gradient_svd_, weight_gradients
 from relora.lowrank.int8 import dequantized, quantize_rows
 from relora.lowrank.nf4 import dequantize_nf4, quantize_nf4
 
@@ -291,3 +292,15 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"lowrank\.base: nf4 needs bitsandbytes.*relora\[quant\]"):
         inject(model, LowRankConfig(r=2, base="nf4", target_modules=("0", "1")))
     assert not low_rank_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_gradient_svd_rounds_the_residual_and_makes_no_master() -> None:
+    """What the layer computes moves by a rounding of the weight, as much as the storage itself costs."""
+    model = llama()
+    inject(model, LowRankConfig(r=4, lora_alpha=4, base="nf4", init="gradient-svd", master=False, rest="frozen"))
+    layers = low_rank_layers(model)
+    before = {name: layer.base.exact for name, layer in layers.items()}
+    gradient_svd_(model, weight_gradients(model, [lambda model: model(IDS, labels=IDS).loss]), stable_gamma=64.0)
+    for name, layer in layers.items():
+        assert layer.base.master is None and layer.lora_B.any()
+        assert (layer.base.exact + layer.delta() - before[name]).norm() < 0.2 * before[name].norm()

@@ -19,8 +19,6 @@ from relora.model import open_model
 from relora.recipes.finished import open_finished
 from relora.recipes.harness import TaskScore, evaluate_tasks, print_task_scores
 
-pytest.importorskip("lm_eval")
-
 DATA = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K-llama-hf"
 TASKS = Path(__file__).parents[1] / "configs" / "tasks"

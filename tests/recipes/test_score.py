@@ -19,6 +19,7 @@ from relora.data.records import Record
 from relora.data.tokenizer import load_tokenizer, train_tokenizer
 from relora.errors import UserError
 from relora.model import build_model, open_model, save_model
+from relora.recipes.finished import open_finished
 from relora.recipes.score import (
     Answer,
     answer,
@@ -348,6 +349,19 @@ def test_an_adapter_answers_in_place_of_its_base(tmp_path: Path) -> None:
     assert by_itself.loss == beside.loss
     prompted = evaluate_instructions(STORIES, file, adapter=str(prompts_of(tmp_path / "prompts")), **settings)
     assert abs(prompted.loss - base.loss) > 1e-4
+
+
+@needs_data
+def test_prompts_of_llama_adapter_answer_together_as_alone(tmp_path: Path) -> None:
+    finished = open_finished(STORIES, adapters=[str(prompts_of(tmp_path / "prompts"))])
+    asked = [finished.encode(text) for text in ("Once upon a time", "The dog", "Lily went to the park and saw")]
+    plain = answer(finished.model, finished.tokenizer, asked, max_new_tokens=10, batch=3)
+    finished.adapters.use("prompts")
+    finished.model.double()
+    together, alone_ = (
+        answer(finished.model, finished.tokenizer, asked, max_new_tokens=10, batch=batch) for batch in (3, 1)
+    )
+    assert together == alone_ != plain
 
 
 @needs_data

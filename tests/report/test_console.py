@@ -66,7 +66,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     console.close()
     assert stream.getvalue().splitlines() == [
         "step   10  warm start     loss 4.5000  lr 1.0e-03  12,346 tok/s  grad 0.500  0:16:35 left",
-        "step  400  low rank, 1    loss 4.5000  lr 5.0e-04  12,346 tok/s  grad 0.500  0:13:20 left",
+        "step  400  low rank, 1    loss 4.5000  lr 1.0e-03  12,346 tok/s  grad 0.500  0:13:20 left",
         "step  400  held-out loss 3.2144, perplexity 24.89, 1.2345 bits per byte (200,000 tokens, 2.0 s)",
         "step  400  restart 2: merged 28 layers, |ΔW|/|W| 0.031, effective rank 41.2, "
         "held-out loss 3.2144 -> 3.2144, 0.2 s",

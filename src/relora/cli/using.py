@@ -3,57 +3,105 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from relora.cli.common import Device, Dtype, Json, Trust, print_json
+from relora.errors import UserError
 
 app = typer.Typer()
 
+_SCORED_ON = {
+    "data": ("sequence_length", "stride", "tokens", "batch"),
+    "instructions": (
+        *("template", "prompt_column", "response_column", "limit", "max_new_tokens"),
+        *("sequence_length", "batch", "out"),
+    ),
+    "tasks": ("tasks_folder", "limit", "sequence_length", "batch", "out"),
+}
+"""What a model can be scored on, and the options that belong to it."""
 
-@app.command(epilog="Example: relora export runs/quickstart --checkpoint 500 --out models/at-500")
+
+@app.command(epilog="Example: relora export runs/quickstart --format gguf --dtype q8_0")
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    checkpoint: Annotated[int | None, typer.Option(help="Step; by default the newest.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/model-STEP.")] = None,
-    dtype: Dtype = "fp32",
+    run: Annotated[str, typer.Argument(help="Run folder; with --format gguf also a model folder or a hub id.")],
+    checkpoint: Annotated[int | None, typer.Option(help="Step; by default the newest, of gguf RUN/model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="By default RUN/model-STEP or RUN/model-DTYPE.gguf.")] = None,
+    form: Annotated[str, typer.Option("--format", help="folder (Hugging Face) or gguf (llama.cpp).")] = "folder",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; of gguf also q8_0.")] = "fp32",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write any checkpoint as a plain Hugging Face model folder, factors merged."""
-    from relora.recipes.export import export as run_export
+    """Write any checkpoint as a plain Hugging Face model folder, factors merged; or a model as a GGUF file."""
+    from relora.recipes.export import export as export_folder
+    from relora.recipes.export import export_gguf
 
-    print(run_export(run, step=checkpoint, out=out, dtype=dtype, trust_remote_code=trust_remote_code))
+    verbs = {"folder": export_folder, "gguf": export_gguf}
+    if form not in verbs:
+        raise UserError(f"--format: `{form}` is none of {', '.join(verbs)}")
+    print(verbs[form](run, step=checkpoint, out=out, dtype=dtype, trust_remote_code=trust_remote_code))
 
 
 @app.command(epilog="Example: relora evaluate runs/quickstart --data prepared/quickstart/validation")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
-    data: Annotated[list[str], typer.Option(help="Prepared folder, or raw text; may be given several times.")],
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a window moves on; by default half of it.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Score only the first so many tokens.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, hub id, or an adapter's folder.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Score on a prepared folder, or raw text; may be given several times.")
+    ] = None,
+    instructions: Annotated[str | None, typer.Option(help="Score on a set of prompts and responses.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Score on a task of lm-evaluation-harness; may be given several times.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder or run whose adapter is used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for scores and samples; not with --data.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many records; not with --data.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of --data: score only the first so many tokens.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Of --data: tokens a window moves on; by default half.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer to --instructions; by default 256.")] = None,
+    template: Annotated[str | None, typer.Option(help="Of --instructions: auto, alpaca, chat or plain.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Of --instructions, if it has no usual name.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Of --instructions, if it has no usual name.")] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(help="Of --tasks: where task files are.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window or example.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows, prompts or requests at a time; by default 8.")] = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity and bits per byte on prepared folders or raw text (sliding window)."""
-    from relora.recipes.evaluate import evaluate_model, print_scores
+    """Score a model: likelihood of text, answers to instructions, or tasks of lm-evaluation-harness."""
+    scored_on = {"data": data, "instructions": instructions, "tasks": tasks}
+    options: dict[str, Any] = {
+        "out": out,
+        "limit": limit,
+        "tokens": tokens,
+        "stride": stride,
+        "max_new_tokens": max_new_tokens,
+        "template": template,
+        "prompt_column": prompt_column,
+        "response_column": response_column,
+        "tasks_folder": tasks_folder,
+        "sequence_length": sequence_length,
+        "batch": batch,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    kind = _one_kind([name for name, value in scored_on.items() if value], list(options))
+    options |= {"adapter": adapter, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if kind == "instructions":
+        from relora.recipes.score import evaluate_instructions, print_instruction_scores
 
-    scores = evaluate_model(
-        model,
-        data,
-        sequence_length=sequence_length,
-        stride=stride,
-        tokens=tokens,
-        device=device,
-        dtype=dtype,
-        batch=batch,
-        trust_remote_code=trust_remote_code,
-    )
-    print_json([asdict(score) for score in scores]) if as_json else print_scores(scores)
+        answered = evaluate_instructions(model, instructions or "", **options)
+        print_json(asdict(answered)) if as_json else print_instruction_scores(answered)
+    elif kind == "tasks":
+        from relora.recipes.harness import evaluate_tasks, print_task_scores
+
+        solved = evaluate_tasks(model, tasks or [], **options)
+        print_json([asdict(score) for score in solved]) if as_json else print_task_scores(solved)
+    else:
+        from relora.recipes.evaluate import evaluate_model, print_scores
+
+        scores = evaluate_model(model, data or [], **options)
+        print_json([asdict(score) for score in scores]) if as_json else print_scores(scores)
 
 
 @app.command(epilog='Example: relora generate runs/quickstart --prompt "Once upon a time" --max-new-tokens 100')
@@ -114,3 +162,17 @@ def doctor(
 
     diagnosis = diagnose(calibrate=calibrate)
     print_json(asdict(diagnosis)) if as_json else print_diagnosis(diagnosis)
+
+
+def _one_kind(kinds: list[str], options: list[str]) -> str:
+    """What the model is scored on; `UserError` unless that is one thing, and all options belong to it."""
+    if len(kinds) != 1:
+        raise UserError(
+            "give one of --data, --instructions and --tasks: what is the model to be scored on? "
+            f"(given: {' and '.join(f'--{kind}' for kind in kinds) or 'none'})"
+        )
+    for name in options:
+        if name not in _SCORED_ON[kinds[0]]:
+            owners = " and ".join(f"--{kind}" for kind, names in _SCORED_ON.items() if name in names)
+            raise UserError(f"--{name.replace('_', '-')} belongs to {owners}, not to --{kinds[0]}; leave it out")
+    return kinds[0]

@@ -31,7 +31,7 @@ from relora.errors import RunStopped, UserError
 from relora.mistakes import LONGEST_PATH, shown_line, shown_name
 from relora.untrusted import no_address, regular_file
 
-RECORD_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+RECORD_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 LARGEST_ARRAY = 1 << 28
 """Bytes of a .json file, decompressed: an array is parsed whole, which takes several times as much memory."""
@@ -173,9 +173,17 @@ def _json(data: bytes, where: str, bad: BAD_RECORD) -> _Rows:
 
 def _csv(stream: BinaryIO, name: str, bad: BAD_RECORD) -> _Rows:
     """Rows under their column names, all values text; a field may hold line ends and at most csv's 128 K characters."""
-    rows = csv.reader(_lines(stream), strict=True)
+    return _table(csv.reader(_lines(stream), strict=True), name, bad)
+
+
+def _tsv(stream: BinaryIO, name: str, bad: BAD_RECORD) -> _Rows:
+    """As GLUE's files are: quotation marks are text like any other."""
+    return _table(csv.reader(_lines(stream), delimiter="\t", quoting=csv.QUOTE_NONE), name, bad)
+
+
+def _table(rows: Any, name: str, bad: BAD_RECORD) -> _Rows:
     try:
-        columns = next(rows, [])
+        columns: list[str] = next(rows, [])
         if len(set(columns)) < len(columns):
             twice = next(column for column in columns if columns.count(column) > 1)
             bad(f"{name}: column `{shown_name(twice)}` is there twice")
@@ -218,6 +226,7 @@ _READERS: Mapping[str, Callable[[BinaryIO, str, BAD_RECORD], _Rows]] = {
     ".json": _json_file,
     ".jsonl": _json_lines,
     ".csv": _csv,
+    ".tsv": _tsv,
     ".parquet": _parquet,
 }
 

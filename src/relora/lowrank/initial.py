@@ -79,7 +79,8 @@ def gradient_svd_(model: nn.Module, gradients: Mapping[str, Tensor], *, stable_g
 def update_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor, float]:
     """Copies A [k, in] and B [out, k], and s: s·B A is the update relative to the weight as it was injected.
 
-    k is r; or 2 r where the factors began with a part B0 A0 of the weight: then they are [A; A0] and [B, -B0].
+    k is r; or 2 r where the factors began with a part B0 A0 of the weight: then they are [A; A0] and [B, -B0]. The
+    rounding of a base without a master is no part of it.
     """
     a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
     if isinstance(layer.scaling, nn.Parameter):

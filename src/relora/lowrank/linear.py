@@ -156,7 +156,7 @@ class LowRankLinear(Layer):
             self.register_buffer(kind, torch.zeros_like(factor) if self.init in FROM_WEIGHT else None)
         self.redraw_(cycle=0)
         if self.init == "pissa":
-            self.take_over_(*principal(self.base.rows(self.base.exact).to(self.lora_A), self.r, self.initial_scaling))
+            self._take_over_principal()
         self.base.settle()
         self._measure_magnitude()
 
@@ -231,6 +231,13 @@ class LowRankLinear(Layer):
         self.base.add_(self.base.rows((-self.initial_scaling * self.initial_B) @ self.initial_A))
         self.base.settle()
         self._measure_magnitude()
+
+    def _take_over_principal(self) -> None:
+        weight = self.base.rows(self.base.exact).to(self.lora_A)
+        try:
+            self.take_over_(*principal(weight, self.r, self.initial_scaling))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise NonFinite(f"the weight of {self.name or 'a layer'} is not finite: it has no principal part") from None
 
     @torch.no_grad()
     def merge_(self) -> Tensor:

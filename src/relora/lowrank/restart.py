@@ -65,12 +65,13 @@ def restart(
 
     Raises:
         NonFinite: a factor or an update is not finite. Checked before the first weight moves, and again layer by
-            layer. UserError: pruning was asked for on moments that are not floating point (8-bit optimizers); nothing
-            has moved.
+            layer. UserError: pruning was asked for on moments that are not floating point (8-bit optimizers), or the
+            layers are made for one update (DoRA, pissa, gradient-svd); nothing has moved.
     """
     started = time.perf_counter()
     layers = low_rank_layers(model)
     for name, layer in layers.items():
+        layer.check_restart()
         for kind, factor in layer.factors.items():
             if not torch.isfinite(factor.sum()):
                 raise NonFinite(

@@ -27,6 +27,10 @@ EXTRAS = {
     "trackio": "log.trackers: [trackio]",
     "bitsandbytes": "optimizer.name: adamw-8bit",
     "peft": "comparing layers and adapters with PEFT's",
+    "sacrebleu": "relora evaluate --instructions, relora compare",
+    "rouge_score": "relora evaluate --instructions, relora compare",
+    "lm_eval": "relora evaluate --tasks",
+    "gguf": "relora export --format gguf",
 }
 """Packages that not everybody needs, and what each is for."""
 

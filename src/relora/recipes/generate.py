@@ -96,10 +96,7 @@ def generate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    loaded = finished.adapters.names
-    if compare and not loaded:
-        raise UserError("compare: there is no adapter beside the base; give --adapter")
-    names = [*[BASE] * (compare or BASE in adapters or not loaded), *loaded]
+    names = _writers(finished, adapters, compare)
     jobs = [
         (name, _encode(finished, prompt, sampling, name if chat else None, system))
         for prompt in prompts
@@ -114,8 +111,7 @@ def generate(
         written.append(continue_prompt(finished.model, tokenizer, ids, sampling, seed, write, echo=not chat, stop=stop))
         if write is not None:
             write("\n")
-    by = [name for name, _ in jobs]
-    total = Speed.of(written)
+    total, by = Speed.of(written), [name for name, _ in jobs]
     return Generation(
         total.tokens,
         total.seconds,
@@ -157,6 +153,14 @@ def describe(generation: Generation) -> str:
     several = generation.by_adapter if len(generation.by_adapter) > 1 else {}
     lines = [f"{name}: {speed}" for name, speed in several.items()]
     return "\n".join([*lines, f"{generation}, peak memory {generation.peak_memory_bytes / 1e9:.2f} GB"])
+
+
+def _writers(finished: Finished, adapters: Sequence[str], compare: bool) -> list[str]:
+    """Who continues every prompt, in turn."""
+    loaded = finished.adapters.names
+    if compare and not loaded:
+        raise UserError("compare: there is no adapter beside the base; give --adapter")
+    return [*[BASE] * (compare or BASE in adapters or not loaded), *loaded]
 
 
 def _encode(

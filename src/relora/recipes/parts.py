@@ -106,8 +106,9 @@ def factor_parameters(config: RunConfig | FinetuneConfig, model: PreTrainedModel
     """How many parameters the factors will have beside those of `model`."""
     if config.method == "full":
         return 0
-    targets = find_targets(model, lowrank_of(config))
-    return sum(config.lowrank.r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
+    lowrank = lowrank_of(config)
+    targets = find_targets(model, lowrank)
+    return sum(lowrank.of_layer(name).r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
 
 
 def schedule_of(config: RunConfig) -> Schedule:
@@ -161,11 +162,14 @@ def frozen_arithmetic(config: RunConfig | FinetuneConfig, model: PreTrainedModel
     if config.precision.frozen != "auto":
         return config.precision.frozen
     lowrank, tokens = lowrank_of(config), config.batch.micro_sequences * config.data.sequence_length
-    shapes = [model.get_parameter(f"{name}.weight").shape for name in find_targets(model, lowrank)]
+    if lowrank.base == "nf4":  # has no int8 codes, and what is dequantized is in the dtype of the rest
+        return "native"
+    found = find_targets(model, lowrank)
+    layers = [(*model.get_parameter(f"{name}.weight").shape, lowrank.of_layer(name).r) for name in found]
     native: Arithmetic = "native" if config.precision.dtype == "fp32" else "bf16"
 
     def seconds(arithmetic: Arithmetic) -> float:
-        return sum(layer_seconds(rates, tokens, out, inn, lowrank.r, arithmetic) for out, inn in shapes)
+        return sum(layer_seconds(rates, tokens, out, inn, r, arithmetic) for out, inn, r in layers)
 
     return "int8" if seconds("int8") < _CLEARLY_FASTER * seconds(native) else "native"
 

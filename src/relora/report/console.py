@@ -143,9 +143,9 @@ def describe_phase(record: Record) -> str:
 
 
 def describe_training(record: Record) -> str:
-    """Loss, learning rate (of what trains at full rank) and tokens a second, short enough for 80 columns."""
+    """Loss, learning rate (of the factors, where there are any) and tokens a second, short enough for 80 columns."""
     speed = f"{record['tokens_per_second']:,.0f} tok/s"
-    return f"loss {format_figure(record['loss'])}  lr {record['lr']:.1e}  {speed}"
+    return f"loss {format_figure(record['loss'])}  lr {record.get('lowrank_lr', record['lr']):.1e}  {speed}"
 
 
 def describe_evaluation(record: Record) -> str:
