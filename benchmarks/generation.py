@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora.recipes.finished import open_finished
-from relora.recipes.generate import Sampling, continue_prompt
+from relora.recipes.writing import Sampling, continue_prompt
 
 PROMPT = "Once upon a time"
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
@@ -51,8 +51,7 @@ def in_one_process(model: str, tokens: int, rounds: int, sampled: bool) -> None:
     sampling = Sampling(max_new_tokens=tokens, do_sample=sampled)
 
     def ours() -> int:
-        whole = continue_prompt(finished.model, finished.tokenizer, ids, sampling, 0, write=lambda text: None)
-        return len(whole) - len(ids)
+        return continue_prompt(finished.model, finished.tokenizer, ids, sampling, 0, write=lambda text: None).tokens
 
     def plain() -> int:
         settings = {"do_sample": True, **SAMPLED} if sampled else {"do_sample": False}

@@ -23,7 +23,22 @@ from tests.command import Ended, call
 
 from relora.report.metrics import read_json_lines
 
-VERBS = ("prepare", "pretrain", "export", "evaluate", "generate", "report", "doctor", "config")
+VERBS = (
+    *(
+        "prepare",
+        "pretrain",
+        "finetune",
+        "compare",
+        "plan",
+        "config",
+        "export",
+        "evaluate",
+        "generate",
+        "chat",
+        "report",
+    ),
+    "doctor",
+)
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
 NO_HUB = "no/such/place"
 """Neither a folder nor a name that the hub could have, so nothing is asked there."""

@@ -30,7 +30,9 @@ app.add_typer(adapters.app, name="adapters")
 def main() -> None:
     """Entry point: errors that carry a message for the user become one line on stderr and an exit status."""
     try:
-        app(sys.argv[1:] or ["--help"], prog_name="relora", standalone_mode=False)
+        # typer returns the status of a verb that was interrupted, where one would expect the exception
+        if status := app(sys.argv[1:] or ["--help"], prog_name="relora", standalone_mode=False):
+            sys.exit(status)
     except ReloraError as error:
         _fail(str(error), error.exit_status)
     except typer.Exit as end:

@@ -12,6 +12,13 @@ from relora.errors import UserError
 
 app = typer.Typer()
 
+Adapter = Annotated[
+    list[str] | None, typer.Option(help="Folder or run with an adapter, or `base`; may be given several times.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Text that ends an answer, and is not printed; may be given several times.")
+]
+
 _SCORED_ON = {
     "data": ("sequence_length", "stride", "tokens", "batch"),
     "instructions": (
@@ -106,8 +113,15 @@ def evaluate(
 
 @app.command(epilog='Example: relora generate runs/quickstart --prompt "Once upon a time" --max-new-tokens 100')
 def generate(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, hub id, or an adapter's folder.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    adapter: Adapter = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also what the base writes without an adapter, and first.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's turn; print the answer alone.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system prompt.")] = None,
+    stop: Stop = None,
     max_new_tokens: Annotated[int, typer.Option()] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option()] = 0.95,
@@ -120,26 +134,65 @@ def generate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts; streams the text and says how fast it went."""
-    from relora.recipes.generate import Sampling, describe
+    """Continue prompts, with one adapter or several side by side; streams the text and says how fast it went."""
+    from relora.recipes.generate import describe
     from relora.recipes.generate import generate as run_generate
+    from relora.recipes.writing import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, do_sample, repetition_penalty)
-    write = None if as_json else lambda text: print(text, end="", flush=True)
     generation = run_generate(
         model,
         prompt,
-        sampling,
+        Sampling(max_new_tokens, temperature, top_p, top_k, do_sample, repetition_penalty),
+        adapters=adapter or [],
+        compare=compare,
+        chat=chat,
+        system=system,
+        stop=stop or [],
         seed=seed,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        write=write,
+        write=None if as_json else lambda text: print(text, end="", flush=True),
     )
     if as_json:
         print_json(asdict(generation))
     else:
         print(describe(generation), file=sys.stderr)
+
+
+@app.command(epilog='Example: relora chat runs/alpaca --system "Answer in one sentence."')
+def chat(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, hub id, or an adapter's folder.")],
+    adapter: Adapter = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    stop: Stop = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one answer, at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    top_k: Annotated[int, typer.Option(help="0 is no limit.")] = 0,
+    do_sample: Annotated[bool, typer.Option("--do-sample/--greedy")] = True,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk with a model: a line is a question, or /reset /system /adapter /save /help /quit. Ctrl-C ends an answer."""
+    from relora.recipes.chat import chat as run_chat
+    from relora.recipes.writing import Sampling
+
+    speed = run_chat(
+        model,
+        Sampling(max_new_tokens, temperature, top_p, top_k, do_sample, repetition_penalty),
+        adapters=adapter or [],
+        system=system,
+        stop=stop or [],
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    print(speed, file=sys.stderr)
 
 
 @app.command(epilog="Example: relora report runs/quickstart")

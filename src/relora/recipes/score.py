@@ -9,8 +9,7 @@ prompt of a later one counts there, too, while only the last of a conversation i
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -31,6 +30,7 @@ from relora.measure import evaluate, evaluating
 from relora.model.load import max_positions, quiet_transformers
 from relora.recipes.evaluate import check_counts, open_scored, scored_length, with_progress
 from relora.recipes.score_folder import check_free, save_scores
+from relora.recipes.writing import end_ids, without_settings
 from relora.text_scores import TextScorer, TextScores
 
 
@@ -239,8 +239,8 @@ def answer(
         numbers = list(same)
         if room > 0:
             jobs += [(room, numbers[first : first + batch]) for first in range(0, len(numbers), batch)]
-    stops = _ends(model, tokenizer, ends)
-    with evaluating(model), quiet_transformers(), _without_settings(model):
+    stops = end_ids(model, tokenizer, ends)
+    with evaluating(model), quiet_transformers(), without_settings(model):
         for room, numbers in jobs if label is None else with_progress(jobs, len(jobs), label):
             for number, ids in zip(numbers, _written(model, [asked[n] for n in numbers], room, stops), strict=True):
                 length = next((at for at, token in enumerate(ids) if token in stops), len(ids))
@@ -296,24 +296,6 @@ def _written(model: PreTrainedModel, asked: Sequence[Sequence[int]], most: int, 
     )
     new: list[list[int]] = whole[:, longest:].tolist()
     return new
-
-
-@contextmanager
-def _without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model has no settings for generation (beams, penalties, suppressed tokens), from which transformers
-    would fill in what ours leave open."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, more: Iterable[int]) -> list[int]:
-    """The ids that end an answer, each once."""
-    own = model.generation_config.eos_token_id
-    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *more]
-    return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def _ends_of_responses(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> set[int]:

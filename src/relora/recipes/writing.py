@@ -12,7 +12,7 @@ special token of the tokenizer is not part of any text and ends it by its id.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -107,11 +107,13 @@ def continue_prompt(
         write(growing.prompt)
     prompt = torch.tensor([ids], device=model.device)
     # keyed by the prompt, too: with one draw for all, texts of different prompts fall into the same words
-    with evaluating(model), quiet_transformers(), _seeded(keyed_seed(seed, "sample", *ids), model.device):
+    settings = _generation_config(model, tokenizer, sampling, stop_ids)
+    seeded = _seeded(keyed_seed(seed, "sample", *ids), model.device)
+    with evaluating(model), quiet_transformers(), without_settings(model), seeded:
         whole: Tensor = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=_generation_config(model, tokenizer, sampling, stop_ids),
+            generation_config=settings,
             stopping_criteria=[growing] if growing.is_watched else None,
         )
     text = growing.close(whole[0].tolist())
@@ -122,9 +124,7 @@ def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, stop_ids: list[int]
 ) -> GenerationConfig:
     """`sampling` alone, whatever came with the model; a text ends at the EOS of the model's or of the tokenizer's."""
-    eos = model.generation_config.eos_token_id
-    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *stop_ids]
-    ends = [token for token in dict.fromkeys(ends) if token is not None]
+    ends = end_ids(model, tokenizer, stop_ids)
     sampled = sampling.do_sample and sampling.temperature > 0
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k} if sampled else {}
     return GenerationConfig(
@@ -135,6 +135,24 @@ def _generation_config(
         do_sample=sampled,
         **chosen,
     )
+
+
+@contextmanager
+def without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has no settings for generation (beams, penalties, suppressed tokens), from which transformers
+    would fill in what ours leave open."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, more: Iterable[int] = ()) -> list[int]:
+    """The ids that end a text, each once: the model's, the tokenizer's, and `more`."""
+    own = model.generation_config.eos_token_id
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *more]
+    return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
