@@ -120,7 +120,7 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None
     check_folder(folder)
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
-            _check_header(file)
+            check_header(file)
         elif file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file():
             regular_file(file, TOKENIZER_BYTES)
     if (folder / "adapter_config.json").exists():
@@ -221,7 +221,7 @@ def _check_entry(entry: Path, roots: list[str]) -> None:
         regular_file(entry)
 
 
-def _check_header(file: Path) -> None:
+def check_header(file: Path) -> None:
     """`UserError` for a safetensors file whose header is longer than any real one, or than the file."""
     size = regular_file(file).stat().st_size
     with file.open("rb") as stream:

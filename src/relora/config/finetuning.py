@@ -15,7 +15,7 @@ from relora.config.training import TrainingConfig
 from relora.config.values import NonNegativeInt, Place, PositiveFloat, PositiveInt, Ratio, Settings, Text
 
 PROMPT_LR = 5.0e-3
-"""LLaMA-Adapter's (Zhang et al. 2023, arXiv 2303.16199, section 4.1: 9e-3), a little lower: above it, runs diverge."""
+"""A gate moves by about the rate in a step and must reach one: published runs have rate x steps of about 9."""
 
 
 class ExampleSettings(Settings):

@@ -35,7 +35,7 @@ from relora.errors import RunStopped, UserError
 from relora.lowrank.dora import row_norms
 from relora.lowrank.patterns import at_the_end, by_pattern
 from relora.mistakes import first_mistake, shown, shown_line, shown_name
-from relora.untrusted import HEADER_BYTES, MB, check_folder, read_json, regular_file
+from relora.untrusted import MB, check_folder, check_header, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -348,11 +348,7 @@ def _opened(file: Path) -> Iterator[Any]:
             f"{pickled}: not safetensors; a pickled adapter could run code when opened: if you trust it, load it in "
             "PEFT and save it again"
         )
-    size = regular_file(file).stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-    if size < 8 or length > min(HEADER_BYTES, size - 8):
-        raise UserError(f"{file}: damaged, or not a safetensors file")
+    check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened

@@ -35,7 +35,7 @@ from relora.draws import keyed_generator
 from relora.durable import sync
 from relora.errors import RunStopped, UserError
 from relora.mistakes import shown, shown_line, shown_name
-from relora.untrusted import MB, check_folder, read_json, regular_file
+from relora.untrusted import MB, check_folder, check_header, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KIND = "ADAPTION_PROMPT"
@@ -320,7 +320,8 @@ def _read_settings(file: Path, family: _Family) -> tuple[int, int]:
 def _read_tensors(file: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
     """Floating-point tensors of these names and shapes, all finite; `UserError` for a file that holds anything else."""
     try:
-        with safe_open(regular_file(file), framework="pt") as stored:
+        check_header(file)
+        with safe_open(file, framework="pt") as stored:
             there = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
             for name in sorted(there.keys() ^ shapes.keys()):
                 what = "is not in it" if name in shapes else "is none of this model's prompts"

@@ -175,6 +175,8 @@ def save_model(
     for key in weights:
         if "lora_" in key:
             raise UserError(f"{folder}: the model still holds low-rank factors (`{key}`); merge and strip them first")
+        if "adaption_" in key:
+            raise UserError(f"{folder}: the model still holds prompts of LLaMA-Adapter (`{key}`); remove them first")
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: exists and is not a model folder; it was left as it is")
     dtype = dtype or functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})

@@ -32,6 +32,7 @@ from relora.text_scores import TextScorer, TextScores
 
 METHODS = ("full", "lora", "relora", "llama-adapter")
 RECORD = "comparison.json"
+WIDTH = 120
 BATCH = 8
 """Prompts answered together."""
 SHOWN_ANSWERS = 3
@@ -108,7 +109,9 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 def print_comparison(outcomes: Sequence[Outcome]) -> None:
     """The table, and what every method answers."""
+    # wider than a narrow terminal: a figure that is cut tells nothing
     console, table = Console(highlight=False), Table(box=None, pad_edge=False)
+    console.width = max(console.width, WIDTH)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     for one in outcomes:
@@ -187,7 +190,7 @@ def _cells(one: Outcome, all_of_them: Sequence[Outcome]) -> list[str]:
         one.method,
         f"{one.lr:g}",
         f"{one.loss:.4f}",
-        "-" if full is None else f"{100 * (one.loss / full - 1):+.1f} %",
+        "-" if full is None else f"{one.loss / full:.3f}",
         f"{one.scores.rougeL:.1f}",
         f"{one.trainable_parameters:,}",
         f"{one.seconds:,.0f}",
