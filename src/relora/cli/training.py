@@ -172,11 +172,11 @@ def show_config(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all keys instead.")] = False,
 ) -> None:
     """Check a configuration and print it with every default filled in."""
-    from relora.config import RunConfig, to_yaml
+    from relora.config import RunConfig, load_any_config, to_yaml
 
     if schema:
         print(json.dumps(RunConfig.model_json_schema(), indent=1))
         return
     if config is None:
         raise UserError("give a configuration file, or --schema")
-    print(to_yaml(configuration(config, overrides)), end="")
+    print(to_yaml(load_any_config(config, overrides or [])), end="")
