@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relora.durable import sync, write_durably
+from relora.durable import as_others_are, sync, write_durably
 from relora.errors import RunStopped, UserError
 from relora.lowrank.dora import row_norms
 from relora.lowrank.patterns import at_the_end, by_pattern
@@ -254,6 +254,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         # copies: tied weights are one tensor under two names, which the file format does not allow
         stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         save_file(stored, aside / TENSORS, metadata={"format": "pt"})
+        as_others_are(aside / TENSORS)
         sync(aside / TENSORS)
         write_durably(aside / CONFIG, json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n")
         if folder.exists():

@@ -32,7 +32,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relora.draws import keyed_generator
-from relora.durable import sync
+from relora.durable import as_others_are, sync
 from relora.errors import RunStopped, UserError
 from relora.mistakes import shown, shown_line, shown_name
 from relora.untrusted import MB, check_folder, check_header, read_json
@@ -144,6 +144,7 @@ def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        as_others_are(aside / WEIGHTS)
         (aside / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             sync(path)

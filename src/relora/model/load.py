@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from relora.draws import keyed_seed
-from relora.durable import sync
+from relora.durable import as_others_are, sync
 from relora.errors import RunStopped, UserError
 from relora.mistakes import shown_line
 from relora.model.presets import preset_settings
@@ -189,6 +189,8 @@ def save_model(
             model.save_pretrained(aside, state_dict=_cast(weights, dtype))
             tokenizer.save_pretrained(aside)
         _state_dtype(aside / "config.json", dtype)
+        for file in aside.glob("*.safetensors"):
+            as_others_are(file)
         for file in (*aside.rglob("*"), aside):
             sync(file)
         if folder.exists():
