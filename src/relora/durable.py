@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 
 def as_others_are(file: Path) -> None:
-    """Give a file the mode that the user's other files get: those of safetensors are private, and models are passed on."""
+    """Give a file the mode of the user's other files; those of safetensors are private, and models are passed on."""
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
