@@ -1,6 +1,6 @@
 """What an adapter costs where it is used: beside its base, or merged into it; and what the merge takes.
 
-    python benchmarks/adapters.py runs/quickstart/model runs/lora/adapter
+    python benchmarks/adapters.py runs/quickstart/model runs/answers/adapter
 
 Base, base + adapter (`relora.Adapters`) and merged model write the same number of tokens greedily by turns, in one
 process; and each goes over a batch of 1,024 tokens, as a prompt does. Ratios are times over the base's, medians of the
