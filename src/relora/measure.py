@@ -198,10 +198,9 @@ def evaluate(
     bytes_per_token: float | None = None,
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
-    loss: Callable[..., tuple[Tensor, Tensor]] | None = None,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score batches as `loss` takes them (see `token_loss`); the model comes back in the mode it was in.
+    """Score batches as `token_loss` takes them; the model comes back in the mode it was in.
 
     Draws nothing, so training goes on as if it had not been called.
 
@@ -209,7 +208,6 @@ def evaluate(
         bytes_per_token: of the text behind the batches, for bits per byte.
         device: where the model is; by default that of its first parameter.
         autocast: the dtype of matrix products, where it is not that of the weights.
-        loss: (model, *batch) -> (summed loss, number of what is scored); `token_loss` unless given.
         each_batch: called before every batch; what it raises ends the evaluation.
     """
     device = device or next(model.parameters()).device
@@ -217,7 +215,7 @@ def evaluate(
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for batch in batches:
             each_batch()
-            batch_loss, batch_tokens = (loss or token_loss)(model, *(tensor.to(device) for tensor in batch))
+            batch_loss, batch_tokens = token_loss(model, *(tensor.to(device) for tensor in batch))
             loss_sum += batch_loss.item()  # a Python float is fp64
             tokens += int(batch_tokens.item())
     return Evaluation.of(loss_sum, tokens, bytes_per_token * tokens if bytes_per_token else None)
