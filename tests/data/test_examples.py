@@ -49,7 +49,6 @@ def test_every_scored_token_is_a_target_once_an_epoch(
     batches = ExampleBatches(examples, sequences=sequences, sequence_length=40, pad_id=PAD, **options)
     assert batches.steps_per_epoch == -(-size // sequences)
     wanted = Counter(label for one in examples for label in labels_of(one))
-    assert batches.epoch_targets == wanted.total()
     rows = rows_of(batches, 2 * batches.steps_per_epoch)
     for epoch in range(2):
         labels = torch.cat([row[1] for row in rows[epoch * size : (epoch + 1) * size]])

@@ -102,11 +102,6 @@ class ExampleBatches:
         return -(-len(self.rows) // self.sequences)
 
     @property
-    def epoch_targets(self) -> int:
-        """Labels that count in one pass over the examples."""
-        return sum(example.targets for example in self.examples)
-
-    @property
     def content(self) -> str:
         """A fingerprint of all that a model sees of the examples."""
         return fingerprint(self.examples)

@@ -19,7 +19,7 @@ from relora.lowrank.adapter_files import Factors as Factors
 from relora.lowrank.adapter_files import alphas, common_and_patterns, write_adapter
 from relora.lowrank.adapter_files import read_adapter as read_adapter
 from relora.lowrank.initial import update_factors
-from relora.lowrank.inject import InjectReport, inject, low_rank_layers
+from relora.lowrank.inject import InjectReport, inject, is_conv1d, low_rank_layers
 from relora.lowrank.linear import LowRankConfig
 from relora.mistakes import shown_name
 
@@ -164,11 +164,6 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return None
     inn, out = module.get_parameter("weight").shape
     return out, inn
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's `Conv1D`, a linear layer whose weight is [in, out]."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def _trained_in_full(model: nn.Module, targets: set[str]) -> tuple[dict[str, Tensor], bool]:

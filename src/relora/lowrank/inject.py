@@ -55,7 +55,7 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectR
     targets = {}
     for name in paths:
         module = model.get_submodule(name)
-        layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=_is_conv1d(module))
+        layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=is_conv1d(module))
         layer.train(module.training)
         model.set_submodule(name, layer)
         targets[name] = (layer.out_features, layer.in_features)
@@ -138,7 +138,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
             is too large for one, or the library that stores the base is not installed.
     """
     linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
     }
     shared = _shared_weights(model)
     if config.target_modules == "all-linear":
@@ -151,7 +151,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
             raise UserError(
                 f"lowrank.target_modules: {name} shares its weight with another module (tied embeddings); leave it out"
             )
-        out, inn = model.get_parameter(f"{name}.weight").shape[:: -1 if _is_conv1d(linears[name]) else 1]
+        out, inn = model.get_parameter(f"{name}.weight").shape[:: -1 if is_conv1d(linears[name]) else 1]
         check_target(config, name, out, inn)
     _trained_in_full(model, config, found)
     if config.base == "nf4":
@@ -242,7 +242,7 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name not in passing}
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's `Conv1D`: a linear layer whose weight is [in, out]. By name, so that this wing needs no model library."""
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from relora.errors import UserError
-from relora.lowrank.adapters import Factors, check_fits, is_conv1d, read_adapter
+from relora.lowrank.adapters import Factors, check_fits, read_adapter
+from relora.lowrank.inject import is_conv1d
 from relora.lowrank.linear import LowRankLinear
 
 Which = str | None | Sequence[str | None]

@@ -5,7 +5,7 @@ Nothing is written here.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from relora.measure import Evaluation, evaluate, perplexity, token_loss
 from relora.model.adaption_prompt import add_prompts
 from relora.model.classifier import class_loss, open_classifier
 from relora.model.load import check_fit, model_folder, open_model
-from relora.recipes.parts import autocast_of, lowrank_of
+from relora.recipes.parts import autocast_of, fingerprint_of, lowrank_of
 from relora.report.trackers import check_trackers
 from relora.train.schedule import Schedule
 from relora.train.step import Loss
@@ -119,9 +119,9 @@ def gather_examples(config: FinetuneConfig) -> Material:
     elif config.method != "full":
         find_targets(model, lowrank_of(config))
     content = {
-        "data": _fingerprint(content.encode() for content in (batches.content, _content(held_out))),
-        "model": _fingerprint([(base / "config.json").read_bytes()]),
-        "base": _fingerprint(_file_digest(file) for file in sorted(base.glob("*.safetensors"))),
+        "data": fingerprint_of(batches.content.encode(), _content(held_out).encode()),
+        "model": fingerprint_of((base / "config.json").read_bytes()),
+        "base": fingerprint_of(*(_file_digest(file) for file in sorted(base.glob("*.safetensors")))),
     }
     return Material(
         device, base, model, tokenizer, batches, held_out, tuple(held_out_records), layout, tuple(notes), content
@@ -224,7 +224,3 @@ def _content(held_out: HeldOutExamples | HeldOutClasses) -> str:
 def _file_digest(file: Path) -> bytes:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").digest()
-
-
-def _fingerprint(parts: Iterable[bytes]) -> str:
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()

@@ -54,9 +54,9 @@ def gather(config: RunConfig) -> Ingredients:
     tokenizer = load_tokenizer(str(validation.tokenizer_path))
     if fingerprint(tokenizer) != validation.fingerprint:
         raise UserError(f"{validation.tokenizer_path}: not the tokenizer that wrote {validation.path}; put it back")
-    content = {"data": _fingerprint(*(folder.content.encode() for folder in (*batches.folders, validation)))}
+    content = {"data": fingerprint_of(*(folder.content.encode() for folder in (*batches.folders, validation)))}
     if config.model.path is not None:
-        content["model"] = _fingerprint((model_folder(config.model.path) / "config.json").read_bytes())
+        content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
     return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token, content)
 
 
@@ -174,5 +174,6 @@ def frozen_arithmetic(config: RunConfig | FinetuneConfig, model: PreTrainedModel
     return "int8" if seconds("int8") < _CLEARLY_FASTER * seconds(native) else "native"
 
 
-def _fingerprint(*parts: bytes) -> str:
+def fingerprint_of(*parts: bytes) -> str:
+    """A hash of what a run is made of, for its checkpoints."""
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()

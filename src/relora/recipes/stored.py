@@ -21,7 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from relora.durable import sync
 from relora.errors import RunStopped, UserError
-from relora.lowrank.adapters import all_tensors, is_conv1d
+from relora.lowrank.adapters import all_tensors
+from relora.lowrank.inject import is_conv1d
 from relora.mistakes import shown_line
 from relora.model.load import model_folder, open_model
 from relora.untrusted import INDEX_BYTES, check_model_folder, inside, read_json
