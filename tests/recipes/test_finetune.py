@@ -19,6 +19,7 @@ from relora.errors import UserError
 from relora.lowrank.adapters import load_adapter
 from relora.measure import evaluate
 from relora.model import open_model
+from relora.model.classifier import open_classifier
 from relora.model.load import build_model, save_model
 from relora.recipes import finetune as recipe
 from relora.recipes.finetune import finetune, show_examples
@@ -239,12 +240,14 @@ def test_a_classifier_learns_and_opens_in_transformers(
     assert found.evaluation.scores["accuracy"] > 0.9
     model = AutoModelForSequenceClassification.from_pretrained(found.folder / "model")
     assert model.config.id2label == {0: "bad", 1: "good"}
+    drawn = open_classifier(base, ("bad", "good"), pad_token_id=0, seed=0).score.weight
+    assert not torch.equal(model.score.weight, drawn)  # its head is new, so it trains beside factors, too
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data__layout": "dolly"}, r"layout dolly also needs `response`|response"),
+        ({"data__layout": "dolly"}, "layout dolly also needs `response`"),
         ({"data__train": "absent.jsonl"}, r"absent\.jsonl"),
         ({"model__path": "absent"}, "absent"),
         ({"data__template": "chat"}, "no chat template"),
