@@ -4,7 +4,7 @@
     python benchmarks/startup.py
 
 Every figure is of a process from its launch on, wall-clock and CPU time of all threads, medians over the rounds after
-one that warms the disk cache. The run is that of configs/llama-60m.yaml in fp32 on the prepared corpus, one micro-batch
+one that warms the disk cache. The run is that of configs/paper/60m-main.yaml in fp32 on the prepared corpus, one micro-batch
 of four sequences, full-rank; it is killed as soon as its first step stands in metrics.jsonl. The
 evaluation before the first step is held to 1,024 tokens: how long it takes is `evaluate.tokens`' to say.
 """
@@ -56,7 +56,7 @@ def first_step(prepared: Path, run: Path) -> list[str]:
         "log.every_steps": 1,
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    return ["pretrain", str(ROOT / "configs" / "llama-60m.yaml"), *overrides, "--fresh", "--quiet"]
+    return ["pretrain", str(ROOT / "configs" / "paper" / "60m-main.yaml"), *overrides, "--fresh", "--quiet"]
 
 
 def show(what: str, arguments: list[str], rounds: int, until: Path | None = None) -> None:

@@ -74,7 +74,7 @@ OVERRIDES = [
     (["precision.dtype=fp8"], "`precision.dtype`"),
     (["method=rolera"], "`method`"),
     (["restart.optimizer=clear"], "`restart.optimizer`"),
-    (["optimizer.name=adamw-8bit", "restart.optimizer=random"], "restart.optimizer: random cannot prune"),
+    (["optimizer.name=adamw-8bit", "restart.optimizer=random"], "restart.optimizer: random cannot work on the codes"),
     (["precision.frozen=fp32", "precision.dtype=bf16"], "precision"),
     (["restart.keep_ratio=1"], "`restart.keep_ratio`"),
     (["schedule.min_lr_ratio=0"], "`schedule.min_lr_ratio`"),

@@ -8,6 +8,7 @@ import yaml
 from relora.config import RunConfig, load_any_config, load_config, parse_config, to_yaml
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
+from relora.recipes.parts import lowrank_of
 
 MINIMAL = {
     "output_dir": "runs/x",
@@ -50,8 +51,7 @@ def test_token_budget_counts_tokens(file: Path) -> None:
 
 
 def test_lowrank_settings_and_library_config_agree() -> None:
-    settings = parse_config(MINIMAL).lowrank
-    assert LowRankConfig(**settings.model_dump()) == LowRankConfig()
+    assert lowrank_of(parse_config(MINIMAL)) == LowRankConfig()
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,19 @@ def test_lowrank_settings_and_library_config_agree() -> None:
         ("lowrank.base=int3", "'auto', 'fp32', 'bf16' or 'int8'"),
         ("optimizer.lr=.nan", "`optimizer.lr`"),
         ("optimizer.lr=abc", "valid number"),
-        ("restart.optimizer=clear", "'zero', 'random', 'magnitude' or 'keep'"),
+        ("restart.optimizer=clear", "'zero', 'random', 'magnitude', 'keep' or 'project'"),
+        ("restart.growth=0.5", "`restart.growth` is 0.5"),
+        ("restart={stagger: ranks, optimizer: project}", "knows `optimizer: zero` and `keep`"),
+        ("restart={stagger: ranks, warmup_steps: 5}", "set `warmup_steps: 0`"),
+        ("restart={stagger: layers, ramp: all}", "set `ramp: factors`"),
+        ("restart={stagger: layers, every_steps: 3, warmup_steps: 0}", r"restart.turns \(4\) must not exceed"),
         ("method=relorra", "'full', 'lora' or 'relora'"),
         ("warm_start.steps=3000", "must be shorter than the run"),
+        ("warm_start={auto: true, steps: 600}", r"first at step 600; raise its bound, warm_start.steps \(600\)"),
+        ("warm_start=often", "`warm_start` is .often.: must be a section"),
+        ("lowrank={ranks: spectrum, r: 0}", "`lowrank.r` is 0"),
+        ("restart={adaptive: true, growth: 2}", "set `growth: 1`"),
+        ("restart={adaptive: true, stagger: layers, warmup_steps: 0}", "set `stagger: none`"),
         ("restart.warmup_steps=1000", r"shorter than restart.every_steps \(1000\)"),
         ("schedule.warmup_steps=3000", "must be shorter than the run"),
         ("precision.dtype=fp16", "'fp32', 'bf16' or 'bf16-mixed'"),
@@ -119,3 +129,27 @@ def test_shipped_configurations_are_valid() -> None:
     assert shipped
     for path in shipped:
         assert load_any_config(path).output_dir.startswith("runs/"), path
+
+
+def test_auto_is_a_word_for_a_section() -> None:
+    auto = parse_config(MINIMAL | {"warm_start": "auto"})
+    assert auto.warm_start.auto and auto.warm_start.steps == 1000 and auto.earliest_switch == 600
+    assert parse_config(yaml.safe_load(to_yaml(auto))) == auto
+    accepted = RunConfig.model_json_schema()["properties"]["warm_start"]["anyOf"]
+    assert {"const": "auto", "type": "string"} in accepted
+
+
+@pytest.mark.parametrize("section", [{"warm_start": "auto"}, {"lowrank": {"ranks": "spectrum"}}])
+def test_signals_need_what_they_are_read_from(section: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="reads the moments of adamw, not of adamw-8bit"):
+        parse_config(MINIMAL | section | {"optimizer": {"name": "adamw-8bit"}})
+    assert parse_config(MINIMAL | section | {"optimizer": {"name": "adamw-8bit"}, "method": "full"})
+    with pytest.raises(UserError, match=r"warm_start\.steps"):
+        parse_config(MINIMAL | {"lowrank": {"ranks": "spectrum"}, "warm_start": {"steps": 0}})
+
+
+def test_the_papers_variant_fills_what_restart_leaves_open() -> None:
+    paper = parse_config(MINIMAL | {"variant": "paper", "restart": {"every_steps": 700, "optimizer": "magnitude"}})
+    assert (paper.restart.init, paper.restart.ramp, paper.restart.stagger) == ("kaiming", "all", "none")
+    assert (paper.restart.every_steps, paper.restart.optimizer) == (700, "magnitude")
+    assert parse_config(yaml.safe_load(to_yaml(paper))) == paper

@@ -14,7 +14,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "Makefile",
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "configs").glob("*.yaml")),
+    *sorted((ROOT / "configs").rglob("*.yaml")),
 ]
 COMMANDS = typer.main.get_command(app)
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
 from relora.lowrank.costs import Rates
+from relora.lowrank.linear import Residual
 from relora.measure import token_loss
 from relora.model.blocks import Checkpointing, training_blocks
 from relora.model.head import whole_logits_reason
@@ -52,7 +53,11 @@ def simulated(
 ) -> StepFigures:
     with torch.device("meta"):
         model = build_model("llama-9m", TINY | overrides, seed=0)
-    return simulate(model, of or shape(), passing(checkpointing), prepare=preparing(low_rank), moments=two_moments)
+    residual = low_rank.residual if low_rank else None
+    prepare = preparing(low_rank)
+    return simulate(
+        model, of or shape(), passing(checkpointing), prepare=prepare, moments=two_moments, residual=residual
+    )
 
 
 def low_rank_config(**settings: object) -> LowRankConfig:
@@ -75,6 +80,9 @@ def real_peak(low_rank: LowRankConfig | None, checkpointing: Checkpointing, of: 
     ]
     for moment in moments:
         ledger.note(moment)
+    if low_rank and low_rank.residual.scale:
+        for layer in low_rank_layers(model).values():
+            layer.weight.requires_grad_(True)
     ids = torch.zeros(of.micro_sequences, of.sequence_length, dtype=torch.long)
     ledger.note(ids)
     run = passing(checkpointing)
@@ -94,8 +102,9 @@ def real_peak(low_rank: LowRankConfig | None, checkpointing: Checkpointing, of: 
         low_rank_config(base="bf16"),
         low_rank_config(base="int8", frozen="int8"),
         low_rank_config(frozen="bf16"),
+        low_rank_config(residual=Residual(scale=1.0)),
     ],
-    ids=["full", "fp32", "bf16-base", "int8-base", "bf16-products"],
+    ids=["full", "fp32", "bf16-base", "int8-base", "bf16-products", "residual"],
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_takes_what_it_takes_for_real(
@@ -143,6 +152,26 @@ def test_a_restart_takes_no_more_than_one_layer_in_addition() -> None:
 def test_a_snapshot_is_all_that_a_checkpoint_holds() -> None:
     figures = simulated(low_rank_config())
     assert figures.snapshot == pytest.approx(4 * (3 * figures.trained + figures.frozen), rel=0.01)  # and buffers
+
+
+def test_a_residual_takes_one_more_gradient_a_weight_and_no_moments() -> None:
+    """And the time of the steps in which it is due, in which there is a product more."""
+    plain, always, seldom = (
+        simulated(low_rank_config(residual=residual), of=shape(64), hidden_size=512, intermediate_size=1024)
+        for residual in (Residual(), Residual(scale=1.0), Residual(scale=1.0, every_steps=5))
+    )
+    for name in ("trained", "frozen", "factors", "resident", "snapshot"):
+        assert getattr(plain, name) == getattr(always, name) == getattr(seldom, name)
+    assert seldom.memory == always.memory and always.memory["moments"] == plain.memory["moments"]
+    assert always.memory["gradients"] - plain.memory.get("gradients", 0) <= 4 * plain.frozen
+    two_parts = shape(64, micro_batches=2)  # the second meets the whole gradient of the first
+    plain_two, always_two = (
+        simulated(low_rank_config(residual=residual), of=two_parts, hidden_size=512, intermediate_size=1024)
+        for residual in (Residual(), Residual(scale=1.0))
+    )
+    assert always_two.memory["gradients"] - plain_two.memory["gradients"] == 4 * plain.frozen
+    assert 1.2 * plain.seconds < always.seconds < 1.6 * plain.seconds  # 1.5 of the products of layers
+    assert seldom.seconds - plain.seconds == pytest.approx((always.seconds - plain.seconds) / 5)
 
 
 def test_time_is_that_of_the_micro_batches() -> None:

@@ -136,3 +136,11 @@ def test_a_full_rank_run_has_alternatives_only_where_they_are_possible(config: P
 
 def test_a_place_that_cannot_be_written_is_said_before_the_search(config: Path, tmp_path: Path) -> None:
     call("plan", config, "--fit", "6GiB", "--out", tmp_path / "absent" / "x.yaml").complaint(2, "absent", "no folder")
+
+
+def test_a_warm_start_that_the_run_ends_is_said_to_be_the_longest(config: Path) -> None:
+    auto = "warm_start={auto: true, steps: 6, window_steps: 1}"
+    assert "0 ... 6 at most" in call("plan", config, auto).out
+    figures = json.loads(call("plan", config, auto, "method=full", "--alternatives", "--json").out)
+    assert {other["method"] for other in figures["alternatives"]} == {"full", "lora", "relora"}
+    assert not figures["adaptive_switch"]

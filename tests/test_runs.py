@@ -126,8 +126,41 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         {"precision__dtype": "bf16", "lowrank__trainable_scaling": True, "restart__optimizer": "magnitude"},
         {"precision__frozen": "int8"},
         {"precision__frozen": "int8", "lowrank__base": "int8", "lowrank__lora_dropout": 0.1},
+        {
+            "restart": {
+                "every_steps": 4,
+                "warmup_steps": 1,
+                "ramp": "factors",
+                "optimizer": "keep",
+                "init": "balanced",
+                "directions": "gradient-svd",
+                "stagger": "layers",
+                "turns": 2,
+            },
+            "lowrank__lora_dropout": 0.1,
+        },
+        {
+            "restart": {
+                "every_steps": 2,
+                "growth": 2.0,
+                "warmup_steps": 1,
+                "until": 0.8,
+                "optimizer": "project",
+                "init": "weight-svd",
+            }
+        },
+        {"restart": {"every_steps": 4, "warmup_steps": 0, "init": "balanced", "stagger": "ranks", "turns": 2}},
+        {"lowrank__residual": {"scale": 0.5, "every_steps": 2}, "lowrank__lora_dropout": 0.1},
+        {
+            "warm_start": {"auto": True, "steps": 8, "window_steps": 1, "slope": 0.9, "energy": 0.1},
+            "lowrank__ranks": "spectrum",
+            "restart": {"every_steps": 2, "warmup_steps": 1, "adaptive": True, "slope": 0.0},
+        },
     ],
-    ids=["plain", "dropout", "lora", "no warm start", "bf16", "int8", "int8 alone"],
+    ids=[
+        *("plain", "dropout", "lora", "no warm start", "bf16", "int8", "int8 alone"),
+        *("balanced by layers", "projected, growing", "balanced by ranks", "residual", "adaptive"),
+    ],
 )
 def test_killed_before_every_step_and_continued_gives_the_same_bytes(
     configure: Configure, variant: dict[str, object]
@@ -141,6 +174,23 @@ def test_killed_before_every_step_and_continued_gives_the_same_bytes(
         assert bytes_of(folder) == bytes_of(whole), step
         for file in ("metrics.jsonl", "restarts.jsonl"):
             assert figures(folder, file) == figures(whole, file), step
+
+
+def test_a_run_decides_by_what_it_sees_and_its_checkpoints_are_exported(configure: Configure) -> None:
+    """Switched after two windows beyond the warm-up, with ranks of its own, and restarted when the update was full."""
+    config = configure(
+        warm_start={"auto": True, "steps": 10, "window_steps": 1, "slope": 0.9, "energy": 0.1},
+        lowrank__ranks="spectrum",
+        restart={"every_steps": 3, "warmup_steps": 1, "adaptive": True, "slope": 0.0, "rank_share": 0.1},
+    )
+    result = pretrain(config, quiet=True)
+    [ranks] = [line["ranks"] for line in figures(result.folder) if line.get("of") == "ranks"]
+    phases = {line["step"]: line["phase"] for line in figures(result.folder) if line["kind"] == "train"}
+    assert (phases[4], phases[5]) == ("warm_start", "low_rank")
+    assert [line["step"] for line in figures(result.folder, "restarts.jsonl")] == [7, 10, 13]
+    assert isinstance(ranks, dict) and len(ranks) == 14 and len(set(ranks.values())) > 1
+    exported = export(result.folder, step=14)
+    assert (exported / "model.safetensors").read_bytes() == (result.folder / "model" / "model.safetensors").read_bytes()
 
 
 def test_a_run_killed_again_and_again_arrives(configure: Configure) -> None:

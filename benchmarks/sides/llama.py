@@ -3,7 +3,7 @@
 Every low-rank side trains the factors of all linear layers in the blocks, the embedding, the norms and the head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import relora
 from relora.lowrank import LowRankConfig
+from relora.lowrank.linear import Residual
+from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import Checkpointing, training_blocks
 from relora.train.optim import OptimizerConfig, build_optimizer
@@ -94,11 +96,16 @@ def own_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def ours(
-    shape: Shape, rank: int, checkpointing: Checkpointing = "none", compiled: bool = False, **options: Any
+    shape: Shape,
+    rank: int,
+    checkpointing: Checkpointing = "none",
+    compiled: bool = False,
+    residual: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Side:
     """The product's layers, blocks, loss, optimizer and step. `options` are those of `LowRankConfig`."""
-    model = llama(shape)
-    relora.inject(model, LowRankConfig(r=rank, lora_alpha=ALPHA, **options))
+    model, following = llama(shape), Residual(**residual or {})
+    relora.inject(model, LowRankConfig(r=rank, lora_alpha=ALPHA, residual=following, **options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             draw_(name, parameter)
@@ -110,17 +117,18 @@ def ours(
     def step(ids: Tensor) -> float:
         nonlocal done
         done += 1
-        return train_step(
-            model,
-            optimizer,
-            (ids, next_tokens(ids)),
-            token_loss,
-            seed=0,
-            step=done,
-            micro_sequences=len(ids),
-            clip_grad_norm=CLIP,
-            autocast=None,
-            check_gradients=False,
-        ).loss
+        with residual_steps(model, optimizer, following, done):
+            return train_step(
+                model,
+                optimizer,
+                (ids, next_tokens(ids)),
+                token_loss,
+                seed=0,
+                step=done,
+                micro_sequences=len(ids),
+                clip_grad_norm=CLIP,
+                autocast=None,
+                check_gradients=False,
+            ).loss
 
     return Side(model, optimizer, step, held=blocks)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from relora.lowrank import InjectReport as InjectReport
     from relora.lowrank import LowRankConfig as LowRankConfig
     from relora.lowrank import LowRankLinear as LowRankLinear
+    from relora.lowrank import RestartConfig as RestartConfig
     from relora.lowrank import RestartReport as RestartReport
     from relora.lowrank import inject as inject
     from relora.lowrank import merge as merge
@@ -28,6 +29,7 @@ _HOME = {
     "InjectReport": "relora.lowrank",
     "LowRankConfig": "relora.lowrank",
     "LowRankLinear": "relora.lowrank",
+    "RestartConfig": "relora.lowrank",
     "RestartReport": "relora.lowrank",
     "inject": "relora.lowrank",
     "merge": "relora.lowrank",

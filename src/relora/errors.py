@@ -23,6 +23,10 @@ class RunStopped(ReloraError):
     exit_status = 3
 
 
+class Diverged(RunStopped):
+    """Numbers stopped being finite, and by its `non_finite` settings the run does not go on."""
+
+
 class NonFinite(RunStopped):
     """A loss, a gradient, a weight or an update is not a finite number; it went no further.
 

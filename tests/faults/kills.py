@@ -65,16 +65,13 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "the first low-rank step": Blow(call=f"{LOOP}:train_step", nth=WARM_START + 1, after=True),
     "the step before a restart": Blow(call=f"{LOOP}:train_step", nth=16),
     "before a restart": Blow(call=f"{LOOP}:restart"),
-    "in a restart, before the first merge": Blow(call="relora.lowrank.linear:LowRankLinear.merge_", nth=LAYERS + 1),
-    "in a restart, between merge and redraw": Blow(
-        call="relora.lowrank.linear:LowRankLinear.merge_", nth=LAYERS + 5, after=True
-    ),
+    "in a restart, before the first merge": Blow(call="relora.lowrank.linear:LowRankLinear.exchange_", nth=1),
     "in a restart, inside the merge": Blow(call="relora.lowrank.base:FrozenWeight.add_", nth=9, after=True),
     "in a restart, between redraw and reset": Blow(
-        call="relora.lowrank.linear:LowRankLinear.redraw_", nth=2 * LAYERS - 3, after=True
+        call="relora.lowrank.linear:LowRankLinear.exchange_", nth=LAYERS - 3, after=True
     ),
-    "in a restart, between two moments": Blow(call=f"{RESTART}:_clear_moments", nth=2 * LAYERS + 7),
-    "in a restart, between two layers": Blow(call=f"{RESTART}:_merge_and_redraw", nth=3 * LAYERS - 2),
+    "in a restart, between two moments": Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
+    "in a restart, between two layers": Blow(call=f"{RESTART}:_begin_anew", nth=3 * LAYERS - 2),
     "after a restart, before its line": Blow(call=f"{LOOP}:restart", nth=2, after=True),
     "after a restart's line": Blow(call="relora.report.reporter:Reporter.restart", nth=2, after=True),
     "a restart's line half written": Blow(
@@ -116,9 +113,9 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
 }
 NAMED_IN_CONTINUED_RUNS: dict[str, tuple[Blow, ...]] = {
     "three times inside the same restart": (
-        Blow(call=f"{RESTART}:_clear_moments", nth=2 * LAYERS + 7),
+        Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
         Blow(call="relora.lowrank.linear:LowRankLinear.merge_", nth=3, after=True),
-        Blow(call=f"{RESTART}:_clear_moments", nth=3),
+        Blow(call=f"{RESTART}:reset_moments", nth=3),
     ),
     "before, in and after the switch": (
         Blow(call=f"{LOOP}:inject"),

@@ -37,9 +37,13 @@ def test_the_known_ends(tokens: int, r: int, way: Way) -> None:
     inn=st.integers(1, 5000),
     r=st.integers(1, 512),
     mergeable=st.booleans(),
+    weight_gradient=st.booleans(),
 )
-def test_no_way_is_predicted_to_be_faster(tokens: int, out: int, inn: int, r: int, mergeable: bool) -> None:
-    way = cheapest(ANY, tokens, out, inn, r, mergeable=mergeable)
+def test_no_way_is_predicted_to_be_faster(
+    tokens: int, out: int, inn: int, r: int, mergeable: bool, weight_gradient: bool
+) -> None:
+    """Where dW is asked for, of the ways that form it."""
+    way = cheapest(ANY, tokens, out, inn, r, mergeable=mergeable, weight_gradient=weight_gradient)
 
     def seconds(way: Way) -> float:
         return _forward(ANY, tokens, out, inn, r, way.merged_forward) + _backward(
@@ -47,7 +51,8 @@ def test_no_way_is_predicted_to_be_faster(tokens: int, out: int, inn: int, r: in
         )
 
     merges = (False, True) if mergeable else (False,)
-    every = [Way(forward, backward, dense) for forward in merges for backward in merges for dense in (False, True)]
+    forms = (True,) if weight_gradient else (False, True)
+    every = [Way(forward, backward, dense) for forward in merges for backward in merges for dense in forms]
     assert way in every and seconds(way) <= min(map(seconds, every)) * (1 + 1e-12)
 
 

@@ -35,6 +35,7 @@ def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
     bias=st.booleans(),
     trained_scaling=st.booleans(),
     transposed=st.booleans(),
+    weight_gradient=st.booleans(),
     data=st.data(),
 )
 def test_every_way_equals_plain_pytorch(
@@ -45,15 +46,17 @@ def test_every_way_equals_plain_pytorch(
     bias: bool,
     trained_scaling: bool,
     transposed: bool,
+    weight_gradient: bool,
     data: st.DataObject,
 ) -> None:
     """Outputs and all gradients in float64, relative 1e-10: the same sums in another order."""
     r = data.draw(st.integers(1, min(out, inn)))
     x, a, b = (t.requires_grad_() for t in (drawn(2, tokens, inn), drawn(r, inn, seed=1), drawn(out, r, seed=2)))
-    weight = drawn(inn, out, seed=3).T if transposed else drawn(out, inn, seed=3)
+    stored = drawn(inn, out, seed=3) if transposed else drawn(out, inn, seed=3)
+    weight = stored.requires_grad_(weight_gradient).T if transposed else stored.requires_grad_(weight_gradient)
     beta = drawn(out, seed=4).requires_grad_() if bias else None
     s = torch.tensor(0.7, dtype=torch.float64, requires_grad=trained_scaling)
-    leaves = [t for t in (x, a, b, beta, s) if t is not None and t.requires_grad]
+    leaves = [t for t in (x, a, b, beta, s, stored) if t is not None and t.requires_grad]
     with mock.patch.object(kernel, "cheapest", return_value=way):
         y = low_rank_linear(x, weight, beta, a, b, s if trained_scaling else 0.7, rates=ANY)
         ours = gradients(y, *leaves)
@@ -63,15 +66,16 @@ def test_every_way_equals_plain_pytorch(
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("weight_gradient", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradcheck(way: Way) -> None:
+def test_gradcheck(way: Way, weight_gradient: bool) -> None:
     """Against finite differences, so that a mistake shared with the twin above would show."""
     x, a, b, s = drawn(4, 6), drawn(2, 6, seed=1), drawn(5, 2, seed=2), torch.tensor(0.3, dtype=torch.float64)
     weight, beta = drawn(5, 6, seed=3), drawn(5, seed=4)
-    leaves = [t.requires_grad_() for t in (x, beta, a, b, s)]
+    leaves = [t.requires_grad_(t is not weight or weight_gradient) for t in (x, weight, beta, a, b, s)]
     with mock.patch.object(kernel, "cheapest", return_value=way):
         assert torch.autograd.gradcheck(
-            lambda x, beta, a, b, s: low_rank_linear(x, weight, beta, a, b, s, rates=ANY), leaves
+            lambda x, weight, beta, a, b, s: low_rank_linear(x, weight, beta, a, b, s, rates=ANY), leaves
         )
 
 
@@ -86,6 +90,9 @@ def test_only_the_gradients_that_are_asked_for(way: Way) -> None:
         x.requires_grad_(), a.requires_grad_(False), b.requires_grad_(False)
         low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
         torch.testing.assert_close(x.grad, (weight + b @ a).sum(0).expand(3, 6))
+        weight.requires_grad_(), x.requires_grad_(False)
+        low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
+        torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(5, 6))
 
 
 def test_keeps_its_input_and_no_more() -> None:
@@ -104,6 +111,27 @@ def test_keeps_its_input_and_no_more() -> None:
         y = torch.stack([layer(x) for layer in layers]).sum()
     assert kept == {x.untyped_storage().data_ptr(): x.numel()}
     y.backward()
+
+
+def test_a_weight_that_asks_for_its_gradient_costs_no_memory_but_that() -> None:
+    """x is kept once, and dW is handed over, not copied."""
+    layer = LowRankLinear(nn.Linear(32, 24), LowRankConfig(r=4, rates=ANY), name="x")
+    layer.weight.requires_grad_(True)
+    formed: list[int] = []
+    layer.weight.register_hook(lambda gradient: formed.append(gradient.data_ptr()))
+    layer(torch.randn(64, 32)).sum().backward()
+    assert layer.weight.grad is not None and formed == [layer.weight.grad.data_ptr()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_of_weights_add_up_over_calls(dropout: float) -> None:
+    """Micro-batches, and with dropout, which the weight's part of the layer does not see."""
+    layer = LowRankLinear(nn.Linear(8, 6).double(), LowRankConfig(r=2, rates=ANY, lora_dropout=dropout), name="x")
+    layer.weight.requires_grad_(True)
+    inputs, weighing = (drawn(7, 8), drawn(3, 8, seed=1)), (drawn(7, 6, seed=2), drawn(3, 6, seed=3))
+    for x, by in zip(inputs, weighing, strict=True):
+        (layer(x) * by).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, sum(by.T @ x for x, by in zip(inputs, weighing, strict=True)))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -153,13 +181,14 @@ def test_every_storage_and_arithmetic_is_near_the_plain_formula(arithmetic: str,
 def test_under_autocast_like_plain_pytorch_under_autocast(dtype: torch.dtype) -> None:
     """bf16 has 8 bits: outputs and gradients within 1% of float64, fp32 weights and gradients in fp32."""
     layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, rates=ANY), name="x")
+    layer.weight.requires_grad_(True)
     nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(40, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x.to(dtype))
     assert y.dtype == torch.bfloat16
     twin = F.linear(x, layer.weight + layer.scaling * layer.lora_B @ layer.lora_A, layer.bias)
-    leaves = (x, layer.lora_A, layer.lora_B, layer.bias)
+    leaves = (x, layer.weight, layer.lora_A, layer.lora_B, layer.bias)
     for mine, theirs in zip((y, *gradients(y, *leaves)), (twin, *gradients(twin, *leaves)), strict=True):
         assert (mine - theirs).norm() <= 0.01 * theirs.norm()
     assert layer.lora_A.grad is None

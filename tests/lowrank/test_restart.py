@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from relora.errors import RunStopped, UserError
-from relora.lowrank import LowRankConfig, inject, low_rank_layers, restart
-from relora.lowrank.restart import effective_rank, update_spectrum
+from relora.errors import NonFinite, RunStopped, UserError
+from relora.lowrank import LowRankConfig, RestartConfig, inject, low_rank_layers, restart
+from relora.lowrank.restart import begin_along, effective_rank, update_spectrum
 
 
 def trained(steps: int = 5, **config: object) -> tuple[nn.Module, torch.optim.AdamW, torch.Tensor]:
@@ -21,11 +21,25 @@ def trained(steps: int = 5, **config: object) -> tuple[nn.Module, torch.optim.Ad
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, steps: int) -> None:
-    target = torch.sin(x[:, :4] * 2)
     for _ in range(steps):
         optimizer.zero_grad()
-        (model(x) - target).square().mean().backward()
+        loss(model, x).backward()
         optimizer.step()
+
+
+def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (model(x) - torch.sin(x[:, :4] * 2)).square().mean()
+
+
+WAYS = [
+    *(RestartConfig(init=init) for init in ("kaiming", "orthogonal", "gradient-svd", "weight-svd")),
+    *(
+        RestartConfig(init="balanced", directions=directions)
+        for directions in ("orthogonal", "gradient-svd", "weight-svd")
+    ),
+    RestartConfig(init="balanced", stagger="ranks", turns=3),
+    RestartConfig(init="orthogonal", stagger="layers", turns=2),
+]
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
@@ -35,6 +49,89 @@ def test_output_is_unchanged(base: str) -> None:
     restart(model, optimizer, cycle=1)
     tolerance = 1e-6 if base == "fp32" else 3e-2  # the rounding of the stored weight
     torch.testing.assert_close(model(x), before, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_no_restart_moves_the_function(how: RestartConfig) -> None:
+    model, optimizer, x = trained()
+    before, old = model(x), {name: layer.lora_A.detach().clone() for name, layer in low_rank_layers(model).items()}
+    for cycle in range(1, how.turns + 1):
+        restart(model, optimizer, how, cycle=cycle, loss_of=lambda model: loss(model, x))
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)  # fp32, W taking up and giving up products
+    for name, layer in low_rank_layers(model).items():
+        assert not torch.isclose(layer.lora_A, old[name]).any()  # after all turns, every rank is new
+        assert bool(layer.lora_B.any()) == (how.init == "balanced")
+    train(model, optimizer, x, 2)
+    assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in low_rank_layers(model).values())
+
+
+def test_balanced_factors_have_the_norms_of_the_old_and_a_gradient_at_once() -> None:
+    model, optimizer, x = trained()
+    layers = low_rank_layers(model)
+    norms = {name: (layer.lora_A.norm(), layer.lora_B.norm()) for name, layer in layers.items()}
+    restart(model, optimizer, RestartConfig(init="balanced"), cycle=1)
+    for name, layer in layers.items():
+        torch.testing.assert_close((layer.lora_A.norm(), layer.lora_B.norm()), norms[name])
+        for rows in (layer.lora_A, layer.lora_B.T):  # orthogonal, of one length
+            torch.testing.assert_close(rows @ rows.T, torch.eye(3) * rows[0].square().sum(), rtol=1e-5, atol=1e-6)
+    train(model, optimizer, x, 1)
+    assert all(layer.lora_A.grad.any() for layer in layers.values())  # beside B = 0 it would be zero
+
+
+def test_turns_restart_a_part_each() -> None:
+    for stagger, kept_rows in (("layers", {"0": 3, "2": 0}), ("ranks", {"0": 2, "2": 2})):
+        model, optimizer, _ = trained()
+        layers = low_rank_layers(model)
+        old = {name: layer.lora_A.detach().clone() for name, layer in layers.items()}
+        turns = 2 if stagger == "layers" else 3
+        how = RestartConfig(init="balanced", stagger=stagger, turns=turns)
+        report = restart(model, optimizer, how, cycle=2)
+        for name, layer in layers.items():
+            assert (layer.lora_A == old[name]).all(1).sum() == kept_rows[name]
+        assert [len(update.singular_values) for update in report.layers] == ([3] if stagger == "layers" else [1, 1])
+
+
+def test_a_part_of_the_ranks_forgets_its_moments_and_no_others() -> None:
+    model, optimizer, x = trained()
+    layer = low_rank_layers(model)["0"]
+    before = {kind: {k: v.clone() for k, v in optimizer.state[f].items()} for kind, f in layer.factors.items()}
+    restart(model, optimizer, RestartConfig(init="balanced", stagger="ranks", turns=3), cycle=2)
+    for kind, moments in before.items():
+        state = optimizer.state[layer.factors[kind]]
+        rows = {key: (state[key] if kind == "lora_A" else state[key].T) for key in ("exp_avg", "exp_avg_sq")}
+        old = {key: (moments[key] if kind == "lora_A" else moments[key].T) for key in rows}
+        assert not rows["exp_avg"][1].any() and state["step"] == moments["step"]
+        torch.testing.assert_close(rows["exp_avg_sq"][1], old["exp_avg_sq"][[0, 2]].mean(0))
+        assert all(torch.equal(rows[key][[0, 2]], old[key][[0, 2]]) for key in rows)
+    factors = {kind: factor.detach().clone() for kind, factor in layer.factors.items()}
+    train(model, optimizer, x, 1)  # lr 0.02: with v = 0 beside a step of 5 the first update would be 0.02 / 0.07 long
+    for kind, factor in layer.factors.items():
+        assert (factor - factors[kind]).abs().max() < 0.06
+
+
+def test_the_gradient_needs_a_loss() -> None:
+    model, optimizer, _ = trained()
+    with pytest.raises(ValueError, match="loss_of"):
+        restart(model, optimizer, RestartConfig(init="gradient-svd"), cycle=1)
+
+
+def test_nothing_moves_when_the_gradient_is_not_finite() -> None:
+    model, optimizer, x = trained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(NonFinite, match="gradient"):
+        restart(model, optimizer, RestartConfig(init="gradient-svd"), cycle=1, loss_of=lambda m: m(x).sum() * torch.nan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "gradient-svd", "weight-svd", "balanced"])
+def test_the_first_factors_begin_along_the_same_directions(init: str) -> None:
+    model, _, x = trained(steps=0)
+    layers, before = low_rank_layers(model), model(x)
+    begin_along(model, RestartConfig(init=init), lambda model: loss(model, x))
+    torch.testing.assert_close(model(x), before)
+    for layer in layers.values():
+        torch.testing.assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(3), rtol=1e-5, atol=1e-6)
+        assert not layer.lora_B.any()
 
 
 def test_factors_start_over_alive() -> None:
@@ -79,7 +176,7 @@ def test_pruning_uses_one_mask_for_both_moments(reset: str) -> None:
         name: {key: value.clone() for key, value in optimizer.state[layer.lora_A].items()}
         for name, layer in low_rank_layers(model).items()
     }
-    report = restart(model, optimizer, cycle=1, reset=reset, keep_ratio=0.25)
+    report = restart(model, optimizer, cycle=1, how=RestartConfig(optimizer=reset, keep_ratio=0.25))
     for name, layer in low_rank_layers(model).items():
         state, size = optimizer.state[layer.lora_A], layer.lora_A.numel()
         kept = state["exp_avg"] != 0
@@ -97,7 +194,7 @@ def test_pruning_uses_one_mask_for_both_moments(reset: str) -> None:
 def test_keep_touches_no_moment() -> None:
     model, optimizer, _ = trained()
     before = {parameter: state["exp_avg"].clone() for parameter, state in optimizer.state.items()}
-    assert restart(model, optimizer, cycle=1, reset="keep").moments_cleared == 0
+    assert restart(model, optimizer, cycle=1, how=RestartConfig(optimizer="keep")).moments_cleared == 0
     assert all(torch.equal(before[parameter], state["exp_avg"]) for parameter, state in optimizer.state.items())
 
 
@@ -109,7 +206,7 @@ def test_magnitude_pruning_takes_tensors_of_more_than_16_million_entries() -> No
     optimizer = torch.optim.AdamW([layer.lora_A], fused=True)
     layer.lora_A.grad = torch.ones_like(layer.lora_A)
     optimizer.step()
-    report = restart(model, optimizer, cycle=1, reset="magnitude", keep_ratio=0.5)
+    report = restart(model, optimizer, cycle=1, how=RestartConfig(optimizer="magnitude", keep_ratio=0.5))
     assert report.moments_cleared == 2 * 2**23
 
 
@@ -119,7 +216,7 @@ def test_pruning_refuses_moments_that_are_codes() -> None:
         state["exp_avg"] = state["exp_avg"].to(torch.uint8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r"restart\.optimizer"):
-        restart(model, optimizer, cycle=1, reset="magnitude")
+        restart(model, optimizer, cycle=1, how=RestartConfig(optimizer="magnitude"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -114,3 +114,14 @@ def test_refuses_what_the_run_would_refuse(configure: Configure, overrides: dict
         gather(config)
     with pytest.raises(UserError, match=message):
         describe(config)
+
+
+def test_what_the_run_decides_is_said_to_be_the_most(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = {"auto": True, "steps": 6, "window_steps": 1}
+    plan = describe(configure(warm_start=auto))
+    assert (plan.phases[0].steps, plan.restarts, plan.most_restarts) == (6, [10], 2)  # from step 4 on: 8, 12
+    print_plan(plan)
+    assert "restarts: 1 to 2, counted from the end of the warm start" in capsys.readouterr().out
+    print_plan(describe(configure(warm_start=auto, restart={"adaptive": True})))
+    printed = capsys.readouterr().out
+    assert "restarts: at most 2, when the run decides" in printed and "warm start (at" in printed

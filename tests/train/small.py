@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relora.lowrank import LowRankConfig
+from relora.lowrank import LowRankConfig, RestartConfig
 from relora.train.optim import OptimizerConfig
 
 
@@ -45,8 +45,7 @@ SETTINGS: dict[str, object] = {
     "place_of": lambda number, sequences: f"batch {number}, sequences {sequences.start}-{sequences.stop - 1}",
     "optimizer": OptimizerConfig(lr=0.02, lowrank_lr=0.04),
     "lowrank": LowRankConfig(r=2, lora_alpha=2),
-    "restart_reset": "zero",
-    "restart_keep_ratio": 0.1,
+    "restart": RestartConfig(),
     "settings": {},
     "autocast": None,
     "seed": 0,

@@ -21,6 +21,7 @@ from relora.train.optim import (
     named_state,
     set_lr,
 )
+from relora.train.schedule import Schedule
 
 CONFIG = OptimizerConfig(lr=1e-3, lowrank_lr=4e-3, lowrank_b_lr_ratio=4.0, weight_decay=0.1)
 EIGHT_BIT = dataclasses.replace(CONFIG, name="adamw-8bit")
@@ -54,8 +55,30 @@ def test_groups() -> None:
     assert rate[id(net[0].weight)] == (1e-3, 0.1)
     assert rate[id(net[2].weight)] == rate[id(layer.bias)] == (1e-3, 0.0)  # vectors are not decayed
     assert id(layer.weight) not in rate
-    set_lr(optimizer, 0.5)
+    schedule = Schedule(total_steps=10, warmup_steps=4)
+    set_lr(optimizer, schedule, 2)
     assert [group["lr"] for group in optimizer.param_groups] == [g["initial_lr"] * 0.5 for g in optimizer.param_groups]
+
+
+def test_matrices_of_the_blocks_have_a_rate_of_their_own() -> None:
+    net = model()
+    optimizer = build_optimizer(net, dataclasses.replace(CONFIG, matrix_lr=3e-4, matrices=frozenset({"1"})))
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(net[1].weight)] == 3e-4 and rate[id(net[1].bias)] == rate[id(net[3].weight)] == 1e-3
+
+
+def test_factors_that_restart_in_turns_climb_alone() -> None:
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    inject(net, LowRankConfig(r=2))
+    optimizer = build_optimizer(net, dataclasses.replace(CONFIG, turns=2))
+    schedule = Schedule(
+        total_steps=40, restart_every_steps=20, restart_turns=2, restart_warmup_steps=4, restart_ramp="factors"
+    )
+    set_lr(optimizer, schedule, 10)  # the first turn's restart
+    share = {id(p): group["lr"] / group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    layers = list(low_rank_layers(net).values())
+    assert [share[id(layer.lora_A)] for layer in layers] == [0, schedule.lr_factor(10, 1), 0]
+    assert share[id(layers[0].bias)] == share[id(layers[1].lora_B)] > 0
 
 
 def test_the_switch_forgets_nothing_that_still_trains() -> None:

@@ -111,7 +111,7 @@ def play(
     ):
         run = Run(**(settings | {"reporter": reporter, "checkpoints": checkpoints} | changes))
         progress = begin(run, checkpoints.latest()[0])
-        state = train(run, progress)
+        state = train(run, progress).state
     newest = checkpoints.open(12)
     files = [
         [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in read_json_lines(file)]
@@ -261,11 +261,12 @@ def test_looking_back_leaves_no_trace_of_what_was_held_back() -> None:
     """Of three unseen steps of 24 tokens the second went wrong."""
     optimizer = torch.optim.AdamW(Net().parameters(), fused=True)
     optimizer.found_inf = torch.tensor(1.0)
-    progress = Progress(optimizer, TrainState(8, 192), unlogged_tokens=96)
+    schedule = Schedule(total_steps=12)
+    progress = Progress(optimizer, schedule, TrainState(8, 192), unlogged_tokens=96)
     progress.unseen = [(TrainState(5 + n, 120 + 24 * n), torch.tensor(float(n > 0))) for n in range(3)]
     look_back(progress)
     assert progress == Progress(
-        optimizer, TrainState(6, 144), unlogged_tokens=48, evaluated_loss=progress.evaluated_loss
+        optimizer, schedule, TrainState(6, 144), unlogged_tokens=48, evaluated_loss=progress.evaluated_loss
     )
     assert not hasattr(optimizer, "found_inf")
 

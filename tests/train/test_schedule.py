@@ -1,6 +1,7 @@
 """The timetable: equal to the published formula where that is defined, and sound everywhere else."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -57,7 +58,11 @@ def schedules(draw: st.DrawFn) -> Schedule:
         warmup_steps=draw(st.integers(0, total - 1)),
         warm_start_steps=draw(st.integers(0, total)),
         restart_every_steps=every,
+        restart_growth=draw(st.sampled_from([1.0, 1.3, 2.0])),
+        restart_turns=draw(st.integers(1, min(every or 4, 4))),
+        restart_until=draw(st.sampled_from([0.3, 0.8, 1.0])),
         restart_warmup_steps=draw(st.integers(0, (every or 20) - 1)),
+        restart_ramp=draw(st.sampled_from(["all", "factors"])),
         min_lr_ratio=draw(st.floats(0.01, 1)),
     )
 
@@ -77,9 +82,33 @@ def test_any_total_works_and_all_answers_agree(schedule: Schedule) -> None:
         if boundary and schedule.restart_warmup_steps:
             assert schedule.lr_factor(t) == 0  # the dip and the event cannot disagree
             assert schedule.cycle_start(t) == t
-    for t in restarts:
-        assert (t - schedule.warm_start_steps) % (schedule.restart_every_steps or 1) == 0
+    for number, t in enumerate(restarts):
         assert schedule.total_steps - t >= max(schedule.restart_warmup_steps, 1)
+        assert t <= schedule.restart_until * schedule.total_steps
+        cycle, turn = divmod(number + 1, schedule.restart_turns)
+        if turn == 0 and schedule.restart_every_steps:  # a whole cycle: the sum of a geometric row, rounded each time
+            lengths = (schedule.restart_every_steps * schedule.restart_growth**k for k in range(cycle))
+            assert abs(t - schedule.warm_start_steps - sum(lengths)) <= cycle / 2
+
+
+@given(schedules(), st.integers(0, 3))
+def test_a_part_dips_at_its_own_restarts_and_the_rest_as_ramp_says(schedule: Schedule, turn: int) -> None:
+    turn %= schedule.restart_turns
+    smooth = replace(schedule, restart_every_steps=None, warm_start_steps=schedule.total_steps, restart_turns=1)
+    own, since = schedule.restarts[turn :: schedule.restart_turns], None
+    for t in range(schedule.total_steps):
+        since = t if t in own or (schedule.switch_due(t) and t > 0) else since
+        climbing = since is not None and t - since < schedule.restart_warmup_steps
+        assert climbing or schedule.lr_factor(t, turn) == smooth.lr_factor(t)
+        assert not (climbing and t == since) or schedule.lr_factor(t, turn) == 0
+        assert schedule.rest_lr_factor(t) == (schedule if schedule.restart_ramp == "all" else smooth).lr_factor(t)
+
+
+def test_growing_cycles_in_turns() -> None:
+    grown = Schedule(total_steps=1000, warm_start_steps=100, restart_every_steps=100, restart_growth=1.5)
+    assert grown.restarts == (200, 350, 575, 913)  # 100, 150, 225, 337.5
+    in_turns = Schedule(total_steps=1000, restart_every_steps=100, restart_turns=4, restart_until=0.2)
+    assert in_turns.restarts == (25, 50, 75, 100, 125, 150, 175, 200)
 
 
 def test_phases() -> None:
@@ -116,6 +145,9 @@ def test_a_last_short_cycle_and_a_restart_too_late() -> None:
         {"restart_every_steps": 5, "restart_warmup_steps": 5},
         {"restart_every_steps": 0},
         {"restart_warmup_steps": -1},
+        {"restart_growth": 0.5},
+        {"restart_every_steps": 5, "restart_turns": 6},
+        {"restart_until": 0},
         {"min_lr_ratio": 0},
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -103,28 +104,58 @@ def finetune(
         print_json(asdict(result))
 
 
-@app.command(epilog="Example: relora compare configs/finetune/lora.yaml --methods full,lora --lr full=5e-4,1e-3")
+@app.command(epilog="Example: relora compare configs/small/methods.yaml --methods full,lora-warm,relora --tune-lr")
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML configuration of a fine-tuning run.")],
+    config: Annotated[Path, typer.Argument(help="YAML configuration; one with a `task` compares fine-tuning.")],
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="Of full, lora, relora, llama-adapter.")] = "full,lora,llama-adapter",
-    lr: Annotated[list[str] | None, typer.Option(help="METHOD=RATE,RATE: the best of them counts.")] = None,
-    answers: Annotated[int, typer.Option(help="Held-out records to answer and score.")] = 50,
+    methods: Annotated[
+        str | None, typer.Option(help="full,lora-warm,relora,...; fine-tuning: full,lora,relora,llama-adapter.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="NAME:key=value,key=value: relora with settings of its own.")
+    ] = None,
+    lr: Annotated[list[str] | None, typer.Option(help="METHOD=RATE,RATE: what its rate is chosen from.")] = None,
+    tune_lr: Annotated[
+        bool, typer.Option("--tune-lr", help="Search each method's rate by successive halving.")
+    ] = False,
+    rates: Annotated[str | None, typer.Option(help="With --tune-lr: multiples of a method's own rate.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of every method.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; they share the cores.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Where the runs lie; comparisons can share them.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the runs' checkpoints, models and reports.")] = False,
+    answers: Annotated[int | None, typer.Option(help="Fine-tuning: held-out records to answer and score.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tuning methods on one base and one instruction set: loss, answers, time, memory, sizes."""
-    from relora.config import load_finetune_config
+    """Methods on the same model and data, each with its best rate: held-out loss, time, memory, as table and page."""
+    from relora.config import FinetuneConfig, load_any_config
 
     one_process()
-    settings = load_finetune_config(config, overrides or [])
-    from relora.recipes.compare import candidates_of, print_comparison
-    from relora.recipes.compare import compare as run_compare
+    settings = load_any_config(config, overrides or [])
+    if isinstance(settings, FinetuneConfig):
+        names = ("--method", "--tune-lr", "--rates", "--seeds", "--jobs", "--runs", "--keep")
+        values = (method, tune_lr, rates, seeds, jobs, runs, keep)
+        if given := [name for name, value in zip(names, values, strict=True) if value]:
+            raise UserError(f"{given[0]}: compares pretraining, but {config} has a `task`; leave it out")
+        from relora.recipes.compare import candidates_of, print_comparison
+        from relora.recipes.compare import compare as run_compare
 
-    outcomes = run_compare(settings, candidates_of(methods, lr or []), answers=answers)
-    if as_json:
-        print_json([asdict(outcome) for outcome in outcomes])
+        candidates = candidates_of(methods or "full,lora,llama-adapter", lr or [])
+        outcomes = run_compare(settings, candidates, answers=50 if answers is None else answers)
+        print_json([asdict(outcome) for outcome in outcomes]) if as_json else print_comparison(outcomes)
     else:
-        print_comparison(outcomes)
+        if answers is not None:
+            raise UserError(f"--answers: compares fine-tuning, but {config} has no `task`; leave it out")
+        from relora.recipes.compare_methods import methods_of
+        from relora.recipes.compare_pretraining import budget_of, compare_pretraining
+        from relora.recipes.compare_results import as_figures
+        from relora.recipes.compare_table import print_table, write_tables
+
+        budget = budget_of(lr or [], tune=tune_lr, multiples=rates, seeds=seeds, jobs=jobs, keep=keep, runs=runs)
+        chosen = methods_of(methods or "full,lora-warm,relora", method or [], config, overrides or [])
+        comparison = compare_pretraining(config, overrides or [], chosen, budget, partial(typer.echo, err=True))
+        write_tables(comparison)
+        print_json(as_figures(comparison)) if as_json else print_table(comparison)
+    if not as_json:
         print(f"{settings.output_dir}/comparison.html")
 
 

@@ -1,11 +1,29 @@
 """What `relora pretrain` reads."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from relora.config.sections import DataSettings, SampleSettings, ScheduleSettings, WarmStartSettings
+from relora.config.sections import (
+    DataSettings,
+    PretrainingLowRankSettings,
+    SampleSettings,
+    ScheduleSettings,
+    WarmStart,
+    WarmStartSettings,
+)
 from relora.config.training import TrainingConfig
+
+PAPER_RESTARTS = {
+    "growth": 1.0,
+    "until": 1.0,
+    "ramp": "all",
+    "optimizer": "zero",
+    "init": "kaiming",
+    "stagger": "none",
+}
+"""Algorithm 1's: all layers at once, Kaiming A beside B = 0, every rate dips and climbs. Its pruning of moments is a
+true reset here; `optimizer: magnitude` with a small `keep_ratio` prunes."""
 
 
 class RunConfig(TrainingConfig):
@@ -13,9 +31,19 @@ class RunConfig(TrainingConfig):
 
     data: DataSettings
     method: Literal["full", "lora", "relora"] = "relora"
-    warm_start: WarmStartSettings = WarmStartSettings()
+    variant: Literal["default", "paper"] = "default"
+    """Whose defaults `restart` has: what did best in docs/results.md, or Algorithm 1 of the ReLoRA paper."""
+    lowrank: PretrainingLowRankSettings = PretrainingLowRankSettings()
+    warm_start: WarmStart = WarmStartSettings()
     schedule: ScheduleSettings
     samples: SampleSettings = SampleSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_fills_restart(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("variant") == "paper" and isinstance(tree.get("restart", {}), dict):
+            return {**tree, "restart": {**PAPER_RESTARTS, **tree.get("restart", {})}}
+        return tree
 
     @property
     def batch_tokens(self) -> int:
@@ -29,6 +57,54 @@ class RunConfig(TrainingConfig):
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None  # ScheduleSettings sees to it
         return -(-self.schedule.total_tokens // self.batch_tokens)
+
+    @property
+    def earliest_switch(self) -> int:
+        """Where the warm start can end: with `auto`, when two windows after the warm-up have passed."""
+        start = self.warm_start
+        windows = -(-self.schedule.warmup_steps // start.window_steps) + 2
+        return windows * start.window_steps if start.auto else start.steps
+
+    @model_validator(mode="after")
+    def _residual_fits(self) -> "RunConfig":
+        if self.method == "full" or not self.lowrank.residual.scale:
+            return self
+        stored = "bf16" if (self.lowrank.base, self.precision.dtype) == ("auto", "bf16") else self.lowrank.base
+        if stored not in ("auto", "fp32"):
+            raise ValueError(
+                f"lowrank.residual moves frozen weights in every step, and {stored} would round them each time; "
+                "set `lowrank.base: fp32`"
+            )
+        if self.precision.frozen in ("bf16", "int8"):
+            raise ValueError(
+                f"lowrank.residual moves frozen weights in every step, and so their {self.precision.frozen} copy; "
+                "set `precision.frozen: auto`"
+            )
+        if self.optimizer.name != "adamw":
+            raise ValueError(
+                f"lowrank.residual takes its rate from the moments of adamw, not of {self.optimizer.name}; "
+                "set `optimizer.name: adamw`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _signals_are_there(self) -> "RunConfig":
+        start, by_moments = self.warm_start, self.lowrank.ranks == "spectrum"
+        if self.method == "full" or not (start.auto or by_moments):
+            return self
+        if self.optimizer.name != "adamw":
+            key = "warm_start.auto" if start.auto else "lowrank.ranks: spectrum"
+            raise ValueError(
+                f"{key} reads the moments of adamw, not of {self.optimizer.name}; set `optimizer.name: adamw`"
+            )
+        if by_moments and not start.steps:
+            raise ValueError("lowrank.ranks: spectrum reads the moments of a warm start; give it `warm_start.steps`")
+        if start.auto and self.earliest_switch >= start.steps:
+            raise ValueError(
+                f"warm_start.auto compares two windows after the warm-up, first at step {self.earliest_switch}; "
+                f"raise its bound, warm_start.steps ({start.steps}), beyond that, or lower `warm_start.window_steps`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _times_fit(self) -> "RunConfig":

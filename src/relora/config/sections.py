@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from relora.config.values import (
     NonNegativeFloat,
@@ -93,22 +93,94 @@ class LowRankSettings(Settings):
     """How frozen weights are stored; auto follows precision.dtype. bf16, int8: an fp32 master is in main memory."""
 
 
+class ResidualSettings(Settings):
+    """A full-rank path: the frozen weights follow that part of their gradient which the factors cannot express."""
+
+    scale: NonNegativeFloat = 0.0
+    """Of their learning rate: 1 is that of the factors, 0 leaves them where they are."""
+    every_steps: PositiveInt = 1
+    """Only at steps that are a multiple of this; the others cost what they do without."""
+
+
+class PretrainingLowRankSettings(LowRankSettings):
+    """The two factors beside every frozen weight (see `relora.LowRankConfig`)."""
+
+    ranks: Literal["uniform", "spectrum"] = "uniform"
+    """spectrum: from r/4 to 2r by layer, more where the update has more directions when the warm start ends; in all no
+    more parameters than r for every layer has."""
+    residual: ResidualSettings = ResidualSettings()
+
+
 class WarmStartSettings(Settings):
     """Full-rank training before the low-rank phase, in the same run."""
 
     steps: NonNegativeInt = 1000
+    """How long; with `auto` at most."""
+    auto: bool = False
+    """End it when the loss has flattened and the update is of low rank."""
+    window_steps: PositiveInt = 50
+    """With auto: how often to look, and the steps whose mean losses are compared."""
+    slope: Share = 0.02
+    """With auto: flattened is a loss that falls by less than this share of itself from window to window."""
+    energy: Ratio = 0.5
+    """With auto: share of the update (of the squared norm of the step that Adam takes) in its r largest directions."""
+
+
+def _auto(value: object) -> object:
+    """`warm_start: auto` in one word."""
+    return {"auto": True} if value == "auto" else value
+
+
+WarmStart = Annotated[
+    WarmStartSettings, BeforeValidator(_auto, json_schema_input_type=WarmStartSettings | Literal["auto"])
+]
 
 
 class RestartSettings(Settings):
-    """Merge, redraw, clear, dip: one period drives all four."""
+    """Merge, redraw, clear, ramp: one timetable drives all four."""
 
     every_steps: PositiveInt = 1000
+    growth: Annotated[float, Number, Field(ge=1, le=10)] = 1.0
+    """Every cycle is so many times as long as the one before."""
+    until: Ratio = 1.0
+    """No restart after this share of the run."""
     warmup_steps: NonNegativeInt = 50
-    optimizer: Literal["zero", "random", "magnitude", "keep"] = "zero"
-    """The factors' optimizer state: zero all of it (m, v and step), prune m and v by one mask, or keep it."""
+    """Of the climb of the learning rate from 0 after a restart; 0 for no dip."""
+    ramp: Literal["all", "factors"] = "all"
+    """Whose rate dips: that of all that trains (the paper's), or of the factors that were drawn anew."""
+    optimizer: Literal["zero", "random", "magnitude", "keep", "project"] = "zero"
+    """The factors' optimizer state: zero all of it (m, v and step), prune m and v by one mask, keep it, or project it
+    into the new factors' space."""
     keep_ratio: Annotated[float, Number, Field(gt=0, lt=1)] = 0.1
     """For random and magnitude: the share of the entries that stays."""
-    init: Literal["kaiming"] = "kaiming"
+    init: Literal["kaiming", "orthogonal", "gradient-svd", "weight-svd", "balanced"] = "kaiming"
+    """lora_A drawn at random, or along the leading singular vectors of the gradient or the weight, beside lora_B = 0;
+    balanced: both non-zero at the norms that they had reached, and the weight gives up their product."""
+    directions: Literal["orthogonal", "gradient-svd", "weight-svd"] = "orthogonal"
+    """Of balanced factors."""
+    stagger: Literal["none", "layers", "ranks"] = "none"
+    """Restart all at once, or a part of the layers or of every layer's ranks in turn."""
+    turns: Annotated[int, Number, Field(ge=2, le=1000)] = 4
+    """With stagger: in so many parts; each comes once in every_steps."""
+    adaptive: bool = False
+    """Restart when the update is full or the loss has flattened; looked at every `every_steps`."""
+    rank_share: Ratio = 0.7
+    """With adaptive: full is an effective rank of this share of r; balanced factors go by the loss alone."""
+    slope: Share = 0.01
+    """With adaptive: flattened is a loss that falls by less than this share of itself between two looks."""
+
+    @model_validator(mode="after")
+    def _parts_can_restart_alone(self) -> "RestartSettings":
+        if self.stagger == "ranks" and self.optimizer not in ("zero", "keep"):
+            raise ValueError(f"`stagger: ranks` knows `optimizer: zero` and `keep`, not `{self.optimizer}`")
+        if self.stagger == "ranks" and self.warmup_steps:
+            raise ValueError("`stagger: ranks` has no rate for a part of a factor; set `warmup_steps: 0`")
+        if self.stagger == "layers" and self.warmup_steps and self.ramp == "all":
+            raise ValueError("`stagger: layers` would let every rate dip at every turn; set `ramp: factors`")
+        if self.adaptive and (self.growth != 1 or self.stagger != "none"):
+            key = "growth: 1" if self.growth != 1 else "stagger: none"
+            raise ValueError(f"`adaptive` says how long a cycle is, and restarts all at once; set `{key}`")
+        return self
 
 
 class ScheduleSettings(Settings):
@@ -128,15 +200,28 @@ class ScheduleSettings(Settings):
         return self
 
 
-class OptimizerSettings(Settings):
-    """AdamW."""
+class ProjectionSettings(Settings):
+    """The space in which galore, apollo and fira keep the moments of a matrix."""
 
-    name: Literal["adamw", "adamw-8bit"] = "adamw"
-    """adamw-8bit keeps its moments in 8 bits (needs the extra `quant`)."""
+    rank: PositiveInt = 128
+    every_steps: PositiveInt = 200
+    """Steps from one space to the next."""
+    scale: PositiveFloat | None = None
+    """Of the update, as the package takes it; 0.25 for galore and fira, 1 for apollo unless given."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW, or what others train matrices with at full rank."""
+
+    name: Literal["adamw", "adamw-8bit", "galore", "apollo", "fira"] = "adamw"
+    """adamw-8bit keeps its moments in 8 bits (needs the extra `quant`); galore, apollo and fira keep those of the
+    blocks' matrices at a low rank (with `method: full`; they need the extra `baselines`)."""
     lr: PositiveFloat = 1.0e-3
     """Of everything trained at full rank."""
+    matrix_lr: PositiveFloat | None = None
+    """Of the matrices in the blocks while they train at full rank; lr unless given."""
     lowrank_lr: PositiveFloat | None = None
-    """Of the factors; 2 x lr unless given (the ReLoRA authors' rule)."""
+    """Of the factors; 2 x matrix_lr unless given (the ReLoRA authors' rule)."""
     lowrank_b_lr_ratio: PositiveFloat = 1.0
     """Learning rate of lora_B over that of lora_A (LoRA+)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -145,6 +230,7 @@ class OptimizerSettings(Settings):
     """On matrices; norms and biases are not decayed."""
     clip_grad_norm: NonNegativeFloat = 1.0
     """0 turns clipping off."""
+    projection: ProjectionSettings = ProjectionSettings()
 
 
 class BatchSettings(Settings):

@@ -46,15 +46,31 @@ class TrainingConfig(Settings):
 
     @property
     def lowrank_lr(self) -> float:
-        """Learning rate of lora_A."""
-        return self.optimizer.lowrank_lr if self.optimizer.lowrank_lr is not None else 2 * self.optimizer.lr
+        """Learning rate of lora_A; unless given, twice that of the matrices which the factors stand for."""
+        optimizer = self.optimizer
+        return optimizer.lowrank_lr or 2 * (optimizer.matrix_lr or optimizer.lr)
+
+    @model_validator(mode="after")
+    def _projects_at_full_rank(self) -> "TrainingConfig":
+        name = self.optimizer.name
+        if not name.startswith("adamw") and self.method != "full":
+            raise ValueError(f"optimizer.name: {name} trains at full rank; set `method: full`, or take `adamw`")
+        return self
 
     @model_validator(mode="after")
     def _restarts_fit(self) -> "TrainingConfig":
         restart = self.restart
-        if self.optimizer.name == "adamw-8bit" and restart.optimizer in ("random", "magnitude"):
+        if self.optimizer.name == "adamw-8bit" and (
+            restart.optimizer not in ("zero", "keep") or (restart.stagger == "ranks" and restart.optimizer == "zero")
+        ):
             raise ValueError(
-                f"restart.optimizer: {restart.optimizer} cannot prune the codes of adamw-8bit; set `zero` or `keep`"
+                f"restart.optimizer: {restart.optimizer} cannot work on the codes of adamw-8bit; set `zero` or `keep`"
+            )
+        if restart.stagger == "ranks" and self.lowrank.trainable_scaling:
+            raise ValueError("restart.stagger: ranks would begin anew beside a trained scale; set `layers` or `none`")
+        if restart.stagger != "none" and restart.every_steps < restart.turns:
+            raise ValueError(
+                f"restart.turns ({restart.turns}) must not exceed restart.every_steps ({restart.every_steps})"
             )
         if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
             raise ValueError(

@@ -9,5 +9,6 @@ from relora.lowrank.inject import merge as merge
 from relora.lowrank.inject import strip as strip
 from relora.lowrank.linear import LowRankConfig as LowRankConfig
 from relora.lowrank.linear import LowRankLinear as LowRankLinear
+from relora.lowrank.restart import RestartConfig as RestartConfig
 from relora.lowrank.restart import RestartReport as RestartReport
 from relora.lowrank.restart import restart as restart

@@ -69,12 +69,15 @@ ANY = Rates(fp32=((1, 1e10), (64, 1e11)), bf16=1e11, int8=0.0, bandwidth=2e10)
 """Of no machine in particular: where nothing is computed."""
 
 
-def cheapest(rates: Rates, tokens: int, out: int, inn: int, r: int, *, mergeable: bool) -> Way:
+def cheapest(
+    rates: Rates, tokens: int, out: int, inn: int, r: int, *, mergeable: bool, weight_gradient: bool = False
+) -> Way:
     """The way with the least predicted time for `tokens` tokens through a weight [out, inn] with factors of rank r.
 
     Args:
         mergeable: W + s B A may be formed: the product runs in fp32 or better. In half precision the sum would round
             small updates away, and int8 codes have no room for it.
+        weight_gradient: dW is asked for, so it is there in any case.
     """
     forward = {
         merged: _forward(rates, tokens, out, inn, r, merged) for merged in ((False, True) if mergeable else (False,))
@@ -82,7 +85,7 @@ def cheapest(rates: Rates, tokens: int, out: int, inn: int, r: int, *, mergeable
     backward = {
         (merged, dense): _backward(rates, tokens, out, inn, r, merged, dense)
         for merged in forward
-        for dense in (False, True)
+        for dense in ((True,) if weight_gradient else (False, True))
     }
     return Way(min(forward, key=forward.__getitem__), *min(backward, key=backward.__getitem__))
 

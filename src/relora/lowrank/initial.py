@@ -17,6 +17,7 @@ from relora.errors import NonFinite, UserError
 from relora.lowrank.factors import along_gradient
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
+from relora.lowrank.weight_gradients import visit_weight_gradients
 
 STABLE_GAMMA = 16.0
 """The paper's for T5; its stable scale is out^(1/4) / sqrt(gamma)."""
@@ -40,18 +41,10 @@ def weight_gradients(model: nn.Module, loss_of_batches: Iterable[Callable[[nn.Mo
         name: torch.zeros(layer.out_features, layer.in_features, dtype=layer.lora_A.dtype)
         for name, layer in layers.items()
     }
-    hooks = [layer.register_forward_hook(_adding_to(gradients[name])) for name, layer in layers.items()]
-    # the way back goes through every layer's output to its factors, whose own gradients are dropped
-    ends = [layer.lora_B for layer in layers.values()]
     batches = 0
-    try:
-        for loss_of in loss_of_batches:
-            with torch.enable_grad():
-                torch.autograd.grad(loss_of(model), ends, allow_unused=True)
-            batches += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for loss_of in loss_of_batches:
+        visit_weight_gradients(model, layers, loss_of, lambda name, gradient: gradients[name].add_(gradient.cpu()))
+        batches += 1
     if not batches:
         raise UserError("lowrank.init: gradient-svd needs at least one batch to take the gradient of")
     return {name: gradient.div_(batches) for name, gradient in gradients.items()}
@@ -88,22 +81,6 @@ def update_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor, float]:
     if layer.initial_A is not None and layer.initial_B is not None and layer.initial_B.any():
         a, b = torch.cat([a, layer.initial_A]), torch.cat([b, -layer.initial_B], dim=1)
     return a, b, layer.initial_scaling
-
-
-def _adding_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A hook that adds a layer's dYᵀ x once the gradient of its output is there."""
-
-    def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        x = inputs[0].detach()
-
-        def add(grad: Tensor) -> None:
-            rows, columns = (part.reshape(-1, part.shape[-1]).to(total.dtype) for part in (grad, x))
-            total.add_((rows.T @ columns).to(total.device))
-
-        if y.requires_grad:
-            y.register_hook(add)  # type: ignore[no-untyped-call]
-
-    return after_forward
 
 
 def _check(name: str, layer: LowRankLinear, gradient: Tensor | None) -> None:

@@ -27,16 +27,19 @@ class InjectReport:
     frozen: int
     low_rank: int
     full_rank: int
+    moved: int = 0
+    """Of the frozen ones, those that follow their gradient without moments (see `residual`)."""
 
     @property
     def trainable(self) -> int:
-        """Parameters that get a gradient."""
+        """Parameters that the optimizer trains."""
         return self.low_rank + self.full_rank
 
     def __str__(self) -> str:
+        moved = f", of which {self.moved:,} follow their residual" if self.moved else ""
         return (
             f"{len(self.targets)} low-rank layers; {self.trainable:,} parameters train "
-            f"({self.low_rank:,} in factors, {self.full_rank:,} at full rank), {self.frozen:,} are frozen"
+            f"({self.low_rank:,} in factors, {self.full_rank:,} at full rank), {self.frozen:,} are frozen{moved}"
         )
 
 
@@ -61,7 +64,7 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectR
         targets[name] = (layer.out_features, layer.in_features)
     if config.rest == "frozen":
         _switch_rest(model, in_full)
-    return _report(model, targets)
+    return _report(model, targets, config)
 
 
 def merge(model: nn.Module) -> None:
@@ -255,10 +258,13 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in counts.items() if count > 1}
 
 
-def _report(model: nn.Module, targets: dict[str, tuple[int, int]]) -> InjectReport:
+def _report(model: nn.Module, targets: dict[str, tuple[int, int]], config: LowRankConfig) -> InjectReport:
     layers = low_rank_layers(model).values()
     low_rank = sum(factor.numel() for layer in layers for factor in layer.factors.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     packed = sum(layer.base.shape.numel() - layer.weight.numel() for layer in layers)  # nf4: two in a byte
-    return InjectReport(targets=targets, frozen=frozen + packed, low_rank=low_rank, full_rank=trainable - low_rank)
+    moved = sum(out * inn for out, inn in targets.values()) if config.residual.scale else 0
+    return InjectReport(
+        targets=targets, frozen=frozen + packed, low_rank=low_rank, full_rank=trainable - low_rank, moved=moved
+    )

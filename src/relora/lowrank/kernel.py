@@ -6,6 +6,9 @@ gradients come from their own products, or from dW = dYᵀ x, formed for one lay
 and nothing else: weights and factors are kept by reference, x Aᵀ is computed again. (With dropout the factors' part is
 autograd's, which keeps the dropped input.)
 
+A weight that asks for its gradient gets dW, and the factors' gradients come from it, which is then their cheapest way:
+the price is one more product as large as the frozen ones, 2·T·o·i (see `residual`).
+
 The frozen products run in the arithmetic of x, in bf16 or in int8 (`int8`); the factors' never below that of x.
 """
 
@@ -51,7 +54,8 @@ def low_rank_linear(
     """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in] and lora_B [out, r].
 
     Args:
-        weight: frozen; in floating point, int8 codes with a `scale` [out, 1], or NF4 codes [out, in / 2] with theirs.
+        weight: in floating point, where it may ask for its gradient; int8 codes with a `scale` [out, 1], or NF4 codes
+            [out, in / 2] with theirs.
         rates: of the device, for the choice between the ways to compute the same.
         dropout: acts on the input of the factors alone.
     """
@@ -74,7 +78,9 @@ def low_rank_linear(
             fixed, trained = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             # in half precision W + s B A would lose what is small against W
             mergeable = arithmetic == "native" and dtype.itemsize >= 4
-            order = Order(cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable), arithmetic, dtype, low)
+            asks = weight.requires_grad
+            way = cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable, weight_gradient=asks)
+            order = Order(way, arithmetic, dtype, low)
             y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, fixed, trained, order)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -95,7 +101,8 @@ class _LowRank(torch.autograd.Function):
         trained_scaling: Tensor | None,
         order: Order,
     ) -> Tensor:
-        ctx.save_for_backward(None if lora_A is None else x, weight, scale, lora_A, lora_B, trained_scaling)
+        trained = lora_A is not None or ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if trained else None, weight, scale, lora_A, lora_B, trained_scaling)
         ctx.fixed_scaling, ctx.order, ctx.dtype = fixed_scaling, order, x.dtype
         y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *order)
         return y
@@ -108,10 +115,12 @@ class _LowRank(torch.autograd.Function):
         grad_bias = grad.sum(0) if wants[3] else None
         if lora_A is None or lora_B is None:
             grad_x = _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype) if wants[0] else None
-            return (None if grad_x is None else grad_x.to(ctx.dtype)), None, None, grad_bias, *[None] * 5
+            grad_weight = (grad.to(order.low).T @ x.to(order.low)).to(weight.dtype) if wants[1] else None
+            return (None if grad_x is None else grad_x.to(ctx.dtype)), grad_weight, None, grad_bias, *[None] * 5
         a, b, low_grad = lora_A.to(order.low), lora_B.to(order.low), grad.to(order.low)
-        grad_x = grad_a = grad_b = grad_scaling = None
-        if not (order.way.merged_backward and order.way.dense):
+        dense = order.way.dense or wants[1]
+        grad_x = grad_weight = grad_a = grad_b = grad_scaling = None
+        if not (order.way.merged_backward and dense):
             compressed = low_grad @ b  # dY B [tokens, r]
         if wants[0]:
             if order.way.merged_backward:
@@ -121,17 +130,18 @@ class _LowRank(torch.autograd.Function):
                     _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype), scaling * compressed, a
                 )
             grad_x = grad_x.to(ctx.dtype)
-        if any(wants[4:]):
+        if wants[1] or any(wants[4:]):
             x = x.to(order.low)
-            if order.way.dense:
+            if dense:
                 grad_weight = low_grad.T @ x  # [out, in], of this layer alone
                 unscaled_a, grad_b = b.T @ grad_weight, scaling * (grad_weight @ a.T)
+                grad_weight = grad_weight.to(weight.dtype) if wants[1] else None
             else:
                 unscaled_a = compressed.T @ x
                 grad_b = ((scaling * (x @ a.T)).T @ low_grad).T  # narrow sides first: up to twice as fast on a CPU
             grad_a, grad_b = (scaling * unscaled_a).to(lora_A.dtype), grad_b.to(lora_B.dtype)
             grad_scaling = (unscaled_a * a).sum().to(lora_A.dtype) if wants[7] else None
-        return grad_x, None, None, grad_bias, grad_a, grad_b, None, grad_scaling, None
+        return grad_x, grad_weight, None, grad_bias, grad_a, grad_b, None, grad_scaling, None
 
 
 @torch.library.custom_op("relora::low_rank_linear", mutates_args=())

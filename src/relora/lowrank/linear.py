@@ -33,6 +33,20 @@ Rest = Literal["trained", "frozen"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Residual:
+    """Whether frozen weights follow what their factors cannot express, and how often (see `residual`)."""
+
+    scale: float = 0.0
+    """Of their rate, in units of the factors'; 0: they stay where they are."""
+    every_steps: int = 1
+    """They follow in every step whose number is a multiple of this."""
+
+    def due(self, step: int) -> bool:
+        """Whether they do at this step."""
+        return self.scale > 0 and step % self.every_steps == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LowRankConfig:
     """What `inject` puts beside the frozen weights.
 
@@ -69,6 +83,8 @@ class LowRankConfig:
     """False: no master, so that a rounded weight is the exact one until something is merged into it."""
     frozen: Arithmetic = "native"
     """Of the products with frozen weights, while training."""
+    residual: Residual = Residual()
+    """A full-rank path beside the factors; needs a base in fp32 or better and native products."""
     rates: Rates | None = None
     """Of the device, to choose between ways of computing the same; measured once per machine unless given."""
 
@@ -80,6 +96,8 @@ class LowRankConfig:
             raise UserError("lowrank.trained_modules: everything trains with lowrank.rest: trained; leave it out")
         if self.base == "nf4" and self.frozen == "int8":
             raise UserError("precision.frozen: int8 has other codes than lowrank.base: nf4; choose native or bf16")
+        if self.residual.scale:
+            self._check_residual()
 
     @property
     def scaling(self) -> float:
@@ -91,6 +109,17 @@ class LowRankConfig:
         r = by_pattern(self.rank_pattern, path, self.r, "lowrank.rank_pattern")
         alpha = by_pattern(self.alpha_pattern, path, self.lora_alpha, "lowrank.alpha_pattern")
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def _check_residual(self) -> None:
+        if self.residual.scale < 0 or self.residual.every_steps < 1:
+            raise UserError("lowrank.residual: scale must be 0 or more, every_steps 1 or more")
+        if self.base not in ("auto", "fp32") or self.frozen != "native":
+            raise UserError(
+                f"lowrank.residual moves the weight in every step, and base: {self.base} with {self.frozen} products "
+                "would round it anew each time; it needs base: fp32 and native products"
+            )
+        if self.rest == "frozen" or self.dora or self.init in FROM_WEIGHT:
+            raise UserError("lowrank.residual moves weights that an adapter has no place for; it is for pretraining")
 
 
 def check_target(config: LowRankConfig, path: str, out: int, inn: int) -> None:
@@ -247,18 +276,46 @@ class LowRankLinear(Layer):
             NonFinite: the update or the weight is not finite; the weight has not moved.
         """
         delta = self.delta()
-        # one sum tells of any NaN or infinity: cheaper than a mask of the weight's size
-        if not torch.isfinite(delta.sum() + self.base.exact.sum().to(delta.device)):
-            raise NonFinite(
-                f"the update of {self.name or 'a low-rank layer'} is not finite, so it was not merged; "
-                "continue from the last checkpoint with a lower lowrank_lr"
-            )
-        self.base.add_(delta)
+        self._take_up(delta)
         for merged in (self.lora_B, self.initial_A, self.initial_B):
             if merged is not None:
                 merged.zero_()
         self._measure_magnitude()
         return delta
+
+    @torch.no_grad()
+    def exchange_(self, lora_A: Tensor, lora_B: Tensor | None, ranks: slice = slice(None)) -> Tensor:
+        """Go on with these factors [k, in] and [out, k] (None: zero) at `ranks`; the layer's function stays.
+
+        W takes up the product that they had and gives up the one that they get; returned is the first, in the weight's
+        shape.
+
+        Raises:
+            NonFinite: the weight or a product is not finite; nothing has moved.
+        """
+        taken = self.base.rows((self.scaling * self.lora_B[:, ranks]) @ self.lora_A[ranks])
+        lora_A = lora_A.to(self.lora_A)
+        if lora_B is None:
+            self._take_up(taken)
+            self.lora_B[:, ranks] = 0
+        else:
+            lora_B = lora_B.to(self.lora_B)
+            self._take_up(self.base.rows(self.base.rows(taken).addmm(self.initial_scaling * lora_B, lora_A, alpha=-1)))
+            self.lora_B[:, ranks] = lora_B
+        self.lora_A[ranks] = lora_A
+        if isinstance(self.scaling, nn.Parameter):
+            self.scaling.fill_(self.initial_scaling)  # never 0: a zero scale beside a zero B has no gradient
+        return taken
+
+    def _take_up(self, change: Tensor) -> None:
+        """weight += change, if both are finite."""
+        # one sum tells of any NaN or infinity: cheaper than a mask of the weight's size
+        if not torch.isfinite(change.sum() + self.base.exact.sum().to(change.device)):
+            raise NonFinite(
+                f"the update of {self.name or 'a low-rank layer'} is not finite, so it was not merged; "
+                "continue from the last checkpoint with a lower lowrank_lr"
+            )
+        self.base.add_(change)
 
     def plain(self) -> nn.Module:
         """The layer this one stood in for, with the exact weight: merged after `merge_`, else as it was injected."""

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relora.lowrank import exact_tensors, low_rank_layers
 from relora.lowrank.costs import Rates
+from relora.lowrank.linear import Residual
 from relora.model.head import whole_logits_reason
 from relora.plan.ledger import Ledger, Pass
 
@@ -29,6 +30,8 @@ KINDS = {
     "backward": "what the backward pass forms and drops: gradients of activations, dW or a merged weight of one layer",
     "other": "buffers, ids",
 }
+_PASSES_OF_RESIDUAL = 10
+"""Over a gradient: read for the norm, clipped, projected, scaled and added to the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ def simulate(
     *,
     prepare: Callable[[nn.Module], object],
     moments: Callable[[nn.Parameter], list[Tensor]],
+    residual: Residual | None = None,
 ) -> StepFigures:
     """Go through a step that is not the run's first (moments are there).
 
@@ -86,6 +90,7 @@ def simulate(
         model: on the meta device; it is changed.
         prepare: makes of it what trains: injects, checkpoints activations.
         moments: the optimizer's state of one parameter.
+        residual: whether frozen weights have gradients, too: memory is that of a step in which they do, time the mean.
     """
     ledger, fake = Ledger(shape.device, shape.rates), FakeTensorMode(allow_non_fake_inputs=True)
     with fake, ledger:
@@ -108,8 +113,12 @@ def simulate(
         whole_logits_reason(model)  # found out once about a model, not in every step
         resident = ledger.live.total()
         seconds = _passes(model, ids, run_pass, shape, ledger)
-        peak, heap, mapped = ledger.peak, ledger.heap_peak, ledger.mapped_peak
         _drop_gradients(trained_parameters)
+        if residual and residual.scale:
+            due = _residual_passes(model, ids, run_pass, shape, ledger)
+            seconds += (due - seconds) / residual.every_steps
+            _drop_gradients(trained_parameters)
+        peak, heap, mapped = ledger.peak, ledger.heap_peak, ledger.mapped_peak
         seconds += _update_seconds(trained_parameters, state, shape.rates)
         restart = _restart(model, ledger)
         snapshot = sum(tensor.nbytes for tensor in (*exact_tensors(model).values(), *state))
@@ -160,6 +169,20 @@ def _passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, led
     for hook in hooks:
         hook.remove()
     return ledger.seconds * shape.micro_batches
+
+
+def _residual_passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, ledger: Ledger) -> float:
+    """The same where frozen weights have gradients, and the seconds of their own update; the peak is now this one's."""
+    layers = low_rank_layers(model).values()
+    for layer in layers:
+        layer.weight.requires_grad_(True)
+    seconds = _passes(model, ids, run_pass, shape, ledger)
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+        layer.weight.grad = None
+        seconds += 2 * shape.rates.product(layer.out_features, layer.in_features, layer.r)
+        seconds += shape.rates.traffic(layer.weight.numel(), _PASSES_OF_RESIDUAL)
+    return seconds
 
 
 def _counted_as_gradient(ledger: Ledger) -> Callable[[Tensor], None]:

@@ -26,7 +26,7 @@ from relora.errors import ReloraError, RunStopped, UserError
 from relora.recipes.finetune import train_on
 from relora.recipes.finetune_parts import form_of, gather_examples
 from relora.recipes.score import score_records
-from relora.report.comparison import write_comparison
+from relora.report.comparison import markdown, write_comparison
 from relora.report.history import read_history
 from relora.text_scores import TextScorer, TextScores
 
@@ -90,8 +90,9 @@ def compare(config: FinetuneConfig, candidates: Mapping[str, Sequence[float | No
     folder = Path(config.output_dir)
     record = {"best": [asdict(one) for one in best], "all": [asdict(one) for one in outcomes]}
     write_durably(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    write_durably(folder / "comparison.md", markdown(best))
-    write_comparison(folder, COLUMNS, [_cells(one, best) for one in best], _answers(best))
+    rows = [_cells(one, best) for one in best]
+    write_durably(folder / "comparison.md", markdown(COLUMNS, rows))
+    write_comparison(folder, COLUMNS, rows, answers=_answers(best))
     return best
 
 
@@ -99,12 +100,6 @@ COLUMNS = (
     *("method", "rate", "held-out loss", "of full", "ROUGE-L", "trainable", "seconds", "peak MB"),
     *("result MB", "checkpoint MB"),
 )
-
-
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table for a document."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(one, outcomes) for one in outcomes)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def print_comparison(outcomes: Sequence[Outcome]) -> None:

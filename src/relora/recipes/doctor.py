@@ -31,6 +31,9 @@ EXTRAS = {
     "rouge_score": "relora evaluate --instructions, relora compare",
     "lm_eval": "relora evaluate --tasks",
     "gguf": "relora export --format gguf",
+    "galore_torch": "optimizer.name: galore",
+    "apollo_torch": "optimizer.name: apollo",
+    "fira": "optimizer.name: fira",
 }
 """Packages that not everybody needs, and what each is for."""
 

@@ -12,7 +12,14 @@ from rich.table import Table
 from relora.config import RunConfig
 from relora.device import choose_device
 from relora.lowrank import inject
-from relora.recipes.parts import lowrank_of, open_data, open_fitting_model, schedule_of
+from relora.recipes.parts import (
+    adaptive_of,
+    lowrank_of,
+    most_restarts,
+    open_data,
+    open_fitting_model,
+    schedule_of,
+)
 from relora.train.optim import check_optimizer
 
 
@@ -35,6 +42,12 @@ class RunPlan:
     method: str
     phases: list[PhasePlan]
     restarts: list[int]
+    """As the configuration says; where the run decides on them, when they come if it always finds cause."""
+    most_restarts: int
+    """As many as there can be, wherever the run switches to low rank."""
+    adaptive_switch: bool
+    """The phases are those of the longest warm start."""
+    adaptive_restarts: bool
     total_steps: int
     total_tokens: int
     batch_tokens: int
@@ -44,7 +57,7 @@ class RunPlan:
 
 def describe(config: RunConfig) -> RunPlan:
     """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run's."""
-    schedule = schedule_of(config)
+    schedule, adaptive = schedule_of(config), adaptive_of(config)
     choose_device(config.device)
     check_optimizer(config.optimizer.name)
     batches, held_out = open_data(config)
@@ -65,6 +78,9 @@ def describe(config: RunConfig) -> RunPlan:
             for name, start, steps, trainable, frozen in phases
         ],
         restarts=list(schedule.restarts),
+        most_restarts=most_restarts(config),
+        adaptive_switch=adaptive.warm_start is not None,
+        adaptive_restarts=adaptive.cycle is not None,
         total_steps=schedule.total_steps,
         total_tokens=schedule.total_steps * config.batch_tokens,
         batch_tokens=config.batch_tokens,
@@ -82,7 +98,7 @@ def print_plan(plan: RunPlan) -> None:
     for phase in plan.phases:
         steps = f"{phase.first_step:,} ... {phase.first_step + phase.steps:,}"
         table.add_row(
-            phase.name.replace("_", " "),
+            phase.name.replace("_", " ") + (" (at most)" if plan.adaptive_switch and not phase.first_step else ""),
             steps,
             f"{phase.tokens:,}",
             f"{phase.trainable_parameters:,}",
@@ -90,7 +106,15 @@ def print_plan(plan: RunPlan) -> None:
         )
     console = Console()
     console.print(table)
-    shown = ", ".join(f"{step:,}" for step in plan.restarts[:12]) + (" ..." if len(plan.restarts) > 12 else "")
-    console.print(f"restarts: {len(plan.restarts)}" + (f" (before steps {shown})" if plan.restarts else ""))
+    console.print(f"restarts: {_restarts(plan)}")
     epochs = f"{plan.epochs:.2f}" if math.isfinite(plan.epochs) else "-"
     console.print(f"tokens: {plan.total_tokens:,} ({epochs} passes over the training data)")
+
+
+def _restarts(plan: RunPlan) -> str:
+    if plan.adaptive_restarts:
+        return f"at most {plan.most_restarts}, when the run decides"
+    if plan.adaptive_switch and plan.most_restarts:
+        return f"{len(plan.restarts)} to {plan.most_restarts}, counted from the end of the warm start"
+    shown = ", ".join(f"{step:,}" for step in plan.restarts[:12]) + (" ..." if len(plan.restarts) > 12 else "")
+    return f"{len(plan.restarts)}" + (f" (before steps {shown})" if plan.restarts else "")

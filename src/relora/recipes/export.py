@@ -7,6 +7,7 @@ from pathlib import Path
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.lowrank import inject, load_exact_tensors, merge
+from relora.lowrank.allocation import with_ranks
 from relora.model.gguf import check_gguf, write_gguf
 from relora.model.load import dtype_named, model_folder, save_model
 from relora.recipes.parts import lowrank_of, open_configured_model, schedule_of
@@ -44,9 +45,10 @@ def export(
         _log.warning("warning: %s; step %d is used", line, checkpoint.step)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id, trust_remote_code=trust_remote_code)
-    schedule = schedule_of(config)
+    decisions = checkpoint.state.decisions
+    schedule = decisions.applied_to(schedule_of(config))
     if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
-        inject(model, lowrank_of(config), seed=config.seed)
+        inject(model, with_ranks(lowrank_of(config), decisions.ranks), seed=config.seed)
     load_exact_tensors(model, checkpoint.weights())
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"

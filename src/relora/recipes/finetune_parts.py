@@ -28,7 +28,7 @@ from relora.measure import Evaluation, evaluate, perplexity, token_loss
 from relora.model.adaption_prompt import add_prompts
 from relora.model.classifier import class_loss, open_classifier
 from relora.model.load import check_fit, model_folder, open_model
-from relora.recipes.parts import autocast_of, fingerprint_of, lowrank_of
+from relora.recipes.parts import autocast_of, fingerprint_of, lowrank_of, restart_times
 from relora.report.trackers import check_trackers
 from relora.train.schedule import Schedule
 from relora.train.step import Loss
@@ -160,9 +160,8 @@ def schedule_for(config: FinetuneConfig, steps_per_epoch: int) -> Schedule:
         total_steps=total,
         warmup_steps=warmup,
         warm_start_steps=0 if config.method in ("lora", "relora") else total,
-        restart_every_steps=config.restart.every_steps if config.method == "relora" else None,
-        restart_warmup_steps=config.restart.warmup_steps,
         min_lr_ratio=schedule.min_lr_ratio,
+        **restart_times(config),
     )
 
 

@@ -5,6 +5,7 @@ Nothing is written here.
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,8 +21,11 @@ from relora.lowrank.calibrate import calibrated
 from relora.lowrank.costs import Rates, layer_seconds
 from relora.lowrank.inject import find_targets
 from relora.lowrank.kernel import Arithmetic
+from relora.lowrank.linear import Residual
+from relora.lowrank.restart import RestartConfig
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.report.trackers import check_trackers
+from relora.train.run import Adaptive, CycleEnd, WarmStartEnd
 from relora.train.schedule import Schedule
 
 _CLEARLY_FASTER = 0.9
@@ -117,15 +121,63 @@ def schedule_of(config: RunConfig) -> Schedule:
         total_steps=config.total_steps,
         warmup_steps=config.schedule.warmup_steps,
         warm_start_steps=config.total_steps if config.method == "full" else config.warm_start.steps,
-        restart_every_steps=config.restart.every_steps if config.method == "relora" else None,
-        restart_warmup_steps=config.restart.warmup_steps,
+        **restart_times(config),
         min_lr_ratio=config.schedule.min_lr_ratio,
     )
 
 
+def restart_times(config: TrainingConfig) -> dict[str, Any]:
+    """What a timetable wants to know of restarts, by its own names."""
+    restart = config.restart
+    return {
+        "restart_every_steps": restart.every_steps if config.method == "relora" else None,
+        "restart_growth": restart.growth,
+        "restart_turns": restart_of(config).turns,
+        "restart_until": restart.until,
+        "restart_warmup_steps": restart.warmup_steps,
+        "restart_ramp": restart.ramp,
+    }
+
+
+def restart_of(config: TrainingConfig) -> RestartConfig:
+    """How factors begin anew; without restarts, as the paper's do."""
+    restart = config.restart
+    if config.method != "relora":
+        return RestartConfig()
+    return RestartConfig(
+        optimizer=restart.optimizer,
+        keep_ratio=restart.keep_ratio,
+        init=restart.init,
+        directions=restart.directions,
+        stagger=restart.stagger,
+        turns=1 if restart.stagger == "none" else restart.turns,
+    )
+
+
+def adaptive_of(config: TrainingConfig) -> Adaptive:
+    """What the run decides on its way."""
+    warm_start: WarmStartEnd | None = None
+    cycle: CycleEnd | None = None
+    switching = config if isinstance(config, RunConfig) and config.method != "full" else None
+    if switching and switching.warm_start.auto:
+        start = switching.warm_start
+        warm_start = WarmStartEnd(window_steps=start.window_steps, slope=start.slope, energy=start.energy)
+    restart = config.restart
+    if config.method == "relora" and restart.adaptive:
+        # balanced factors have their full rank from the first step of a cycle
+        cycle = CycleEnd(slope=restart.slope, rank_share=None if restart.init == "balanced" else restart.rank_share)
+    return Adaptive(warm_start=warm_start, cycle=cycle, ranks=switching.lowrank.ranks if switching else "uniform")
+
+
+def most_restarts(config: RunConfig) -> int:
+    """As many as there can be, where the run decides when it switches to low rank, or when it restarts."""
+    switch = None if config.method == "full" else config.earliest_switch
+    return len(schedule_of(config).decided(switch, None).restarts)
+
+
 def lowrank_of(config: TrainingConfig) -> LowRankConfig:
     """What the switch to low rank injects; with `base: auto`, precision bf16 stores frozen weights in bf16."""
-    settings = config.lowrank.model_dump()
+    settings = config.lowrank.model_dump(exclude={"ranks"})
     if isinstance(config, FinetuneConfig):
         # what is not trained is the base's to the end, and the base is there: nothing needs a copy of its own
         settings |= {"rest": "frozen", "master": config.method == "relora"}
@@ -133,6 +185,9 @@ def lowrank_of(config: TrainingConfig) -> LowRankConfig:
             settings["trained_modules"] = (*settings["trained_modules"], "score")  # its head is new
     if config.lowrank.base == "auto":
         settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
+    if isinstance(config, RunConfig):
+        on = config.method != "full"
+        settings["residual"] = Residual(**config.lowrank.residual.model_dump()) if on else Residual()
     return LowRankConfig(**settings)
 
 
@@ -162,7 +217,8 @@ def frozen_arithmetic(config: RunConfig | FinetuneConfig, model: PreTrainedModel
     if config.precision.frozen != "auto":
         return config.precision.frozen
     lowrank, tokens = lowrank_of(config), config.batch.micro_sequences * config.data.sequence_length
-    if lowrank.base == "nf4":  # has no int8 codes, and what is dequantized is in the dtype of the rest
+    # nf4 has no int8 codes, and what is dequantized is in the dtype of the rest; what moves needs a copy in every step
+    if lowrank.base == "nf4" or lowrank.residual.scale:
         return "native"
     found = find_targets(model, lowrank)
     layers = [(*model.get_parameter(f"{name}.weight").shape, lowrank.of_layer(name).r) for name in found]

@@ -12,6 +12,7 @@ main memory; that was not run.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,16 @@ from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
 from relora.plan import Candidate, StepFigures, StepShape, best_fit, simulate
-from relora.recipes.parts import autocast_of, open_configured_model, schedule_of, settled_lowrank
+from relora.recipes.parts import (
+    adaptive_of,
+    autocast_of,
+    most_restarts,
+    open_configured_model,
+    schedule_of,
+    settled_lowrank,
+)
 from relora.recipes.probe import Measured, probe, process_bytes
+from relora.train.baselines import BASELINES, projected_matrices, state_shapes
 from relora.train.embeddings import rows_added_in_place
 from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES
 from relora.train.schedule import Phase
@@ -38,6 +47,7 @@ NO_HEAP = 2**20
 """Where glibc asks the system for every block of so many bytes (MALLOC_MMAP_THRESHOLD_), nothing is lost."""
 CHECKPOINTING = ("none", "selective", "full")
 BASES = ("fp32", "bf16", "int8")
+_NO_WARM_START = {"method": "lora", "warm_start": {"steps": 0, "auto": False}, "lowrank": {"ranks": "uniform"}}
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,9 @@ class Plan:
     """Bytes of interpreter and libraries."""
     phases: list[PhaseCost]
     restarts: int
+    """As many as there can be."""
+    adaptive_switch: bool
+    """The phases are those of the longest warm start."""
     alternatives: list[Alternative]
 
     @property
@@ -129,9 +142,9 @@ def make_plan(config: RunConfig, *, probed: bool = False, alternatives: bool = T
     phases = [_phase_cost(config, *stretch, process, device) for stretch in _stretches(config)]
     if probed:
         phases = [replace(phase, measured=probe(config, phase.name)) for phase in phases]
-    restarts = len(schedule_of(config).restarts)
+    adaptive = adaptive_of(config).warm_start is not None
     others = _alternatives(config, process, device) if alternatives else []
-    return Plan(config.method, str(device), process, phases, restarts, others)
+    return Plan(config.method, str(device), process, phases, most_restarts(config), adaptive, others)
 
 
 def fitting(config: RunConfig, limit: int) -> RunConfig:
@@ -162,7 +175,7 @@ def fitting(config: RunConfig, limit: int) -> RunConfig:
         limit,
         micro_sequences=[n for n in range(1, config.batch.sequences + 1) if config.batch.sequences % n == 0],
         activation_checkpointing=CHECKPOINTING,
-        bases=(own_base,) if full else tuple(dict.fromkeys((own_base, *BASES))),
+        bases=(own_base,) if full else tuple(dict.fromkeys((own_base, *_bases(config)))),
         ranks=(r,) if full else _halvings(r),
     )
     if fit is None:
@@ -258,10 +271,12 @@ def step_figures(config: RunConfig, phase: Phase, device: torch.device) -> StepF
         if phase == "low_rank":
             inject(model, lowrank, seed=config.seed)
 
-    return simulate(model, shape, run_pass, prepare=prepare, moments=_moments(config))
+    return simulate(model, shape, run_pass, prepare=prepare, moments=_moments(config, model), residual=lowrank.residual)
 
 
-def _moments(config: RunConfig) -> Callable[[nn.Parameter], list[Tensor]]:
+def _moments(config: RunConfig, model: nn.Module) -> Callable[[nn.Parameter], list[Tensor]]:
+    optimizer = config.optimizer
+
     def fp32(parameter: nn.Parameter) -> list[Tensor]:
         return [torch.empty_like(parameter.data) for _ in "mv"]
 
@@ -278,7 +293,19 @@ def _moments(config: RunConfig) -> Callable[[nn.Parameter], list[Tensor]]:
             )
         ]
 
-    return codes if config.optimizer.name == "adamw-8bit" else fp32
+    @cache
+    def matrices() -> set[int]:  # of the model where it trains: its parameters were others before
+        return {id(matrix) for matrix in projected_matrices(model, optimizer.projection.rank).values()}
+
+    def projected(parameter: nn.Parameter) -> list[Tensor]:
+        if id(parameter) not in matrices():
+            return fp32(parameter)
+        moment, projection = state_shapes(parameter.shape, optimizer.projection.rank)
+        return [parameter.data.new_empty(shape) for shape in (moment, moment, projection)]
+
+    if optimizer.name in BASELINES:
+        return projected
+    return codes if optimizer.name == "adamw-8bit" else fp32
 
 
 def _alternatives(config: RunConfig, process: int, device: torch.device) -> list[Alternative]:
@@ -291,7 +318,7 @@ def _alternatives(config: RunConfig, process: int, device: torch.device) -> list
         cost = full[checkpointing]
         found.append(Alternative("full", None, checkpointing, cost.checkpoint_peak, cost.figures.seconds))
     try:
-        low_rank = config if config.method != "full" else _with(config, {"method": "lora", "warm_start": {"steps": 0}})
+        low_rank = config if config.method != "full" else _with(config, _NO_WARM_START)
         return found + _low_rank_alternatives(low_rank, full, process, device)
     except UserError:
         if config.method != "full":
@@ -303,7 +330,7 @@ def _low_rank_alternatives(
     config: RunConfig, full: dict[str, PhaseCost], process: int, device: torch.device
 ) -> list[Alternative]:
     found = []
-    for base in BASES:
+    for base in _bases(config):
         for checkpointing in CHECKPOINTING:
             memory = {"memory": {"activation_checkpointing": checkpointing}}
             changed = _with(config, {"lowrank": {"base": base}, **memory})
@@ -313,6 +340,11 @@ def _low_rank_alternatives(
                 peak = max(cost.checkpoint_peak, warm if method == "relora" else 0)
                 found.append(Alternative(method, base, checkpointing, peak, cost.figures.seconds))
     return found
+
+
+def _bases(config: RunConfig) -> tuple[str, ...]:
+    """Ways to store frozen weights; those that move in every step cannot be rounded."""
+    return BASES[:1] if config.lowrank.residual.scale else BASES
 
 
 def _halvings(r: int) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ def print_plan(plan: Plan) -> None:
     table.add_column("")
     for phase in plan.phases:
         table.add_column(phase.name.replace("_", " "), justify="right")
-    steps = (f"{p.first_step:,} ... {p.first_step + p.steps:,}" for p in plan.phases)
+    bound = " at most" if plan.adaptive_switch else ""
+    steps = (f"{p.first_step:,} ... {p.first_step + p.steps:,}{bound * (not p.first_step)}" for p in plan.phases)
     table.add_row("steps", *steps)
     for name in ("trained", "frozen", "factors"):
         table.add_row(f"{name} parameters", *(f"{getattr(p.figures, name):,}" for p in plan.phases))

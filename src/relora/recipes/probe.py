@@ -22,9 +22,11 @@ from relora.device import choose_device, peak_memory_bytes
 from relora.durable import user_cache, write_durably
 from relora.errors import RunStopped
 from relora.lowrank import inject
+from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
-from relora.recipes.parts import autocast_of, open_configured_model, settled_lowrank
+from relora.recipes.parts import autocast_of, lowrank_of, open_configured_model, settled_lowrank
+from relora.train.baselines import ProjectionConfig
 from relora.train.optim import OptimizerConfig, build_optimizer, check_optimizer
 from relora.train.schedule import Phase
 from relora.train.step import train_step
@@ -115,7 +117,13 @@ def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
         inject(model, settled_lowrank(config, model, device), seed=config.seed)
     settings = config.optimizer
     optimizer = build_optimizer(
-        model, OptimizerConfig(name=settings.name, lr=settings.lr, lowrank_lr=config.lowrank_lr)
+        model,
+        OptimizerConfig(
+            name=settings.name,
+            lr=settings.lr,
+            lowrank_lr=config.lowrank_lr,
+            projection=ProjectionConfig(**settings.projection.model_dump()),
+        ),
     )
     shape = (config.batch.sequences, config.data.sequence_length)
     ids = torch.arange(shape[0] * shape[1]).view(shape) % model.get_input_embeddings().num_embeddings
@@ -123,17 +131,18 @@ def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
     with training_blocks(model, checkpointing=config.memory.activation_checkpointing, compiled=config.compile):
         for step in range(STEPS):
             started = time.perf_counter()
-            train_step(
-                model,
-                optimizer,
-                (ids, ids),
-                token_loss,
-                seed=config.seed,
-                step=step,
-                micro_sequences=config.batch.micro_sequences,
-                clip_grad_norm=config.optimizer.clip_grad_norm,
-                autocast=autocast_of(config),
-                check_gradients=False,
-            )
+            with residual_steps(model, optimizer, lowrank_of(config).residual, step):
+                train_step(
+                    model,
+                    optimizer,
+                    (ids, ids),
+                    token_loss,
+                    seed=config.seed,
+                    step=step,
+                    micro_sequences=config.batch.micro_sequences,
+                    clip_grad_norm=config.optimizer.clip_grad_norm,
+                    autocast=autocast_of(config),
+                    check_gradients=False,
+                )
             seconds.append(time.perf_counter() - started)
     return Measured(peak_memory_bytes(device), min(seconds[1:]))

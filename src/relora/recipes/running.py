@@ -4,7 +4,7 @@ Pretraining and fine-tuning differ in their `Job` and in what they leave; the wa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ from relora.config import TrainingConfig
 from relora.lowrank import LowRankConfig
 from relora.lowrank.calibrate import from_json, to_json
 from relora.lowrank.costs import Rates
+from relora.lowrank.inject import find_targets
 from relora.measure import Evaluation, token_loss
 from relora.model.blocks import training_blocks
 from relora.model.head import whole_logits_reason
 from relora.recipes.continuing import changes_since, check_settings, newest
-from relora.recipes.parts import autocast_of
+from relora.recipes.parts import adaptive_of, autocast_of, restart_of
 from relora.recipes.run_folder import check_space, claim, describe_run
 from relora.report.console import Console
 from relora.report.reporter import Reporter
 from relora.report.trackers import open_trackers
+from relora.train.baselines import BASELINES, ProjectionConfig, projected_matrices
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
+from relora.train.memory import HeldBytes, held_bytes
 from relora.train.optim import OptimizerConfig
 from relora.train.run import Run, begin
 from relora.train.schedule import Schedule
@@ -75,6 +78,8 @@ class RunResult:
     tokens: int
     trainable_parameters: int
     """At the end."""
+    memory: HeldBytes
+    """Likewise, of weights, factors, gradients and moments."""
     evaluation: Evaluation
 
 
@@ -94,6 +99,8 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
         RunStopped, Interrupted: see `relora.errors`; the same call continues from the last checkpoint.
     """
     config, model = job.config, job.model
+    if config.optimizer.name in BASELINES:
+        projected_matrices(model, config.optimizer.projection.rank)
     checkpointing = config.memory.activation_checkpointing
     blocks = training_blocks(model, checkpointing=checkpointing, compiled=config.compile)
     check_space(Path(config.output_dir), job.needed_bytes, continuing=not fresh)
@@ -127,20 +134,25 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
                 reporter.message("low-rank phase: products with frozen weights in int8 (precision.frozen)")
             run = assemble(job, lowrank, reporter, checkpoints, settings)
             with blocks:
-                state = train(run, begin(run, checkpoint))
+                end = train(run, begin(run, checkpoint))
+            state, memory = end.state, held_bytes(model, end.optimizer)
+            del end  # its moments are done with, and what is left to do takes memory, too
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             evaluation = finish(run, folder)
-    return RunResult(folder, state.step, state.tokens, trainable, evaluation)
+    return RunResult(folder, state.step, state.tokens, trainable, memory, evaluation)
 
 
 def assemble(
     job: Job, lowrank: LowRankConfig, reporter: Reporter, checkpoints: Checkpoints, settings: dict[str, str | int]
 ) -> Run:
     """The run that the loop takes."""
-    config, optimizer = job.config, job.config.optimizer
+    config, optimizer, restart = job.config, job.config.optimizer, restart_of(job.config)
+    adaptive = adaptive_of(config)
+    runs_ahead = job.device.type == "cuda" and optimizer.name == "adamw" and not adaptive.watches_loss
     return Run(
         model=job.model,
         schedule=job.schedule_of(config),
+        adaptive=adaptive,
         batch_at=job.batch_at,
         place_of=job.place_of,
         loss=job.loss,
@@ -150,15 +162,18 @@ def assemble(
             lr=optimizer.lr,
             lowrank_lr=config.lowrank_lr,
             lowrank_b_lr_ratio=optimizer.lowrank_b_lr_ratio,
+            matrix_lr=optimizer.matrix_lr,
+            matrices=_matrices(job, lowrank) if optimizer.matrix_lr else frozenset(),
+            turns=restart.turns if restart.stagger == "layers" else 1,
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            projection=ProjectionConfig(**optimizer.projection.model_dump()),
         ),
         lowrank=lowrank,
         initialize=job.initialize,
         saves_frozen=job.saves_frozen,
-        restart_reset=config.restart.optimizer,
-        restart_keep_ratio=config.restart.keep_ratio,
+        restart=restart,
         reporter=reporter,
         checkpoints=checkpoints,
         settings=settings,
@@ -168,11 +183,17 @@ def assemble(
         clip_grad_norm=optimizer.clip_grad_norm,
         non_finite=config.non_finite.policy,
         non_finite_limit=config.non_finite.limit,
-        look_every_steps=LOOK_EVERY_STEPS if job.device.type == "cuda" and optimizer.name == "adamw" else 1,
+        look_every_steps=LOOK_EVERY_STEPS if runs_ahead else 1,
         log_every_steps=config.log.every_steps,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
+
+
+def _matrices(job: Job, lowrank: LowRankConfig) -> frozenset[str]:
+    """The layers that have a `matrix_lr`: those that low rank is for, whatever its rank."""
+    whole = replace(lowrank, r=1, rank_pattern={}, alpha_pattern={})
+    return frozenset(find_targets(job.model, whole))
 
 
 def _checkpoints(config: TrainingConfig, folder: Path) -> Checkpoints:

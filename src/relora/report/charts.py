@@ -20,8 +20,8 @@ MAX_MARKERS = 100
 MAX_NUMBERED_RESTARTS = 12
 """More restarts than these are marked without their numbers."""
 
-Point = tuple[int, int, float | None]
-"""(tokens, step, value)."""
+Point = tuple[float, int, float | None]
+"""(tokens, or what else is across; step; value)."""
 Pick = Callable[[Sequence[float]], float]
 
 
@@ -34,6 +34,7 @@ class Line:
     points: Sequence[Point]
     width: float = 1.5
     has_markers: bool = False
+    dash: str = "solid"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Chart:
     format: str
     lines: Sequence[Line]
     figure: dict[str, Any]
+    tells_last: bool = True
+    """Whether the heading has the last value of every line."""
 
 
 def charts(history: History) -> list[Chart]:
@@ -69,10 +72,10 @@ def _all_charts(history: History) -> Iterator[Chart]:
         Line("factors", "--factors", series("lowrank_lr")),
     ]
     spikes = _spikes(history)
-    loss_axis = _focused(series("loss") + losses, shown=[peak for _, _, peak in spikes])
+    loss_axis = focused(series("loss") + losses, shown=[peak for _, _, peak in spikes])
     yield _with_incidents(history, spikes, _over_tokens(history, "loss", "Loss", ".3f", loss_lines, loss_axis))
     yield _over_tokens(
-        history, "perplexity", "Held-out perplexity", ",.2f", [perplexity_line], _focused(perplexities, log=True)
+        history, "perplexity", "Held-out perplexity", ",.2f", [perplexity_line], focused(perplexities, log=True)
     )
     yield _over_tokens(history, "rate", "Learning rate", ".1e", rate_lines, from_zero | {"exponentformat": "e"})
     speed = Line("", "--training", series("tokens_per_second"))
@@ -110,19 +113,6 @@ def _over_tokens(
 ) -> Chart:
     """A chart against tokens: phases shaded, restarts marked, the step in the hover."""
     lines = [line for line in lines if any(value is not None for _, _, value in line.points)]
-    traces = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if line.has_markers and len(line.points) <= MAX_MARKERS else "lines",
-            "x": [tokens for tokens, _, _ in line.points],
-            "y": [value for _, _, value in line.points],
-            "customdata": [step for _, step, _ in line.points],
-            "line": {"color": line.color, "width": line.width},
-            "marker": {"color": line.color, "size": 5},
-            "hovertemplate": f"{line.label} %{{y:{number_format}}} at step %{{customdata:,}}<extra></extra>",
-        }
-        for line in lines
-    ]
     end = max((segment.last[1] for segment in history.segments), default=None)
     x_axis = {
         "title": {"text": "tokens"},
@@ -130,12 +120,29 @@ def _over_tokens(
         "unifiedhovertitle": {"text": "%{x:,} tokens"},
     }
     shapes, annotations = _events(history)
-    layout = _layout(x_axis, y_axis) | {
+    layout = layout_of(x_axis, y_axis) | {
         "hovermode": "x unified",
         "shapes": shapes,
         "annotations": annotations,
     }
-    return Chart(name, title, number_format, lines, {"data": traces, "layout": layout})
+    return Chart(name, title, number_format, lines, {"data": traces_of(lines, number_format), "layout": layout})
+
+
+def traces_of(lines: Sequence[Line], number_format: str) -> list[dict[str, Any]]:
+    """Lines as plotly draws them, the step in the hover."""
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if line.has_markers and len(line.points) <= MAX_MARKERS else "lines",
+            "x": [place for place, _, _ in line.points],
+            "y": [value for _, _, value in line.points],
+            "customdata": [step for _, step, _ in line.points],
+            "line": {"color": line.color, "width": line.width, "dash": line.dash},
+            "marker": {"color": line.color, "size": 5},
+            "hovertemplate": f"{line.label} %{{y:{number_format}}} at step %{{customdata:,}}<extra></extra>",
+        }
+        for line in lines
+    ]
 
 
 def _spikes(history: History) -> list[tuple[int, int, float]]:
@@ -183,7 +190,7 @@ def _spectra(history: History) -> Chart:
         for index, (restart, spectrum) in enumerate(spectra)
     ]
     lowest = min((value for _, spectrum in spectra for value in spectrum if value > 0), default=1.0)
-    layout = _layout({"title": {"text": "direction"}}, _log_axis(lowest, 1.0)) | {"hovermode": "closest"}
+    layout = layout_of({"title": {"text": "direction"}}, log_axis(lowest, 1.0)) | {"hovermode": "closest"}
     lines = [Line("first to last restart, pale to strong", "--factors", ())] if traces else []
     title = "Singular values of the merged update, largest = 1"
     return Chart("spectrum", title, ".3g", lines, {"data": traces, "layout": layout})
@@ -223,7 +230,8 @@ def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return shapes, numbers if len(marks) <= MAX_NUMBERED_RESTARTS else []
 
 
-def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
+def layout_of(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
+    """What the charts have in common."""
     font = {"family": "system-ui, sans-serif", "size": 12, "color": "--muted"}
     spike = {"spikecolor": "--muted", "spikethickness": 1, "spikedash": "solid"}
     quiet = {"zeroline": False, "linecolor": "--rule", "tickcolor": "--rule", "exponentformat": "B"}
@@ -242,7 +250,7 @@ def _layout(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _focused(points: Sequence[Point], log: bool = False, shown: Sequence[float] = ()) -> dict[str, Any]:
+def focused(points: Sequence[Point], log: bool = False, shown: Sequence[float] = ()) -> dict[str, Any]:
     """An axis without the fall of the first steps, which would flatten all that follows (two double-clicks show it).
 
     With `log`, values that span a factor of three or more get a logarithmic axis. `shown`: values to leave room for.
@@ -253,10 +261,10 @@ def _focused(points: Sequence[Point], log: bool = False, shown: Sequence[float] 
     low, high = values[0], max(values[min(int(0.88 * len(values)), len(values) - 2)], *shown, 0.0)
     if not log or high < 3 * low:
         return {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
-    return _log_axis(low, values[-1]) | {"range": [math.log10(low / 1.05), math.log10(high * 1.05)]}
+    return log_axis(low, values[-1]) | {"range": [math.log10(low / 1.05), math.log10(high * 1.05)]}
 
 
-def _log_axis(low: float, high: float) -> dict[str, Any]:
+def log_axis(low: float, high: float) -> dict[str, Any]:
     """A logarithmic axis with ticks at 1, 2, 3, 5, 10, ... (plotly's own are bare digits between the decades)."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return {"type": "log", "tickvals": [digit * 10.0**decade for decade in decades for digit in (1, 2, 3, 5)]}

@@ -86,7 +86,7 @@ def script_json(value: Any) -> str:
 def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
     yield f"<header><h1>{escape(history.name)}</h1>{_lead(history)}{_key_figures(history)}</header>"
     yield _key(history)
-    yield f'<section class="charts">{"".join(map(_figure, figures))}</section>'
+    yield f'<section class="charts">{"".join(map(figure_html, figures))}</section>'
     if history.held_out:
         yield "<h2>Phases</h2>" + table(PHASE_COLUMNS, map(_phase_row, history.segments))
     if history.restarts:
@@ -156,12 +156,13 @@ def _key(history: History) -> str:
     return f'<div class="key">{"".join(items)}</div>'
 
 
-def _figure(chart: Chart) -> str:
+def figure_html(chart: Chart) -> str:
+    """The place of a chart in the page, under a heading that names its lines and their last values."""
     words = []
     for line in chart.lines:
         value = next((value for _, _, value in reversed(line.points) if value is not None), None)
-        figure = "" if value is None else format(value, chart.format)
-        words.append(f'<span style="color: var({line.color})">{line.label} {figure}</span>')
+        figure = "" if value is None or not chart.tells_last else format(value, chart.format)
+        words.append(f'<span style="color: var({line.color})">{escape(line.label)} {figure}</span>')
     return (
         f"<figure><figcaption>{chart.title} {''.join(words)}</figcaption>"
         f'<div id="{chart.id}" role="img" aria-label="{chart.title}"></div></figure>'

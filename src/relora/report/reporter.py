@@ -65,6 +65,11 @@ class Reporter:
         self._console.evaluation(record)
         self._track(record)
 
+    def decision(self, record: Record) -> None:
+        """What a run saw that settles its timetable as it goes, and what it made of it; see `train.decisions`."""
+        self._metrics.append(record)
+        self._track(record)
+
     def restart(self, record: Record) -> None:
         """A ReLoRA restart; trackers get its means over the layers."""
         self._restarts.append(record)
@@ -154,7 +159,7 @@ class Reporter:
                 self._watch.boundary(restarts.pop())
             if record.get("kind") in INCIDENT_KINDS:
                 self._incidents[record["kind"]] += 1
-            if record.get("kind") != "evaluation":
+            if record.get("kind") not in ("evaluation", "decision"):
                 self._watch.record(record)
         for restart in reversed(restarts):
             self._watch.boundary(restart)

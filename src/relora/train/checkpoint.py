@@ -21,7 +21,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypeVar
@@ -87,7 +87,7 @@ class SavedState(TrainState):
     @property
     def progress(self) -> TrainState:
         """Without what is there for the files' sake."""
-        return TrainState(self.step, self.tokens, self.incidents, self.skipped_batches)
+        return TrainState(**{field.name: getattr(self, field.name) for field in fields(TrainState)})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 All that time decides is asked of the `Schedule`; all that is drawn is keyed by the step. So the loop holds no counters
 of its own, and a run continued from any checkpoint takes the same steps, bit for bit. A checkpoint of step t is taken
-before anything else that is due at t; a continued run does that again.
+before anything else that is due at t, what the run decides about its own timetable included; a continued run does that
+again.
 
 On a GPU the host runs ahead: most steps are taken unseen. It looks in time for all that needs the truth, so the only
 thing that can come in between is a signal, and that waits for one more step.
@@ -19,16 +20,19 @@ from typing import NoReturn
 from relora.device import peak_memory_bytes
 from relora.errors import Interrupted, NonFinite
 from relora.lowrank import inject, restart
+from relora.lowrank.allocation import with_ranks
+from relora.lowrank.residual import residual_steps
+from relora.lowrank.restart import begin_along
+from relora.train.decisions import decide
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import look_back, recover
-from relora.train.run import Progress, Run, save, save_due
+from relora.train.run import Progress, Run, next_loss, save, save_due
 from relora.train.signals import Signals
-from relora.train.state import TrainState
 from relora.train.step import StepOutcome, train_step
 
 
-def train(run: Run, progress: Progress) -> TrainState:
-    """Train to the last step of the schedule.
+def train(run: Run, progress: Progress) -> Progress:
+    """Train to the last step of the schedule, and say where that is.
 
     Raises:
         Interrupted: after a stop signal, with a checkpoint written; RunStopped: numbers or the disk went wrong.
@@ -44,7 +48,7 @@ def train(run: Run, progress: Progress) -> TrainState:
         run.checkpoints.wait()
         if signals.stop:
             _stop(run, progress, signals.stop)
-    return progress.state
+    return progress
 
 
 def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
@@ -65,18 +69,19 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
     if asked:
         run.reporter.message(f"step {step}  checkpoint, as SIGUSR1 asked")
     stop_if_asked()
-    if _evaluation_due(run, step):
+    decide(run, progress)
+    if _evaluation_due(run, progress, step):
         _evaluate(run, progress, stop_if_asked)
     return step == run.schedule.total_steps
 
 
 def _advance(run: Run, progress: Progress, signals: Signals) -> None:
     """Cross the boundary that is due, take a step, report it."""
-    if run.schedule.switch_due(progress.state.step):
+    if progress.schedule.switch_due(progress.state.step):
         _switch(run, progress)
-    if run.schedule.restart_due(progress.state.step):
+    if progress.schedule.restart_due(progress.state.step):
         _restart(run, progress)
-    look = signals.asked or _look_due(run, progress.state.step + 1)
+    look = signals.asked or _look_due(run, progress, progress.state.step + 1)
     _report(run, progress, _take_step(run, progress, look))
 
 
@@ -85,23 +90,24 @@ def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
     if look:
         look_back(progress)
     before, step = progress.state, progress.state.step
-    set_lr(progress.optimizer, run.schedule.lr_factor(step))
-    outcome = train_step(
-        run.model,
-        progress.optimizer,
-        run.batch_at(before.batch),
-        run.loss,
-        seed=run.seed,
-        step=step,
-        micro_sequences=run.micro_sequences,
-        clip_grad_norm=run.clip_grad_norm,
-        autocast=run.autocast,
-        check_gradients=_check_due(run, step),
-        look=look,
-    )
+    set_lr(progress.optimizer, progress.schedule, step)
+    with residual_steps(run.model, progress.optimizer, run.lowrank.residual, step):
+        outcome = train_step(
+            run.model,
+            progress.optimizer,
+            run.batch_at(before.batch),
+            run.loss,
+            seed=run.seed,
+            step=step,
+            micro_sequences=run.micro_sequences,
+            clip_grad_norm=run.clip_grad_norm,
+            autocast=run.autocast,
+            check_gradients=_check_due(progress, step),
+            look=look,
+        )
     if outcome.held is not None:
         progress.unseen.append((before, outcome.held))
-    progress.state = before.after(outcome.tokens)
+    progress.state = before.after(outcome.tokens, outcome.loss if run.adaptive.watches_loss else None)
     progress.unlogged_seconds += time.perf_counter() - started
     progress.unlogged_tokens += outcome.tokens
     return outcome
@@ -109,7 +115,8 @@ def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
 
 def _switch(run: Run, progress: Progress) -> None:
     """From full rank to low rank: inject, freeze, and carry over the moments of all that still trains at full rank."""
-    report = inject(run.model, run.lowrank, seed=run.seed)
+    report = inject(run.model, with_ranks(run.lowrank, progress.state.decisions.ranks), seed=run.seed)
+    begin_along(run.model, run.restart, lambda model: next_loss(run, progress, model))
     if run.initialize is not None:
         run.initialize(run.model)
     full_rank_optimizer = progress.optimizer
@@ -124,9 +131,9 @@ def _restart(run: Run, progress: Progress) -> None:
     report = restart(
         run.model,
         progress.optimizer,
-        cycle=run.schedule.cycle(step),
-        reset=run.restart_reset,
-        keep_ratio=run.restart_keep_ratio,
+        run.restart,
+        cycle=progress.schedule.cycle(step),
+        loss_of=lambda model: next_loss(run, progress, model),
     )
     # not cut short by a signal: between the merge and the next step there is nothing that could be saved
     losses = {"loss_before": progress.evaluated_loss, "loss_after": run.evaluate(run.model, lambda: None).loss}
@@ -135,14 +142,14 @@ def _restart(run: Run, progress: Progress) -> None:
 
 def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
     """A line of metrics every so often, at the end, and for the first step of every cycle; the live line always."""
-    state, schedule, taken = progress.state, run.schedule, progress.state.step - 1
+    state, schedule, taken = progress.state, progress.schedule, progress.state.step - 1
     run.reporter.progress(state.step)
-    if not _log_due(run, state.step):
+    if not _log_due(run, progress, state.step):
         return
-    factor = schedule.lr_factor(taken)
-    record = {"kind": "train", **run.position(state, taken), "loss": outcome.loss, "lr": run.optimizer.lr * factor}
+    lr = run.optimizer.lr * schedule.rest_lr_factor(taken)
+    record = {"kind": "train", **progress.position(taken), "loss": outcome.loss, "lr": lr}
     if schedule.phase(taken) == "low_rank":
-        record["lowrank_lr"] = run.optimizer.lowrank_lr * factor
+        record["lowrank_lr"] = run.optimizer.lowrank_lr * schedule.lr_factor(taken, turn=0)
     record["grad_norm"] = outcome.grad_norm
     record["tokens_per_second"] = progress.unlogged_tokens / progress.unlogged_seconds
     record["step_seconds"] = progress.unlogged_seconds * outcome.tokens / progress.unlogged_tokens
@@ -159,7 +166,7 @@ def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -
     run.reporter.evaluation(
         {
             "kind": "evaluation",
-            **run.position(state, max(state.step - 1, 0)),
+            **progress.position(max(state.step - 1, 0)),
             "validation_loss": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
@@ -178,24 +185,25 @@ def _stop(run: Run, progress: Progress, signal_number: int) -> NoReturn:
     raise Interrupted(message, signal_number)
 
 
-def _look_due(run: Run, step: int) -> bool:
+def _look_due(run: Run, progress: Progress, step: int) -> bool:
     """Whether the host must know how the update that leads to `step` went."""
-    due = _log_due(run, step) or _check_due(run, step - 1) or save_due(run, step) or _evaluation_due(run, step)
+    due = _log_due(run, progress, step) or _check_due(progress, step - 1) or save_due(run, step)
+    due = due or _evaluation_due(run, progress, step)
     return due or step % run.look_every_steps == 0
 
 
-def _log_due(run: Run, step: int) -> bool:
+def _log_due(run: Run, progress: Progress, step: int) -> bool:
     """Every so often, at the end, and after the first step of every cycle."""
-    first_of_cycle = step - 1 == run.schedule.cycle_start(step - 1)
+    first_of_cycle = step - 1 == progress.schedule.cycle_start(step - 1)
     return first_of_cycle or step == run.schedule.total_steps or step % run.log_every_steps == 0
 
 
-def _check_due(run: Run, step: int) -> bool:
+def _check_due(progress: Progress, step: int) -> bool:
     """At once for all but lora_A, whose gradient comes to life when lora_B has moved, two steps into a cycle."""
-    return step - run.schedule.cycle_start(step) in (0, 2)
+    return step - progress.schedule.cycle_start(step) in (0, 2)
 
 
-def _evaluation_due(run: Run, step: int) -> bool:
+def _evaluation_due(run: Run, progress: Progress, step: int) -> bool:
     """Every so often, at the start and the end, and before every boundary."""
-    boundary = run.schedule.switch_due(step) or run.schedule.restart_due(step)
+    boundary = progress.schedule.switch_due(step) or progress.schedule.restart_due(step)
     return boundary or step == run.schedule.total_steps or step % run.evaluate_every_steps == 0

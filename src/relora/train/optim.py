@@ -6,24 +6,34 @@ and scales are not.
 
 `adamw-8bit` keeps m and v as 8-bit codes, one fp32 scale for 256 of them (Dettmers et al. 2021, arXiv 2110.02861): 2
 bytes a parameter instead of 8. The price: moments that are right to a few percent, and a step that the host waits for.
+`galore`, `apollo` and `fira` are what others do at full rank (see `train.baselines`).
 """
 
 import importlib.util
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
+from relora.train.baselines import (
+    BASELINES,
+    Layout,
+    ProjectionConfig,
+    baseline_layout,
+    baseline_of,
+    build_baseline,
+    check_installed,
+    restore_state,
+    saved_state,
+)
+from relora.train.schedule import Schedule
 
-OptimizerName = Literal["adamw", "adamw-8bit"]
-
-_Layout = dict[str, tuple[torch.Size, bool]]
-"""Of one parameter's state: the shape of each tensor, and whether it is floating point."""
+OptimizerName = Literal["adamw", "adamw-8bit", "galore", "apollo", "fira"]
 
 CODES_PER_SCALE = 256
 FEWEST_CODES = 4096
@@ -38,9 +48,17 @@ class OptimizerConfig:
     lr: float
     lowrank_lr: float
     lowrank_b_lr_ratio: float = 1.0
+    matrix_lr: float | None = None
+    """Of the weights of the layers named in `matrices`; `lr` unless given."""
+    matrices: frozenset[str] = frozenset()
+    """Paths of the layers whose weights will be frozen, or could be."""
+    turns: int = 1
+    """Parts in which the factors restart by turns of layers: each has groups, and so a learning rate, of its own."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    """Of galore, apollo and fira."""
 
 
 def check_optimizer(name: OptimizerName) -> None:
@@ -49,34 +67,26 @@ def check_optimizer(name: OptimizerName) -> None:
         raise UserError(
             "optimizer.name: adamw-8bit needs bitsandbytes, which is not installed; run: pip install 'relora[quant]'"
         )
+    if name in BASELINES:
+        check_installed(name)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of `model`, fused or in 8 bits; a group's peak rate is its `initial_lr`."""
-    factors: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "scaling": [], "magnitude": []}
-    for layer in low_rank_layers(model).values():
-        for kind, factor in layer.factors.items():
-            factors[kind].append(factor)
-    in_factors = {id(factor) for group in factors.values() for factor in group}
-    full_rank = [p for p in model.parameters() if p.requires_grad and id(p) not in in_factors]
-    decay, b_lr = config.weight_decay, config.lowrank_lr * config.lowrank_b_lr_ratio
-    groups = [
-        _group([p for p in full_rank if p.ndim >= 2], config.lr, decay),
-        _group([p for p in full_rank if p.ndim < 2], config.lr, 0.0),
-        _group(factors["lora_A"], config.lowrank_lr, decay),
-        _group(factors["lora_B"], b_lr, decay),
-        _group(factors["scaling"] + factors["magnitude"], config.lowrank_lr, 0.0),
-    ]
-    groups = [group for group in groups if group["params"]]
+    """Over the trainable parameters of `model`; a group's peak rate is its `initial_lr`."""
+    groups = [group for group in (*_full_rank_groups(model, config), *_factor_groups(model, config)) if group["params"]]
     if config.name == "adamw-8bit":
         return _eight_bit(groups, config)
+    if config.name in BASELINES:
+        return build_baseline(model, groups, config.name, config.projection, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group goes at `factor` times its peak."""
+def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    """Every group goes at its peak times what the schedule says of it at this step."""
+    rest = schedule.rest_lr_factor(step)
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        turn = group["turn"]
+        group["lr"] = group["initial_lr"] * (rest if turn is None else schedule.lr_factor(step, turn))
 
 
 def carry_state(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
@@ -93,7 +103,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         # the 8-bit tables of code values are shared by all parameters, and two names on one tensor cannot be saved
         f"{names[id(parameter)]}:{key}": value.clone() if key.startswith("qmap") else torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        for key, value in saved_state(state).items()
     }
 
 
@@ -111,6 +121,10 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
     parameters = {names[id(parameter)]: parameter for parameter in _parameters(optimizer)}
     for name, state in by_name.items():
         _check_state(name, state, parameters.get(name), optimizer)
+    if baseline_of(optimizer):
+        for name, state in by_name.items():
+            restore_state(optimizer, parameters[name], state)
+        return
     states = [by_name.get(name, {}) for name in parameters]
     groups = optimizer.state_dict()["param_groups"]
     # through load_state_dict, which knows on which device and in which type each optimizer keeps its step
@@ -120,7 +134,7 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
             state["step"] = int(state["step"])  # the 8-bit kernels take a number
 
 
-def _eight_bit(groups: list[dict[str, object]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _eight_bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels that no optimizer uses
     from bitsandbytes.optim import AdamW8bit
 
@@ -128,8 +142,35 @@ def _eight_bit(groups: list[dict[str, object]], config: OptimizerConfig) -> torc
     return optimizer
 
 
-def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, object]:
-    return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+def _full_rank_groups(model: nn.Module, config: OptimizerConfig) -> Iterator[dict[str, Any]]:
+    factors = {id(factor) for layer in low_rank_layers(model).values() for factor in layer.factors.values()}
+    weights = {f"{path}.weight" for path in config.matrices}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    matrices = [p for name, p in trained if name in weights]
+    others = [p for name, p in trained if name not in weights]
+    yield _group([p for p in others if p.ndim >= 2], config.lr, config.weight_decay)
+    yield _group([p for p in others if p.ndim < 2], config.lr, 0.0)
+    yield _group(matrices, config.lr if config.matrix_lr is None else config.matrix_lr, config.weight_decay)
+
+
+def _factor_groups(model: nn.Module, config: OptimizerConfig) -> Iterator[dict[str, Any]]:
+    """By kind, and by turn of their layer (`lowrank.restart` takes the same layers)."""
+    layers = list(low_rank_layers(model).values())
+    for turn in range(config.turns):
+        own = [layer.factors for layer in layers[turn :: config.turns]]
+        for kind, ratio, decay in (
+            ("lora_A", 1.0, config.weight_decay),
+            ("lora_B", config.lowrank_b_lr_ratio, config.weight_decay),
+            ("scaling", 1.0, 0.0),
+            ("magnitude", 1.0, 0.0),
+        ):
+            found = [factors[kind] for factors in own if kind in factors]
+            yield _group(found, config.lowrank_lr * ratio, decay, turn)
+
+
+def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float, turn: int | None = None) -> dict[str, Any]:
+    """`turn` is None for what is no factor."""
+    return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "turn": turn}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
@@ -142,21 +183,24 @@ def _check_state(
     """Those that the optimizer would lay out itself, by name, shape and kind of number."""
     if parameter is None:
         raise UserError(f"the saved optimizer has moments of {name}, which does not train here")
-    eight_bit = not isinstance(optimizer, torch.optim.AdamW)
-    expected = _eight_bit_layout(parameter) if eight_bit else _layout(parameter)
+    if baseline := baseline_of(optimizer):
+        kind, expected = baseline, baseline_layout(optimizer, parameter)
+    elif isinstance(optimizer, torch.optim.AdamW):
+        kind, expected = "adamw", _layout(parameter)
+    else:
+        kind, expected = "adamw-8bit", _eight_bit_layout(parameter)
     if {key: (tensor.shape, tensor.is_floating_point()) for key, tensor in state.items()} != expected:
-        kind = "adamw-8bit's" if eight_bit else "adamw's"
-        raise UserError(f"the saved optimizer's moments of {name} are not {kind}, or not of its shape")
+        raise UserError(f"the saved optimizer's moments of {name} are not {kind}'s, or not of its shape")
 
 
-def _layout(parameter: nn.Parameter) -> _Layout:
+def _layout(parameter: nn.Parameter) -> Layout:
     return {"exp_avg": (parameter.shape, True), "exp_avg_sq": (parameter.shape, True), "step": (torch.Size(), True)}
 
 
-def _eight_bit_layout(parameter: nn.Parameter) -> _Layout:
+def _eight_bit_layout(parameter: nn.Parameter) -> Layout:
     coded = parameter.numel() >= FEWEST_CODES
     moments = dict.fromkeys(("state1", "state2"), (parameter.shape, not coded))
-    step: _Layout = {"step": (torch.Size(), False)}
+    step: Layout = {"step": (torch.Size(), False)}
     if not coded:
         return moments | step
     tables = {key: (torch.Size([256]), True) for key in ("qmap1", "qmap2")}

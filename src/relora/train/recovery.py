@@ -6,7 +6,7 @@ continued meets the same failure and takes the same way.
 
 import torch
 
-from relora.errors import NonFinite, RunStopped
+from relora.errors import Diverged, NonFinite
 from relora.train.run import Progress, Run, begin
 from relora.train.step import release
 
@@ -34,19 +34,19 @@ def recover(run: Run, progress: Progress, failure: NonFinite) -> Progress:
     the batch after the failed one, so that none of those in between is seen again.
 
     Raises:
-        RunStopped: the policy is `stop`, the limit is used up, or there is nothing that could be skipped or gone back
+        Diverged: the policy is `stop`, the limit is used up, or there is nothing that could be skipped or gone back
             to.
     """
     place = run.place_of(progress.state.batch, failure.sequences) if failure.sequences else ""
     what = f"{failure}{place and f' ({place})'}"
     if run.non_finite == "stop":
-        raise RunStopped(f"{what}; lower the learning rate, or let the run go on by `non_finite.policy`")
+        raise Diverged(f"{what}; lower the learning rate, or let the run go on by `non_finite.policy`")
     if progress.state.incidents >= run.non_finite_limit:
-        raise RunStopped(f"{what}; non_finite.limit ({run.non_finite_limit}) is used up, so lower the learning rate")
+        raise Diverged(f"{what}; non_finite.limit ({run.non_finite_limit}) is used up, so lower the learning rate")
     if run.non_finite == "rewind":
         return _rewind(run, progress, what, place)
     if not failure.sequences:  # weights or factors: no step to leave out would mend them
-        raise RunStopped(f"{what}; nothing to skip, so lower the learning rate or set `non_finite.policy: rewind`")
+        raise Diverged(f"{what}; nothing to skip, so lower the learning rate or set `non_finite.policy: rewind`")
     return _skip(run, progress, failure, place)
 
 
@@ -54,7 +54,7 @@ def _skip(run: Run, progress: Progress, failure: NonFinite, place: str) -> Progr
     taken = progress.state.step
     progress.state = progress.state.skipping()
     figures = {"loss": failure.loss, "grad_norm": failure.grad_norm, "batch": place}
-    run.reporter.incident({"kind": "skipped", **run.position(progress.state, taken), **figures})
+    run.reporter.incident({"kind": "skipped", **progress.position(taken), **figures})
     return progress
 
 
@@ -63,14 +63,14 @@ def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
     run.checkpoints.wait()
     checkpoint, broken = run.checkpoints.go_back(failed.step)
     if checkpoint is None:
-        raise RunStopped(f"{what}; no sound checkpoint to go back to, so lower the learning rate")
+        raise Diverged(f"{what}; no sound checkpoint to go back to, so lower the learning rate")
     for line in broken:
         run.reporter.warning(f"{line}; an older checkpoint is used")
     records = run.reporter.rewinds_to(checkpoint.step)  # they stand after it, and are cut off with what follows it
     progress.optimizer.state.clear()  # before there are other moments
     earlier = begin(run, checkpoint)
     earlier.state = earlier.state.gone_back_from(failed)
-    event = {"kind": "rewind", **run.position(earlier.state, max(earlier.state.step - 1, 0))}
+    event = {"kind": "rewind", **earlier.position(max(earlier.state.step - 1, 0))}
     for record in (*records, {**event, "failed_step": failed.step, "batch": place}):
         run.reporter.incident(record)
     return earlier

@@ -6,24 +6,66 @@ were. What cannot be told from the step alone is saved; there is nothing else.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from relora.draws import keyed_seed
 from relora.errors import NonFinite, UserError
-from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, strip
-from relora.lowrank.restart import Reset
+from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, low_rank_layers, strip
+from relora.lowrank.allocation import with_ranks
+from relora.lowrank.restart import RestartConfig
 from relora.measure import Evaluation
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
 from relora.train.schedule import Schedule
-from relora.train.state import TrainState
+from relora.train.state import Decisions, LossWindow, TrainState
 from relora.train.step import Batch, Loss
 
 NonFinitePolicy = Literal["stop", "skip", "rewind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartEnd:
+    """When a run ends its warm start before the bound."""
+
+    window_steps: int
+    """Between two looks at it."""
+    slope: float
+    """The loss falls by less than this share of itself from window to window."""
+    energy: float
+    """Share of the update that its r largest directions hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleEnd:
+    """When a run restarts; looked at as often as restarts would be due."""
+
+    slope: float
+    """As of the warm start."""
+    rank_share: float | None
+    """Effective rank of the update over r; None: the loss alone decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """What is left to the run itself, see `train.decisions`; what is None goes by the schedule."""
+
+    warm_start: WarmStartEnd | None = None
+    cycle: CycleEnd | None = None
+    ranks: Literal["uniform", "spectrum"] = "uniform"
+
+    @property
+    def watches_loss(self) -> bool:
+        """Whether the loss of every step counts: then the host looks at every one."""
+        return self.warm_start is not None or self.cycle is not None
+
+    def at_start(self) -> TrainState:
+        """Step 0, with nothing decided."""
+        return TrainState(decisions=Decisions(restart_steps=() if self.cycle else None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +74,8 @@ class Run:
 
     model: nn.Module
     schedule: Schedule
+    """As planned; in force is that of `Progress`."""
+    adaptive: Adaptive = Adaptive()
     batch_at: Callable[[int], Batch]
     """Number -> batch: a pure function."""
     place_of: Callable[[int, range], str]
@@ -45,8 +89,7 @@ class Run:
     """Called when the factors have been put in, before the first step that trains them."""
     saves_frozen: bool = True
     """False where the frozen weights are those that the model came with, from beginning to end."""
-    restart_reset: Reset
-    restart_keep_ratio: float
+    restart: RestartConfig
     reporter: Reporter
     checkpoints: Checkpoints
     settings: dict[str, str | int]
@@ -64,17 +107,14 @@ class Run:
     evaluate_every_steps: int
     checkpoint_every_steps: int
 
-    def position(self, state: TrainState, taken: int) -> dict[str, str | int]:
-        """Where a record belongs; phase and cycle are those of the step `taken` last."""
-        phase, cycle = self.schedule.phase(taken), self.schedule.cycle(taken)
-        return {"step": state.step, "tokens": state.tokens, "phase": phase, "cycle": cycle}
-
 
 @dataclass
 class Progress:
     """Where the loop stands: all that changes while it runs, beside the weights."""
 
     optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    """As planned, but for what the run has decided."""
     state: TrainState = field(default_factory=TrainState)
     unseen: list[tuple[TrainState, Tensor]] = field(default_factory=list)
     """The steps since the host last looked: where each began, and its flag (see `train_step`)."""
@@ -83,19 +123,30 @@ class Progress:
     evaluated_loss: float = math.nan
     """Of the last held-out measurement."""
 
+    def position(self, taken: int) -> dict[str, str | int]:
+        """Where a record belongs; phase and cycle are those of the step `taken` last."""
+        phase, cycle = self.schedule.phase(taken), self.schedule.cycle(taken)
+        return {"step": self.state.step, "tokens": self.state.tokens, "phase": phase, "cycle": cycle}
+
+    def settle(self, planned: Schedule, decisions: Decisions) -> None:
+        """From here on the timetable is that of these decisions, and the loss is watched anew."""
+        self.state = replace(self.state, decisions=decisions, window=LossWindow())
+        self.schedule = decisions.applied_to(planned)
+
 
 def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
     """The progress at a checkpoint, model, optimizer and metric files brought back to it; without one, at step 0."""
-    step = checkpoint.step if checkpoint else 0
+    state = checkpoint.state.progress if checkpoint else run.adaptive.at_start()
     strip(run.model)  # what a part of the run that does not count left in it
     run.model.train()
-    if run.schedule.phase(step) == "low_rank" and not run.schedule.switch_due(step):
-        inject(run.model, run.lowrank, seed=run.seed)
     if checkpoint is None:
         run.reporter.rewind({"metrics.jsonl": 0, "restarts.jsonl": 0})
-        return Progress(build_optimizer(run.model, run.optimizer))
+        return Progress(build_optimizer(run.model, run.optimizer), state.decisions.applied_to(run.schedule), state)
     try:
-        kept = {} if run.saves_frozen else _frozen(run.model)
+        schedule = state.decisions.applied_to(run.schedule)
+        if schedule.phase(state.step) == "low_rank" and not schedule.switch_due(state.step):
+            inject(run.model, with_ranks(run.lowrank, state.decisions.ranks), seed=run.seed)
+        kept = {} if run.saves_frozen else _frozen(run)
         load_exact_tensors(run.model, kept | checkpoint.weights())
         optimizer = build_optimizer(run.model, run.optimizer)
         load_named_state(run.model, optimizer, checkpoint.optimizer())
@@ -106,7 +157,7 @@ def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
     if name := _first_non_finite(run.model, optimizer):
         raise UserError(f"{checkpoint.folder}: {name} is not finite; delete this checkpoint to use an older one")
     run.reporter.rewind(checkpoint.state.positions)
-    return Progress(optimizer, checkpoint.state.progress)
+    return Progress(optimizer, schedule, state)
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -119,12 +170,12 @@ def save(run: Run, progress: Progress) -> None:
     state = progress.state
     if name := _first_non_finite(run.model, progress.optimizer):
         raise NonFinite(f"after step {state.step}: {name} is not finite; no checkpoint was written")
-    tensors, frozen = exact_tensors(run.model), _frozen(run.model)
+    tensors, frozen = exact_tensors(run.model), _frozen(run)
     run.checkpoints.save(
         SavedState(
-            **asdict(state),
+            **vars(state),
             positions=run.reporter.positions(),
-            frozen_since=run.schedule.cycle_start(max(state.step - 1, 0)),
+            frozen_since=progress.schedule.cycle_start(max(state.step - 1, 0)),
             scheduled=save_due(run, state.step),
         ),
         weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
@@ -134,6 +185,16 @@ def save(run: Run, progress: Progress) -> None:
     )
 
 
+def next_loss(run: Run, progress: Progress, model: nn.Module) -> Tensor:
+    """Mean loss of the first micro-batch of the next step: what a restart takes gradients of."""
+    torch.manual_seed(keyed_seed(run.seed, "next loss", progress.state.step))  # of dropout
+    device = next(model.parameters()).device
+    micro_batch = (tensor[: run.micro_sequences].to(device) for tensor in run.batch_at(progress.state.batch))
+    with torch.autocast(device.type, dtype=run.autocast, enabled=run.autocast is not None):
+        total, valid = run.loss(model, *micro_batch)
+    return total / valid
+
+
 def save_due(run: Run, step: int) -> bool:
     """Every so often and at the end; at the start, too, where a run may have to go back to it."""
     if step == 0:
@@ -141,10 +202,12 @@ def save_due(run: Run, step: int) -> bool:
     return step == run.schedule.total_steps or step % run.checkpoint_every_steps == 0
 
 
-def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    """What does not train, exact, by name."""
-    names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in exact_tensors(model).items() if name in names}
+def _frozen(run: Run) -> dict[str, Tensor]:
+    """What stays as it is through a cycle, exact, by name."""
+    names = {name for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
+    if run.lowrank.residual.scale:
+        names -= {f"{path}.weight" for path in low_rank_layers(run.model)}
+    return {name: tensor for name, tensor in exact_tensors(run.model).items() if name in names}
 
 
 def _first_non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:

@@ -10,16 +10,22 @@ nothing can drift.
 
 with m = min_lr_ratio and w = restart_warmup_steps.
 
-Boundaries are the switch from warm start to low rank (fresh factors start cold there, too) and every restart. This is
-the jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's for every argument that it
+Boundaries are the switch from warm start to low rank (fresh factors start cold there, too) and every restart. Cycle k
+lasts restart_every_steps · restart_growth^k steps; with turns it has so many restarts, each of a part of the factors.
+Whether everything dips at a boundary, or the factors alone, is `restart_ramp`. Without growth and turns this is the
+jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's for every argument that it
 accepts (no warm start: there that is a second run), and with none of its divisibility conditions.
 """
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 Phase = Literal["full", "warm_start", "low_rank"]
+Ramp = Literal["all", "factors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +36,13 @@ class Schedule:
         total_steps: length of the run.
         warmup_steps: linear warm-up at its start.
         warm_start_steps: full-rank steps before the low-rank phase; `total_steps` for a run that stays at full rank.
-        restart_every_steps: steps between restarts, counted from the end of the warm start; None for no restarts
-            (LoRA).
+        restart_every_steps: length of the first cycle, from the end of the warm start; None for no restarts (LoRA).
+        restart_growth: every cycle is so many times as long as the one before.
+        restart_turns: restarts in a cycle, each of another part of the factors; 1 for all of them at its end.
+        restart_until: no restart after this share of the run.
         restart_warmup_steps: steps of the learning rate's climb after a boundary.
+        restart_ramp: whose rate climbs there: everything's, or that of the factors drawn anew.
+        restart_steps: the restarts themselves, where a run decides on them; None for those of the lengths above.
         min_lr_ratio: where the cosine ends, as a share of the peak.
 
     Raises:
@@ -43,7 +53,12 @@ class Schedule:
     warmup_steps: int = 0
     warm_start_steps: int = 0
     restart_every_steps: int | None = None
+    restart_growth: float = 1.0
+    restart_turns: int = 1
+    restart_until: float = 1.0
     restart_warmup_steps: int = 0
+    restart_ramp: Ramp = "all"
+    restart_steps: tuple[int, ...] | None = None
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
@@ -62,15 +77,31 @@ class Schedule:
                 f"restart_every_steps ({self.restart_every_steps}) must exceed "
                 f"restart_warmup_steps ({self.restart_warmup_steps})"
             )
-        if not 0 < self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio ({self.min_lr_ratio}) must lie in (0, 1]")
+        if self.restart_growth < 1:
+            raise ValueError(f"restart_growth ({self.restart_growth}) must be 1 or more")
+        if not 1 <= self.restart_turns <= (self.restart_every_steps or self.restart_turns):
+            raise ValueError(f"restart_turns ({self.restart_turns}) must lie in 1 ... restart_every_steps")
+        for name, share in (("restart_until", self.restart_until), ("min_lr_ratio", self.min_lr_ratio)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} ({share}) must lie in (0, 1]")
+        starts = (self.warm_start_steps, *(self.restart_steps or ()))
+        if any(later <= earlier for earlier, later in pairwise(starts)):
+            raise ValueError(f"restart_steps must ascend from warm_start_steps ({self.warm_start_steps})")
 
-    def lr_factor(self, step: int) -> float:
-        """Learning rate of a step, as a share of the peak."""
-        since = step - self.cycle_start(step)
-        if self.cycle_start(step) > 0 and since < self.restart_warmup_steps:
-            return since / self.restart_warmup_steps * self._smooth(step - since + self.restart_warmup_steps)
+    def lr_factor(self, step: int, turn: int | None = None) -> float:
+        """Learning rate of a step, as a share of the peak: of what dips at every boundary.
+
+        Args:
+            turn: of the factors that restart at this turn alone.
+        """
+        start = self.cycle_start(step) if turn is None else self._turn_start(step, turn)
+        if start > 0 and step - start < self.restart_warmup_steps:
+            return (step - start) / self.restart_warmup_steps * self._smooth(start + self.restart_warmup_steps)
         return self._smooth(step)
+
+    def rest_lr_factor(self, step: int) -> float:
+        """The same of what is no factor."""
+        return self.lr_factor(step) if self.restart_ramp == "all" else self._smooth(step)
 
     def phase(self, step: int) -> Phase:
         """`full` in a run without a low-rank phase, else `warm_start` or `low_rank`."""
@@ -83,29 +114,57 @@ class Schedule:
         return step == self.warm_start_steps < self.total_steps
 
     def restart_due(self, step: int) -> bool:
-        """Whether the factors are merged and drawn anew just before this step."""
-        return step in self.restarts
+        """Whether factors are merged and drawn anew just before this step."""
+        return self.cycle(step) > 0 and self.restarts[self.cycle(step) - 1] == step
 
     def cycle(self, step: int) -> int:
         """Restarts done before this step, the one just before it included."""
-        if self.restart_every_steps is None or step < self.warm_start_steps:
-            return 0
-        return min((step - self.warm_start_steps) // self.restart_every_steps, len(self.restarts))
+        return bisect_right(self.restarts, step)
 
     def cycle_start(self, step: int) -> int:
         """The last boundary at or before this step; 0 before the first."""
         if self.phase(step) != "low_rank":
             return 0
-        return self.warm_start_steps + self.cycle(step) * (self.restart_every_steps or 0)
+        cycle = self.cycle(step)
+        return self.restarts[cycle - 1] if cycle else self.warm_start_steps
+
+    @cached_property
+    def restarts(self) -> tuple[int, ...]:
+        """The steps at which a restart is due; one that would leave less than a warm-up before the end is not done."""
+        if self.restart_steps is not None:
+            return self.restart_steps
+        if self.restart_every_steps is None or self.warm_start_steps == self.total_steps:
+            return ()
+        found: list[int] = []
+        start, length = self.warm_start_steps, float(self.restart_every_steps)
+        while True:
+            for turn in range(1, self.restart_turns + 1):
+                step = start + round(length * turn / self.restart_turns)
+                if step > self.last_restart:
+                    return tuple(found)
+                found.append(step)
+            start, length = found[-1], length * self.restart_growth
 
     @property
-    def restarts(self) -> range:
-        """The steps at which a restart is due; one that would leave less than a warm-up before the end is not done."""
-        if self.restart_every_steps is None or self.warm_start_steps == self.total_steps:
-            return range(0)
-        first = self.warm_start_steps + self.restart_every_steps
-        last = self.total_steps - max(self.restart_warmup_steps, 1)
-        return range(first, last + 1, self.restart_every_steps)
+    def last_restart(self) -> int:
+        """No restart is due after this step."""
+        return min(self.total_steps - max(self.restart_warmup_steps, 1), int(self.restart_until * self.total_steps))
+
+    def decided(self, switch_step: int | None, restart_steps: tuple[int, ...] | None) -> "Schedule":
+        """The same with the switch and the restarts on which a run decided; None leaves what was planned.
+
+        What it says of the steps before a decision stays what it said.
+        """
+        warm_start_steps = self.warm_start_steps if switch_step is None else switch_step
+        return replace(self, warm_start_steps=warm_start_steps, restart_steps=restart_steps)
+
+    def _turn_start(self, step: int, turn: int) -> int:
+        """The last boundary of one part of the factors at or before this step; 0 before the first."""
+        if self.phase(step) != "low_rank":
+            return 0
+        done = self.cycle(step)
+        own = done - (done - 1 - turn) % self.restart_turns  # the last cycle up to this one that began with the turn
+        return self.restarts[own - 1] if own > 0 else self.warm_start_steps
 
     def _smooth(self, step: int) -> float:
         """Warm-up and cosine, without dips."""

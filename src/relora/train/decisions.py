@@ -1,0 +1,139 @@
+"""What a run decides about its own timetable, and the signals that it decides by.
+
+    the warm start ends   the loss has flattened, and the r largest directions of the update hold `energy` of it or more
+    a cycle ends          the update's effective rank is `rank_share` of r or more, or the loss has flattened
+    a layer's rank        see `lowrank.allocation`, from the spectra of the update at the switch
+
+Flattened: the mean training loss of a window lies less than `slope` of itself below that of the window before. The
+update of the warm start is Adam's, m̂ / (√v̂ + ε), the step that it would take now in units of the learning rate: what
+low rank must be able to say. Its energy is its squared singular values, means are over the targets. In a cycle the
+update is s·B A, and the measure is what Roy & Vetterli 2007 call effective rank; the loss is compared within the cycle.
+PreLoRA (arXiv 2509.21619) ends a warm start by the change of the weights' norms; these signals need no older weights.
+
+All of it is a function of what a checkpoint holds. It is asked after a checkpoint of the same step and before
+everything else, and what follows is saved with the next one: so a run that is killed anywhere decides the same. The
+price: the host looks at every loss, and where the loss of the warm start has flattened, or ranks are chosen, every
+target takes an eigendecomposition of order min(out, in)³.
+"""
+
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from relora.lowrank import low_rank_layers
+from relora.lowrank.allocation import allocate
+from relora.lowrank.inject import find_targets
+from relora.lowrank.restart import effective_rank, update_spectrum
+from relora.train.run import CycleEnd, Progress, Run, WarmStartEnd
+from relora.train.state import LossWindow
+
+
+def decide(run: Run, progress: Progress) -> None:
+    """Settle what is due just before this step; no-op where nothing is, or where it was settled."""
+    rules, step = run.adaptive, progress.state.step
+    if rules.warm_start and progress.state.decisions.switch_step is None:
+        _decide_switch(run, progress, rules.warm_start)
+    if progress.schedule.switch_due(step):
+        if rules.ranks == "spectrum" and not progress.state.decisions.ranks:
+            _choose_ranks(run, progress)
+        progress.state = replace(progress.state, window=LossWindow())
+    if rules.cycle:
+        _decide_restart(run, progress, rules.cycle)
+
+
+def normalised_update(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Adam's m̂ / (√v̂ + ε) of one parameter, as it stands; zero before its first step."""
+    state = optimizer.state.get(parameter)
+    if not state:
+        return torch.zeros_like(parameter)
+    (beta1, beta2), steps = optimizer.defaults["betas"], float(state["step"])
+    mean, square = state["exp_avg"] / (1 - beta1**steps), state["exp_avg_sq"] / (1 - beta2**steps)
+    update: Tensor = mean / (square.sqrt() + optimizer.defaults["eps"])
+    return update
+
+
+def energies(matrix: Tensor) -> Tensor:
+    """Squared singular values, descending: the eigenvalues of the smaller of its two Gram matrices."""
+    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    values: Tensor = torch.linalg.eigvalsh(rows @ rows.T)
+    return values.flip(0).clamp_min(0)
+
+
+def captured(spectrum: Tensor, r: int) -> float:
+    """Share of the energy in the r largest directions; 0 where there is none."""
+    return (spectrum[:r].sum() / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)).item()
+
+
+def _decide_switch(run: Run, progress: Progress, rule: WarmStartEnd) -> None:
+    state, schedule, r = progress.state, progress.schedule, run.lowrank.r
+    why = "as late as it may"
+    if state.step < schedule.warm_start_steps:
+        if state.step % rule.window_steps or not state.window.steps:
+            return
+        if state.step - rule.window_steps < schedule.warmup_steps:  # while the rate climbs, a flat loss says nothing
+            progress.state = replace(state, window=LossWindow())
+            return
+        energy = None
+        if state.window.is_flat(rule.slope):
+            energy = fmean(captured(spectrum, r) for spectrum in _spectra(run, progress).values())
+        due = energy is not None and energy >= rule.energy
+        _record(run, progress, "warm_start", decided=due, energy=energy)
+        progress.state = replace(state, window=state.window.closed())
+        if not due:
+            return
+        why = f"the loss fell by {state.window.fall:.2%}, and {r} directions hold {energy:.0%} of the update"
+    progress.settle(run.schedule, replace(state.decisions, switch_step=state.step))
+    run.reporter.message(f"step {state.step}  the warm start ends: {why}")
+
+
+def _choose_ranks(run: Run, progress: Progress) -> None:
+    state = progress.state
+    spectra = {name: spectrum.tolist() for name, spectrum in _spectra(run, progress).items()}
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in _targets(run).items()}
+    ranks = allocate(spectra, shapes, run.lowrank.r)
+    place = progress.position(max(state.step - 1, 0))
+    run.reporter.decision({"kind": "decision", **place, "of": "ranks", "ranks": ranks})
+    progress.settle(run.schedule, replace(state.decisions, ranks=ranks))
+    spread = f"{min(ranks.values())} to {max(ranks.values())}, {fmean(ranks.values()):.1f} on average"
+    run.reporter.message(f"step {state.step}  ranks by layer: {spread}")
+
+
+def _decide_restart(run: Run, progress: Progress, rule: CycleEnd) -> None:
+    state, schedule = progress.state, progress.schedule
+    every, since = schedule.restart_every_steps, state.step - schedule.cycle_start(state.step)
+    if every is None or schedule.phase(state.step) != "low_rank" or state.step > schedule.last_restart:
+        return
+    if since == 0 or since % every or not state.window.steps:
+        return
+    layers = low_rank_layers(run.model).values()
+    share = fmean(effective_rank(update_spectrum(layer).cpu()) / layer.r for layer in layers)
+    full, flat = rule.rank_share is not None and share >= rule.rank_share, state.window.is_flat(rule.slope)
+    _record(run, progress, "restart", decided=full or flat, rank_share=share)
+    if not (full or flat):
+        progress.state = replace(state, window=state.window.closed())
+        return
+    restarts = (*(state.decisions.restart_steps or ()), state.step)
+    progress.settle(run.schedule, replace(state.decisions, restart_steps=restarts))
+    why = (
+        f"the update has an effective rank of {share:.0%} of r" if full else f"the loss fell by {state.window.fall:.2%}"
+    )
+    run.reporter.message(f"step {state.step}  the cycle ends after {since} steps: {why}")
+
+
+def _targets(run: Run) -> dict[str, nn.Parameter]:
+    """The weights that the switch will freeze, by the path of their layer."""
+    return {name: run.model.get_parameter(f"{name}.weight") for name in find_targets(run.model, run.lowrank)}
+
+
+def _spectra(run: Run, progress: Progress) -> dict[str, Tensor]:
+    """Energies of the targets' updates, by path."""
+    return {name: energies(normalised_update(progress.optimizer, weight)) for name, weight in _targets(run).items()}
+
+
+def _record(run: Run, progress: Progress, of: str, *, decided: bool, **measured: float | None) -> None:
+    """What was seen of the window that ends here, whatever follows from it."""
+    window, place = progress.state.window, progress.position(progress.state.step - 1)
+    losses = {"window_loss": window.mean, "loss_fall": window.fall}
+    run.reporter.decision({"kind": "decision", **place, "of": of, **losses, **measured, "decided": decided})
