@@ -77,3 +77,14 @@ def test_rates_grow_with_the_narrowest_side() -> None:
     assert rates.product(100, 4, 100) == pytest.approx(2 * 100 * 4 * 100 / 0.5e9)
     assert rates.product(100, 100, 20) == pytest.approx(2 * 100 * 100 * 20 / 2.5e9)
     assert rates.product(100, 100, 100) == pytest.approx(2e6 / 4e9)
+
+
+@pytest.mark.parametrize("arithmetic", ["native", "bf16", "int8"])
+def test_a_weight_that_moves_costs_its_gradient_and_a_new_copy(arithmetic: str) -> None:
+    rates = Rates(fp32=((8, 2e10), (1024, 9e10)), bf16=2e11, int8=4e11, bandwidth=1e10)
+    shape = (rates, 2048, 1024, 512, 16, arithmetic)
+    still, half, always = (layer_seconds(*shape, moved=moved) for moved in (0.0, 0.5, 1.0))
+    assert half == pytest.approx((still + always) / 2)
+    copying = {"native": 0, "bf16": 2, "int8": 10}[arithmetic]
+    extra = rates.product(1024, 2048, 512) + rates.traffic(1024 * 512, copying)
+    assert always - still == pytest.approx(extra, rel=0.35)  # less what the factors' own gradients cost no more

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig, LowRankLinear, inject, low_rank_layers, merge
 from relora.lowrank.costs import ANY
+from relora.lowrank.int8 import quantize_rows
 from relora.lowrank.linear import Residual
 from relora.lowrank.residual import outside_, residual_steps
 
@@ -218,6 +219,24 @@ def test_is_merged_and_left_like_any_weight() -> None:
 # What it leaves alone
 
 
+def test_products_on_codes_of_the_weight_follow_it() -> None:
+    """Codes are made anew after every step; the gradient is that of the exact weight for the gradient that came."""
+    layer = layer_of(inn=48, out=40, frozen="int8").float()
+    layer.train()
+    optimizer, x, before = adamw(layer), drawn(64, 48, dtype=torch.float32), layer.weight.detach().clone()
+    for step in range(3):
+        with residual_steps(layer, optimizer, ALWAYS, step):
+            y = layer(x)
+            y.retain_grad()
+            loss_of(y, step).backward()
+            torch.testing.assert_close(layer.weight.grad, y.grad.T @ x)
+            optimizer.step()
+            optimizer.zero_grad()
+        codes, scales = quantize_rows(layer.weight.detach())
+        assert torch.equal(layer.frozen_copy, codes) and torch.equal(layer.frozen_scale, scales)
+    assert not torch.isclose(layer.weight, before).all()
+
+
 @pytest.mark.parametrize("residual", [Residual(), Residual(scale=1.0, every_steps=2)], ids=["off", "not due"])
 def test_where_it_is_not_due_nothing_knows_of_it(residual: Residual) -> None:
     layer = layer_of()
@@ -330,9 +349,8 @@ def test_with_dropout_the_weight_sees_the_whole_input() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": "bf16"}, "base: bf16 with native products would round it anew"),
+        ({"base": "bf16"}, "base: bf16 would round it anew"),
         ({"base": "nf4"}, "base: nf4"),
-        ({"frozen": "int8"}, "with int8 products"),
         ({"rest": "frozen"}, "it is for pretraining"),
         ({"dora": True}, "it is for pretraining"),
         ({"init": "pissa"}, "it is for pretraining"),

@@ -124,6 +124,12 @@ def test_a_longer_run_says_what_becomes_of_the_schedule(configure: Configure, fo
     assert "16 restarts in all instead of 7" in lines[1]
 
 
+def test_restarts_that_the_run_decides_on_are_not_counted(configure: Configure, folder: Path) -> None:
+    (folder / "config.yaml").write_text(to_yaml(configure(restart__adaptive=True)))
+    longer = changes(folder, configure(restart__adaptive=True, schedule__total_steps=18000))[1]
+    assert "; restarts as the run decides. A run of 18000 steps" in longer
+
+
 def test_a_restart_that_the_old_length_left_out_is_not_counted(configure: Configure, folder: Path) -> None:
     """Before step 4000 the old run, of 4000 steps, did the restarts before 2000 and 3000."""
     (folder / "config.yaml").write_text(to_yaml(configure(schedule__total_steps=4000)))

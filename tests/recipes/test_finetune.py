@@ -99,6 +99,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "patterns": {"lowrank__rank_pattern": {"mlp.*": 2}, "lowrank__trained_modules": ["norm"], "lowrank__rslora": True},
     "packed": {"data__packing": True, "batch__sequences": 4},
     "relora": {"method": "relora"},
+    "adaptive": {"method": "relora", "restart__adaptive": True, "restart__rank_share": 0.01},
     "full": {"method": "full"},
     "llama-adapter": {"method": "llama-adapter"},
 }

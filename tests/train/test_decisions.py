@@ -4,8 +4,10 @@ The runs are those of test_recovery.py: twelve steps of a network of two blocks.
 """
 
 import json
+import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.train.small import Net, batch
 from tests.train.small import loss as small_loss
+from tests.train.stage import Killed as StageKilled
+from tests.train.stage import Stage, kill
 from tests.train.test_recovery import Killed, Outcome, is_batch, never, play, same
 from torch import nn
 
-from relora.errors import Interrupted, UserError
+from relora.errors import Interrupted, NonFinite, UserError
 from relora.lowrank import LowRankConfig, low_rank_layers
 from relora.lowrank.restart import effective_rank
 from relora.measure import Evaluation
 from relora.report.history import read_history
 from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
-from relora.train.decisions import captured, energies, normalised_update
+from relora.train.decisions import captured, decide, energies, normalised_update
 from relora.train.run import Adaptive, CycleEnd, WarmStartEnd
 from relora.train.schedule import Schedule
 from relora.train.state import Decisions, LossWindow, TrainState
@@ -360,3 +364,19 @@ def test_a_checkpoint_from_before_there_were_decisions_is_read(tmp_path: Path) -
     tree = json.loads(state.read_text())
     assert tree.pop("decisions") and tree.pop("window")
     assert SavedState(**tree).progress == TrainState(4, 96)
+
+
+@pytest.mark.parametrize(("step", "poisoned"), [(3, "exp_avg"), (8, "lora_B")])
+def test_what_is_not_finite_has_no_spectrum(tmp_path: Path, step: int, poisoned: str) -> None:
+    """It stops the run, or sends it back, as where it would be merged."""
+    stage = Stage(tmp_path, schedule=timetable(), **VARIANTS["all"]).until(step, kill)
+    with pytest.raises(StageKilled):
+        stage.play()
+    progress, layers = stage.progress, low_rank_layers(stage.model)
+    assert progress is not None
+    weight = layers["blocks.1"].lora_B if layers else stage.model.blocks[1].weight
+    (weight.data if layers else progress.optimizer.state[weight][poisoned])[0, 0] = math.nan
+    window = LossWindow().with_loss(3.0).closed().with_loss(3.0)
+    progress.state = replace(progress.state, step=4 if step == 3 else 10, window=window)
+    with pytest.raises(NonFinite, match="an update is not finite"):
+        decide(stage.run, progress)

@@ -265,7 +265,6 @@ def test_a_configuration_reaches_the_layers() -> None:
     [
         ({"lowrank__base": "int8"}, "and int8 would round them each time; set `lowrank.base: fp32`"),
         ({"precision__dtype": "bf16"}, "and bf16 would round them each time; set `lowrank.base: fp32`"),
-        ({"precision__frozen": "int8"}, "and so their int8 copy; set `precision.frozen: auto`"),
         ({"optimizer__name": "adamw-8bit"}, "moments of adamw, not of adamw-8bit"),
         ({"lowrank__residual": {"scale": -1}}, r"`lowrank\.residual\.scale` is -1"),
         ({"lowrank__residual": {"every_steps": 0}}, r"`lowrank\.residual\.every_steps` is 0"),
@@ -281,9 +280,8 @@ def test_refused(changes: dict[str, object], message: str) -> None:
         configured(**changes, lowrank={})
 
 
-def test_products_with_weights_that_move_are_native_even_where_int8_is_faster() -> None:
+def test_int8_is_taken_where_it_pays_though_its_codes_are_made_anew() -> None:
     fast = Rates(fp32=((8, 2e9), (1024, 9e9)), bf16=2e10, int8=4e12, bandwidth=1e12)
     with torch.device("meta"):
         model = build_model("llama-9m", {}, seed=0)
-    assert frozen_arithmetic(configured(lowrank={"r": 8}), model, fast) == "int8"
-    assert frozen_arithmetic(configured(lowrank__r=8), model, fast) == "native"
+    assert frozen_arithmetic(configured(lowrank={"r": 8, "residual": {"scale": 1.0}}), model, fast) == "int8"

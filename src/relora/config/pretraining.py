@@ -75,11 +75,6 @@ class RunConfig(TrainingConfig):
                 f"lowrank.residual moves frozen weights in every step, and {stored} would round them each time; "
                 "set `lowrank.base: fp32`"
             )
-        if self.precision.frozen in ("bf16", "int8"):
-            raise ValueError(
-                f"lowrank.residual moves frozen weights in every step, and so their {self.precision.frozen} copy; "
-                "set `precision.frozen: auto`"
-            )
         if self.optimizer.name != "adamw":
             raise ValueError(
                 f"lowrank.residual takes its rate from the moments of adamw, not of {self.optimizer.name}; "

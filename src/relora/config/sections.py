@@ -164,7 +164,7 @@ class RestartSettings(Settings):
     """With stagger: in so many parts; each comes once in every_steps."""
     adaptive: bool = False
     """Restart when the update is full or the loss has flattened; looked at every `every_steps`."""
-    rank_share: Ratio = 0.7
+    rank_share: Ratio = 0.9
     """With adaptive: full is an effective rank of this share of r; balanced factors go by the loss alone."""
     slope: Share = 0.01
     """With adaptive: flattened is a loss that falls by less than this share of itself between two looks."""

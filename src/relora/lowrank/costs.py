@@ -90,20 +90,27 @@ def cheapest(
     return Way(min(forward, key=forward.__getitem__), *min(backward, key=backward.__getitem__))
 
 
-def layer_seconds(rates: Rates, tokens: int, out: int, inn: int, r: int, arithmetic: str) -> float:
-    """Predicted seconds of one layer forward and backward, frozen products `native` (fp32), in `bf16` or in `int8`."""
-    way = cheapest(rates, tokens, out, inn, r, mergeable=arithmetic == "native")
-    factors = _forward(rates, tokens, out, inn, r, way.merged_forward) + _backward(
-        rates, tokens, out, inn, r, way.merged_backward, way.dense
-    )
+def layer_seconds(rates: Rates, tokens: int, out: int, inn: int, r: int, arithmetic: str, moved: float = 0.0) -> float:
+    """Predicted seconds of one layer forward and backward, frozen products `native` (fp32), in `bf16` or in `int8`.
+
+    Args:
+        moved: share of the steps in which the weight moves: they form dW, and a coarser copy is made anew.
+    """
+    seconds, renewing = 0.0, {"native": 0, "bf16": 2, "int8": _QUANTIZING_PASSES}[arithmetic]
+    for share, weight_gradient in ((1 - moved, False), (moved, True)):
+        way = cheapest(rates, tokens, out, inn, r, mergeable=arithmetic == "native", weight_gradient=weight_gradient)
+        factors = _forward(rates, tokens, out, inn, r, way.merged_forward) + _backward(
+            rates, tokens, out, inn, r, way.merged_backward, way.dense
+        )
+        seconds += share * (factors + rates.traffic(out * inn, renewing if weight_gradient else 0))
     operations = 4 * tokens * out * inn
     if arithmetic == "native":
-        return factors + 2 * rates.product(tokens, inn, out)
+        return seconds + 2 * rates.product(tokens, inn, out)
     if arithmetic == "bf16":
-        return factors + operations / rates.bf16 + rates.traffic(tokens * (inn + out), 3)
+        return seconds + operations / rates.bf16 + rates.traffic(tokens * (inn + out), 3)
     if not rates.int8:
         return float("inf")
-    return factors + operations / rates.int8 + rates.traffic(tokens * (inn + out), _QUANTIZING_PASSES)
+    return seconds + operations / rates.int8 + rates.traffic(tokens * (inn + out), _QUANTIZING_PASSES)
 
 
 def _forward(rates: Rates, tokens: int, out: int, inn: int, r: int, merged: bool) -> float:

@@ -50,14 +50,15 @@ def low_rank_linear(
     dropout: float = 0.0,
     arithmetic: Arithmetic = "native",
     scale: Tensor | None = None,
+    trained_weight: Tensor | None = None,
 ) -> Tensor:
     """y [..., out] of x [..., in], weight [out, in], bias [out], lora_A [r, in] and lora_B [out, r].
 
     Args:
-        weight: in floating point, where it may ask for its gradient; int8 codes with a `scale` [out, 1], or NF4 codes
-            [out, in / 2] with theirs.
+        weight: in floating point, int8 codes with a `scale` [out, 1], or NF4 codes [out, in / 2] with theirs.
         rates: of the device, for the choice between the ways to compute the same.
         dropout: acts on the input of the factors alone.
+        trained_weight: what gets dW [out, in] if it asks for its gradient; `weight` itself, unless that is codes.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -65,23 +66,26 @@ def low_rank_linear(
     # without autocast, half-precision activations meet fp32 factors: small updates live there, so their precision wins
     low = dtype if autocast else torch.promote_types(dtype, lora_A.dtype)
     flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
+    trained = weight if trained_weight is None else trained_weight
+    asking, weight = trained if trained.requires_grad else None, weight.detach()
     if arithmetic == "int8" and not runs_in_int8(flat.shape[0], weight):
         arithmetic = "native"
     with torch.autocast(device, enabled=False):
         if dropout:
             order = Order(FACTORED, arithmetic, dtype, low)
             compressed = scaling * F.linear(F.dropout(flat.to(low), dropout), lora_A.to(low))
-            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, None, order)  # type: ignore[no-untyped-call]
+            y: Tensor = _LowRank.apply(flat, weight, scale, bias, None, None, 1.0, None, order, asking)  # type: ignore[no-untyped-call]
             y = y + F.linear(compressed, lora_B.to(low)).to(dtype)
         else:
             out, (r, inn) = weight.shape[0], lora_A.shape
-            fixed, trained = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
+            fixed, learned = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             # in half precision W + s B A would lose what is small against W
             mergeable = arithmetic == "native" and dtype.itemsize >= 4
-            asks = weight.requires_grad
-            way = cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable, weight_gradient=asks)
+            way = cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable, weight_gradient=asking is not None)
             order = Order(way, arithmetic, dtype, low)
-            y = _LowRank.apply(flat, weight, scale, bias, lora_A, lora_B, fixed, trained, order)  # type: ignore[no-untyped-call]
+            y = _LowRank.apply(  # type: ignore[no-untyped-call]
+                flat, weight, scale, bias, lora_A, lora_B, fixed, learned, order, asking
+            )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -100,8 +104,9 @@ class _LowRank(torch.autograd.Function):
         fixed_scaling: float,
         trained_scaling: Tensor | None,
         order: Order,
+        asking: Tensor | None,
     ) -> Tensor:
-        trained = lora_A is not None or ctx.needs_input_grad[1]
+        trained = lora_A is not None or ctx.needs_input_grad[9]
         ctx.save_for_backward(x if trained else None, weight, scale, lora_A, lora_B, trained_scaling)
         ctx.fixed_scaling, ctx.order, ctx.dtype = fixed_scaling, order, x.dtype
         y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *order)
@@ -115,10 +120,10 @@ class _LowRank(torch.autograd.Function):
         grad_bias = grad.sum(0) if wants[3] else None
         if lora_A is None or lora_B is None:
             grad_x = _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype) if wants[0] else None
-            grad_weight = (grad.to(order.low).T @ x.to(order.low)).to(weight.dtype) if wants[1] else None
-            return (None if grad_x is None else grad_x.to(ctx.dtype)), grad_weight, None, grad_bias, *[None] * 5
+            grad_weight = grad.to(order.low).T @ x.to(order.low) if wants[9] else None
+            return (None if grad_x is None else grad_x.to(ctx.dtype)), None, None, grad_bias, *[None] * 5, grad_weight
         a, b, low_grad = lora_A.to(order.low), lora_B.to(order.low), grad.to(order.low)
-        dense = order.way.dense or wants[1]
+        dense = order.way.dense or wants[9]
         grad_x = grad_weight = grad_a = grad_b = grad_scaling = None
         if not (order.way.merged_backward and dense):
             compressed = low_grad @ b  # dY B [tokens, r]
@@ -130,18 +135,18 @@ class _LowRank(torch.autograd.Function):
                     _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype), scaling * compressed, a
                 )
             grad_x = grad_x.to(ctx.dtype)
-        if wants[1] or any(wants[4:]):
+        if any(wants[4:]):
             x = x.to(order.low)
             if dense:
                 grad_weight = low_grad.T @ x  # [out, in], of this layer alone
                 unscaled_a, grad_b = b.T @ grad_weight, scaling * (grad_weight @ a.T)
-                grad_weight = grad_weight.to(weight.dtype) if wants[1] else None
             else:
                 unscaled_a = compressed.T @ x
                 grad_b = ((scaling * (x @ a.T)).T @ low_grad).T  # narrow sides first: up to twice as fast on a CPU
             grad_a, grad_b = (scaling * unscaled_a).to(lora_A.dtype), grad_b.to(lora_B.dtype)
             grad_scaling = (unscaled_a * a).sum().to(lora_A.dtype) if wants[7] else None
-        return grad_x, grad_weight, None, grad_bias, grad_a, grad_b, None, grad_scaling, None
+        grad_weight = grad_weight if wants[9] else None
+        return grad_x, None, None, grad_bias, grad_a, grad_b, None, grad_scaling, None, grad_weight
 
 
 @torch.library.custom_op("relora::low_rank_linear", mutates_args=())

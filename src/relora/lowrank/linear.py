@@ -113,10 +113,10 @@ class LowRankConfig:
     def _check_residual(self) -> None:
         if self.residual.scale < 0 or self.residual.every_steps < 1:
             raise UserError("lowrank.residual: scale must be 0 or more, every_steps 1 or more")
-        if self.base not in ("auto", "fp32") or self.frozen != "native":
+        if self.base not in ("auto", "fp32"):
             raise UserError(
-                f"lowrank.residual moves the weight in every step, and base: {self.base} with {self.frozen} products "
-                "would round it anew each time; it needs base: fp32 and native products"
+                f"lowrank.residual moves the weight in every step, and base: {self.base} would round it anew each time; "
+                "it needs base: fp32"
             )
         if self.rest == "frozen" or self.dora or self.init in FROM_WEIGHT:
             raise UserError("lowrank.residual moves weights that an adapter has no place for; it is for pretraining")
@@ -209,6 +209,7 @@ class LowRankLinear(Layer):
             dropout=self.lora_dropout if self.training else 0.0,
             arithmetic=arithmetic,
             scale=scale,
+            trained_weight=self.base.rows(self.weight) if self.weight.requires_grad else None,
         )
         if self.magnitude is None:
             return y

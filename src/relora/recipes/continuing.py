@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from relora.config import RunConfig, TrainingConfig, load_any_config
 from relora.errors import UserError
+from relora.recipes.parts import adaptive_of
 from relora.train.checkpoint import Checkpoint, Checkpoints
 from relora.train.schedule import Schedule
 
@@ -76,7 +77,7 @@ def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], 
         )
     lines = [f"{key}: {old.get(key)} -> {new.get(key)}{_remark(key)}" for key in changed]
     if before.total_steps != now.total_steps and done:
-        lines.append(_longer(before, now, done))
+        lines.append(_longer(before, now, done, by_itself=adaptive_of(config).watches_loss))
     return lines
 
 
@@ -126,13 +127,17 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     return lines
 
 
-def _longer(old: Schedule, new: Schedule, done: int) -> str:
-    # one that the old schedule left out, for being too near to its end, is not made up for
-    restarts = sum(step < done for step in old.restarts) + sum(step >= done for step in new.restarts)
+def _longer(old: Schedule, new: Schedule, done: int, *, by_itself: bool) -> str:
+    if by_itself:  # the checkpoint knows when it restarted, and the run when it will
+        old, new, counted = old.decided(None, ()), new.decided(None, ()), "restarts as the run decides"
+    else:
+        # one that the old schedule left out, for being too near to its end, is not made up for
+        restarts = sum(step < done for step in old.restarts) + sum(step >= done for step in new.restarts)
+        counted = f"{restarts} restarts in all instead of {len(old.restarts)}"
     return (
         f"the cosine now ends at step {new.total_steps} instead of {old.total_steps}: at step {done} the learning rate "
         f"goes from {old.lr_factor(min(done, old.total_steps - 1)):.3f} to {new.lr_factor(done):.3f} of its peak; "
-        f"{restarts} restarts in all instead of {len(old.restarts)}. A run of {new.total_steps} steps from "
+        f"{counted}. A run of {new.total_steps} steps from "
         "the start would have had the new rates all along"
     )
 

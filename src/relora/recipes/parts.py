@@ -217,15 +217,15 @@ def frozen_arithmetic(config: RunConfig | FinetuneConfig, model: PreTrainedModel
     if config.precision.frozen != "auto":
         return config.precision.frozen
     lowrank, tokens = lowrank_of(config), config.batch.micro_sequences * config.data.sequence_length
-    # nf4 has no int8 codes, and what is dequantized is in the dtype of the rest; what moves needs a copy in every step
-    if lowrank.base == "nf4" or lowrank.residual.scale:
+    if lowrank.base == "nf4":  # has no int8 codes, and what is dequantized is in the dtype of the rest
         return "native"
     found = find_targets(model, lowrank)
     layers = [(*model.get_parameter(f"{name}.weight").shape, lowrank.of_layer(name).r) for name in found]
     native: Arithmetic = "native" if config.precision.dtype == "fp32" else "bf16"
 
     def seconds(arithmetic: Arithmetic) -> float:
-        return sum(layer_seconds(rates, tokens, out, inn, r, arithmetic) for out, inn, r in layers)
+        moved = 1 / lowrank.residual.every_steps if lowrank.residual.scale else 0.0
+        return sum(layer_seconds(rates, tokens, out, inn, r, arithmetic, moved) for out, inn, r in layers)
 
     return "int8" if seconds("int8") < _CLEARLY_FASTER * seconds(native) else "native"
 

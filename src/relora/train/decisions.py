@@ -22,6 +22,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from relora.errors import NonFinite
 from relora.lowrank import low_rank_layers
 from relora.lowrank.allocation import allocate
 from relora.lowrank.inject import find_targets
@@ -31,16 +32,23 @@ from relora.train.state import LossWindow
 
 
 def decide(run: Run, progress: Progress) -> None:
-    """Settle what is due just before this step; no-op where nothing is, or where it was settled."""
+    """Settle what is due just before this step; no-op where nothing is, or where it was settled.
+
+    Raises:
+        NonFinite: a factor or a moment is not finite.
+    """
     rules, step = run.adaptive, progress.state.step
-    if rules.warm_start and progress.state.decisions.switch_step is None:
-        _decide_switch(run, progress, rules.warm_start)
-    if progress.schedule.switch_due(step):
-        if rules.ranks == "spectrum" and not progress.state.decisions.ranks:
-            _choose_ranks(run, progress)
-        progress.state = replace(progress.state, window=LossWindow())
-    if rules.cycle:
-        _decide_restart(run, progress, rules.cycle)
+    try:
+        if rules.warm_start and progress.state.decisions.switch_step is None:
+            _decide_switch(run, progress, rules.warm_start)
+        if progress.schedule.switch_due(step):
+            if rules.ranks == "spectrum" and not progress.state.decisions.ranks:
+                _choose_ranks(run, progress)
+            progress.state = replace(progress.state, window=LossWindow())
+        if rules.cycle:
+            _decide_restart(run, progress, rules.cycle)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise NonFinite(f"after step {step}: an update is not finite, so it has no spectrum to decide by") from None
 
 
 def normalised_update(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ def captured(spectrum: Tensor, r: int) -> float:
 
 def _decide_switch(run: Run, progress: Progress, rule: WarmStartEnd) -> None:
     state, schedule, r = progress.state, progress.schedule, run.lowrank.r
-    why = "as late as it may"
+    why = "at its bound, warm_start.steps"
     if state.step < schedule.warm_start_steps:
         if state.step % rule.window_steps or not state.window.steps:
             return
