@@ -74,7 +74,7 @@ def test_lowrank_settings_and_library_config_agree() -> None:
         ("restart.growth=0.5", "`restart.growth` is 0.5"),
         ("restart={stagger: ranks, optimizer: project}", "knows `optimizer: zero` and `keep`"),
         ("restart={stagger: ranks, warmup_steps: 5}", "set `warmup_steps: 0`"),
-        ("restart={stagger: layers, ramp: all}", "set `ramp: factors`"),
+        ("restart={stagger: layers, warmup_steps: 5}", "set `ramp: factors`"),
         ("restart={stagger: layers, every_steps: 3, warmup_steps: 0}", r"restart.turns \(4\) must not exceed"),
         ("method=relorra", "'full', 'lora' or 'relora'"),
         ("warm_start.steps=3000", "must be shorter than the run"),

@@ -182,6 +182,7 @@ def test_a_run_decides_by_what_it_sees_and_its_checkpoints_are_exported(configur
         warm_start={"auto": True, "steps": 10, "window_steps": 1, "slope": 0.9, "energy": 0.1},
         lowrank__ranks="spectrum",
         restart={"every_steps": 3, "warmup_steps": 1, "adaptive": True, "slope": 0.0, "rank_share": 0.1},
+        variant="paper",  # balanced factors are full from the start
     )
     result = pretrain(config, quiet=True)
     [ranks] = [line["ranks"] for line in figures(result.folder) if line.get("of") == "ranks"]
@@ -205,14 +206,15 @@ def test_a_run_killed_again_and_again_arrives(configure: Configure) -> None:
 PINNED = {
     "full": [6.24652, 6.21389, 6.07659, 5.99538, 5.86268, 5.78877, 5.76762],
     "lora": [6.24652, 6.21389, 6.15578, 6.08083, 5.92079, 5.85033, 5.83566],
-    "relora": [6.24652, 6.21389, 6.15578, 6.08083, 5.96636, 5.90534, 5.89415],
+    "relora": [6.24652, 6.21389, 6.15578, 6.06368, 5.95892, 5.91610, 5.89058],
+    "paper": [6.24652, 6.21389, 6.15578, 6.08083, 5.96636, 5.90534, 5.89415],
 }
 """Training loss at steps 2, 4 ... 14. A change that should not matter keeps them."""
 
 
 @pytest.mark.parametrize("method", PINNED)
 def test_pinned_losses(configure: Configure, method: str) -> None:
-    folder = execute(configure(method=method))
+    folder = execute(configure(variant="paper") if method == "paper" else configure(method=method))
     losses = [line["loss"] for line in figures(folder) if line["kind"] == "train" and line["step"] % 2 == 0]
     assert losses == pytest.approx(PINNED[method], rel=1e-4)  # other processors sum in another order
 

@@ -73,7 +73,7 @@ def test_the_same_run_needs_no_word(configure: Configure, folder: Path) -> None:
         ({"lowrank__r": 64}, r"lowrank\.r \(128 there, 64 here\)"),
         ({"warm_start__steps": 900}, r"warm_start\.steps"),
         ({"restart__every_steps": 900}, r"restart\.every_steps"),
-        ({"restart__optimizer": "keep"}, r"restart\.optimizer"),
+        ({"restart__optimizer": "zero"}, r"restart\.optimizer"),
         ({"schedule__warmup_steps": 7}, r"schedule\.warmup_steps"),
         ({"schedule__min_lr_ratio": 0.2}, r"schedule\.min_lr_ratio"),
         ({"batch__sequences": 128}, r"batch\.sequences"),

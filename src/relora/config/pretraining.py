@@ -25,6 +25,10 @@ PAPER_RESTARTS = {
 """Algorithm 1's: all layers at once, Kaiming A beside B = 0, every rate dips and climbs. Its pruning of moments is a
 true reset here; `optimizer: magnitude` with a small `keep_ratio` prunes."""
 
+RESTARTS = {"default": {"init": "balanced", "optimizer": "keep", "warmup_steps": 0}, "paper": PAPER_RESTARTS}
+"""By variant: what `restart` has unless it says otherwise. Balanced factors begin where the old ones were in size, so
+their moments fit, and there is nothing to warm up (docs/results.md)."""
+
 
 class RunConfig(TrainingConfig):
     """Everything that `relora pretrain` reads."""
@@ -32,7 +36,7 @@ class RunConfig(TrainingConfig):
     data: DataSettings
     method: Literal["full", "lora", "relora"] = "relora"
     variant: Literal["default", "paper"] = "default"
-    """Whose defaults `restart` has: what did best in docs/results.md, or Algorithm 1 of the ReLoRA paper."""
+    """Whose defaults `restart` has: what cost least in docs/results.md, or Algorithm 1 of the ReLoRA paper."""
     lowrank: PretrainingLowRankSettings = PretrainingLowRankSettings()
     warm_start: WarmStart = WarmStartSettings()
     schedule: ScheduleSettings
@@ -41,9 +45,12 @@ class RunConfig(TrainingConfig):
     @model_validator(mode="before")
     @classmethod
     def _variant_fills_restart(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("variant") == "paper" and isinstance(tree.get("restart", {}), dict):
-            return {**tree, "restart": {**PAPER_RESTARTS, **tree.get("restart", {})}}
-        return tree
+        if not isinstance(tree, dict) or not isinstance(tree.get("restart", {}), dict):
+            return tree
+        if tree.get("method", "relora") != "relora":
+            return tree
+        filled = RESTARTS.get(str(tree.get("variant", "default")), {})
+        return {**tree, "restart": {**filled, **tree.get("restart", {})}}
 
     @property
     def batch_tokens(self) -> int:

@@ -33,6 +33,7 @@ ALLOWED = {
     "device": "sums are rounded, and dropout is drawn, differently",
     "compile": "sums are rounded, and dropout is drawn, differently",
     "memory": "the same bits, but for compiled blocks",
+    "variant": "what it stands for is compared",
     "data.train.path": "the same tokens",
     "data.validation": "the same tokens",
 }
