@@ -4,9 +4,9 @@
     python benchmarks/startup.py
 
 Every figure is of a process from its launch on, wall-clock and CPU time of all threads, medians over the rounds after
-one that warms the disk cache. The run is that of configs/paper/60m-main.yaml in fp32 on the prepared corpus, one micro-batch
-of four sequences, full-rank; it is killed as soon as its first step stands in metrics.jsonl. The
-evaluation before the first step is held to 1,024 tokens: how long it takes is `evaluate.tokens`' to say.
+one that warms the disk cache. The run is that of configs/paper/60m-main.yaml in fp32 on the prepared corpus, one
+micro-batch of four sequences, full-rank; it is killed as soon as its first step stands in metrics.jsonl. The evaluation
+before the first step is held to 1,024 tokens: how long it takes is `evaluate.tokens`' to say.
 """
 
 import argparse

@@ -115,8 +115,8 @@ class LowRankConfig:
             raise UserError("lowrank.residual: scale must be 0 or more, every_steps 1 or more")
         if self.base not in ("auto", "fp32"):
             raise UserError(
-                f"lowrank.residual moves the weight in every step, and base: {self.base} would round it anew each time; "
-                "it needs base: fp32"
+                f"lowrank.residual moves the weight in every step, and base: {self.base} would round it anew each "
+                "time; it needs base: fp32"
             )
         if self.rest == "frozen" or self.dora or self.init in FROM_WEIGHT:
             raise UserError("lowrank.residual moves weights that an adapter has no place for; it is for pretraining")

@@ -91,8 +91,9 @@ def _check_compiler(device: torch.device, backend: str) -> None:
 def _replaced(blocks: list[nn.Module], checkpointing: Checkpointing, backend: str | None) -> Iterator[None]:
     training = {kind: _training_forward(kind, checkpointing) for kind in {type(block) for block in blocks}}
     if backend:
-        # blocks that read their own number (some scale by it) are compiled one by one: in both phases that is 2 each
-        limit = max(8, 2 * len(blocks))
+        # blocks that read their own number (some scale by it) are compiled one by one: in both phases that is 2 each,
+        # with a residual that is not always due 3
+        limit = max(8, 3 * len(blocks))
         settings: dict[str, Any] = {"dynamic": False, "recompile_limit": limit, "isolate_recompiles": True}
         training = {kind: torch.compile(forward, backend=backend, **settings) for kind, forward in training.items()}
     for block in blocks:
