@@ -67,7 +67,7 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "before a restart": Blow(call=f"{LOOP}:restart"),
     "in a restart, before the first merge": Blow(call="relora.lowrank.linear:LowRankLinear.exchange_", nth=1),
     "in a restart, inside the merge": Blow(call="relora.lowrank.base:FrozenWeight.add_", nth=9, after=True),
-    "in a restart, between redraw and reset": Blow(
+    "in a restart, between new factors and their moments": Blow(
         call="relora.lowrank.linear:LowRankLinear.exchange_", nth=LAYERS - 3, after=True
     ),
     "in a restart, between two moments": Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
@@ -114,7 +114,7 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
 NAMED_IN_CONTINUED_RUNS: dict[str, tuple[Blow, ...]] = {
     "three times inside the same restart": (
         Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
-        Blow(call="relora.lowrank.linear:LowRankLinear.merge_", nth=3, after=True),
+        Blow(call="relora.lowrank.linear:LowRankLinear.exchange_", nth=3, after=True),
         Blow(call=f"{RESTART}:reset_moments", nth=3),
     ),
     "before, in and after the switch": (

@@ -14,8 +14,8 @@ from tests.faults.kills import LOOP, Workbench, named_kill, random_kill, struck,
 
 MOST_TELLING = [
     "config.yaml open and empty",
-    "in a restart, between merge and redraw",
-    "in a restart, between redraw and reset",
+    "in a restart, inside the merge",
+    "in a restart, between new factors and their moments",
     "in a restart, between two layers",
     "a restart's line half written",
     "in a later evaluation",

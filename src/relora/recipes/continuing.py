@@ -62,7 +62,8 @@ def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], 
         raise UserError(f"output_dir: {folder} holds a run of another verb; choose another output_dir")
     old, new = _flat(there), _flat(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _in(key, FREE)]
-    refused = [key for key in changed if not _in(key, ALLOWED)]
+    # what a method or a variant fills in comes after what was written
+    refused = sorted((key for key in changed if not _in(key, ALLOWED)), key=lambda key: key.count("."))
     if refused:
         shown = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in refused[:3])
         raise UserError(
