@@ -66,7 +66,7 @@ class MergedUpdate:
     name: str
     shape: tuple[int, int]
     update_norm: float
-    """Frobenius norm of the s·B A that was merged."""
+    """Frobenius norm of the s·B A that was merged: of balanced factors with what they began with."""
     weight_norm: float
     """Frobenius norm of W before the merge."""
     effective_rank: float

@@ -43,8 +43,9 @@ INCIDENT_COLUMNS = ("Step", "What was done", "Loss", "Gradient norm", "Where in 
 INCIDENT_NAMES = {"skipped": "step left out", "rewind": "gone back to this step"}
 RESTART_NOTE = (
     "A restart merges the factors into the weights and draws new ones, so the held-out loss stays what it was up to "
-    "rounding. |ΔW| / |W| is the Frobenius norm of the merged update over that of the weight; it and the effective "
-    "rank are means over the layers. The cycle of a restart is the training that follows it. The training loss is "
+    "rounding. |ΔW| / |W| is the Frobenius norm of the merged update (of balanced factors with what they began with) "
+    "over that of the weight; it and the effective rank are means over the layers. The cycle of a restart is the "
+    "training that follows it. The training loss is "
     "noisy, so its highest value after a restart lies above its mean before; only a rise of more than "
     f"{NOISE_FACTOR:g} times the noise counts as a spike, and is marked."
 )
