@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from relora.errors import NonFinite, RunStopped, UserError
 from relora.lowrank import LowRankConfig, RestartConfig, inject, low_rank_layers, restart
@@ -63,6 +64,23 @@ def test_no_restart_moves_the_function(how: RestartConfig) -> None:
         assert bool(layer.lora_B.any()) == (how.init == "balanced")
     train(model, optimizer, x, 2)
     assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in low_rank_layers(model).values())
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_no_restart_moves_the_function_of_a_transposed_layer(how: RestartConfig) -> None:
+    """GPT-2's, whose weight is [in, out]."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(16, 10), nn.Tanh(), Conv1D(4, 16))
+    inject(model, LowRankConfig(r=3, lora_alpha=3, target_modules=("0", "2")))
+    optimizer, x = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02), torch.randn(32, 10)
+    train(model, optimizer, x, 3)
+    before, weights = model(x), [layer.weight.clone() for layer in low_rank_layers(model).values()]
+    restart(model, optimizer, how, cycle=1, loss_of=lambda model: loss(model, x))
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+    moved = [
+        not torch.equal(layer.weight, w) for layer, w in zip(low_rank_layers(model).values(), weights, strict=True)
+    ]
+    assert moved == ([True, False] if how.stagger == "layers" else [True, True])
 
 
 def test_balanced_factors_have_the_norms_of_the_old_and_a_gradient_at_once() -> None:

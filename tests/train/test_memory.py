@@ -4,17 +4,20 @@ import torch
 from tests.train.small import SETTINGS, Net, batch, loss
 
 from relora.lowrank import LowRankConfig, inject
+from relora.lowrank.linear import Residual
 from relora.train.memory import HeldBytes, held_bytes
 from relora.train.optim import OptimizerConfig, build_optimizer
 
+OFF = Residual()
 
-def trained(model: Net, config: OptimizerConfig) -> HeldBytes:
+
+def trained(model: Net, config: OptimizerConfig, residual: Residual = OFF) -> HeldBytes:
     """After a step, when all moments are there."""
     optimizer = build_optimizer(model, config)
     summed, tokens = loss(model, *batch(0))
     (summed / tokens).backward()
     optimizer.step()
-    return held_bytes(model, optimizer)
+    return held_bytes(model, optimizer, residual)
 
 
 def test_full_rank() -> None:
@@ -37,6 +40,7 @@ def test_low_rank() -> None:
     held, factors = trained(model, config), 2 * 2 * 16
     assert (held.weights, held.factors) == (4 * plain, 4 * factors)
     assert held.gradients == 4 * (plain - 2 * 64 + factors)
+    assert trained(model, config, Residual(scale=1.0)).gradients == 4 * (plain + factors)
 
     stored = Net()
     inject(stored, LowRankConfig(r=2, lora_alpha=2, target_modules=["0", "1"], base="bf16", frozen="int8"))
@@ -47,6 +51,6 @@ def test_low_rank() -> None:
 def test_what_is_shared_counts_once() -> None:
     model = Net()
     model.head.weight = model.embed.weight
-    held = held_bytes(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    held = held_bytes(model, torch.optim.SGD(model.parameters(), lr=0.1), OFF)
     assert held.weights == 4 * sum(parameter.numel() for parameter in set(model.parameters()))
     assert held.moments == 0

@@ -135,7 +135,7 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
             run = assemble(job, lowrank, reporter, checkpoints, settings)
             with blocks:
                 end = train(run, begin(run, checkpoint))
-            state, memory = end.state, held_bytes(model, end.optimizer)
+            state, memory = end.state, held_bytes(model, end.optimizer, lowrank.residual)
             del end  # its moments are done with, and what is left to do takes memory, too
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             evaluation = finish(run, folder)
