@@ -143,7 +143,7 @@ def sample_texts(
         ids = finished.encode(prompt)
         room = (max_positions(model) or len(ids) + max_new_tokens) - len(ids)
         sampling = Sampling(max_new_tokens=max(1, min(max_new_tokens, room)), temperature=temperature, top_p=top_p)
-        written = continue_prompt(model, tokenizer, ids, sampling, seed)
+        written = continue_prompt(model, tokenizer, ids, sampling, seed, trains_on=True)
         texts.append(written.prompt + written.text)
     return texts
 
