@@ -8,7 +8,7 @@ import yaml
 from relora.config import RunConfig, load_any_config, load_config, parse_config, to_yaml
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
-from relora.recipes.parts import lowrank_of
+from relora.recipes.parts import lowrank_of, schedule_of
 
 MINIMAL = {
     "output_dir": "runs/x",
@@ -52,6 +52,25 @@ def test_token_budget_counts_tokens(file: Path) -> None:
 
 def test_lowrank_settings_and_library_config_agree() -> None:
     assert lowrank_of(parse_config(MINIMAL)) == LowRankConfig()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], 70),
+        (["method=lora"], 70),
+        (["lowrank.warmup_steps=0"], 0),
+        (["variant=paper"], None),
+        (["variant=paper", "lowrank.warmup_steps=20"], 20),
+        (["variant=paper", "method=lora"], 70),
+    ],
+)
+def test_factors_climb_after_a_warm_start_as_everything_does_at_first(
+    file: Path, overrides: list[str], steps: int | None
+) -> None:
+    """But for Algorithm 1, where the switch is as a restart."""
+    config = load_config(file, ["schedule.warmup_steps=70", *overrides])
+    assert schedule_of(config).switch_warmup_steps == steps
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import yaml
 from tests.test_docs import COMMANDS, shown
 
 from relora.config import load_config
-from relora.config.pretraining import PAPER_RESTARTS
+from relora.config.pretraining import RESTARTS
 from relora.errors import UserError
 from relora.lowrank import inject
 from relora.recipes.compare_methods import METHODS, control_shape, methods_of
@@ -44,11 +44,12 @@ def test_every_name_gives_a_configuration(config: Path) -> None:
     }
     assert settled["galore"].optimizer.name == "galore" and settled["galore"].optimizer.projection.rank == 8
     assert settled["lora"].warm_start.steps == 0 and settled["lora-warm"].warm_start.auto
-    assert settled["relora"].restart.init == "orthogonal"
-    # the paper's method is the paper's, whatever the configuration gives to `relora`
-    paper = settled["relora-paper"].restart.model_dump()
-    assert {key: paper[key] for key in PAPER_RESTARTS} == PAPER_RESTARTS
-    assert (paper["every_steps"], paper["warmup_steps"]) == (1500, 20)
+    # a variant is all of that variant, whatever the configuration gives to its own
+    for name, variant in (("relora", "default"), ("relora-paper", "paper")):
+        restart = settled[name].restart.model_dump()
+        assert settled[name].variant == variant and restart["every_steps"] == 1500
+        assert {key: restart[key] for key in RESTARTS[variant]} == RESTARTS[variant]
+    assert settled["relora-paper"].restart.warmup_steps == 20
 
 
 def test_the_ablation_table_has_every_part_alone(config: Path) -> None:

@@ -63,6 +63,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         restart_until=draw(st.sampled_from([0.3, 0.8, 1.0])),
         restart_warmup_steps=draw(st.integers(0, (every or 20) - 1)),
         restart_ramp=draw(st.sampled_from(["all", "factors"])),
+        switch_warmup_steps=draw(st.none() | st.integers(0, 60)),
         min_lr_ratio=draw(st.floats(0.01, 1)),
     )
 
@@ -78,8 +79,9 @@ def test_any_total_works_and_all_answers_agree(schedule: Schedule) -> None:
         assert 0 <= schedule.lr_factor(t) <= 1
         assert schedule.cycle_start(t) <= t
         assert (schedule.phase(t) == "low_rank") == (t >= schedule.warm_start_steps < schedule.total_steps)
-        boundary = schedule.restart_due(t) or (schedule.switch_due(t) and t > 0)
-        if boundary and schedule.restart_warmup_steps:
+        switch, at_switch = schedule.switch_due(t) and t > 0, schedule.switch_warmup_steps
+        climb = at_switch if switch and at_switch is not None else schedule.restart_warmup_steps
+        if (schedule.restart_due(t) or switch) and climb:
             assert schedule.lr_factor(t) == 0  # the dip and the event cannot disagree
             assert schedule.cycle_start(t) == t
     for number, t in enumerate(restarts):
@@ -93,7 +95,7 @@ def test_any_total_works_and_all_answers_agree(schedule: Schedule) -> None:
 
 @given(schedules(), st.integers(0, 3))
 def test_a_part_dips_at_its_own_restarts_and_the_rest_as_ramp_says(schedule: Schedule, turn: int) -> None:
-    turn %= schedule.restart_turns
+    turn, schedule = turn % schedule.restart_turns, replace(schedule, switch_warmup_steps=None)
     smooth = replace(schedule, restart_every_steps=None, warm_start_steps=schedule.total_steps, restart_turns=1)
     own, since = schedule.restarts[turn :: schedule.restart_turns], None
     for t in range(schedule.total_steps):
@@ -102,6 +104,24 @@ def test_a_part_dips_at_its_own_restarts_and_the_rest_as_ramp_says(schedule: Sch
         assert climbing or schedule.lr_factor(t, turn) == smooth.lr_factor(t)
         assert not (climbing and t == since) or schedule.lr_factor(t, turn) == 0
         assert schedule.rest_lr_factor(t) == (schedule if schedule.restart_ramp == "all" else smooth).lr_factor(t)
+
+
+@given(schedules(), st.integers(0, 3))
+def test_after_the_switch_the_factors_climb_alone(schedule: Schedule, turn: int) -> None:
+    """From 0 to where the rate is without dips, whatever restarts come in between; what dips at these still does."""
+    turn, switch = turn % schedule.restart_turns, schedule.warm_start_steps
+    steps = schedule.switch_warmup_steps
+    without = replace(schedule, switch_warmup_steps=0)
+    low_rank = range(switch, schedule.total_steps) if steps is not None and switch else range(0)
+    for t in range(schedule.total_steps):
+        if t not in low_rank or t >= switch + (steps or 0):
+            assert steps is None or schedule.lr_factor(t, turn) == without.lr_factor(t, turn)
+        else:
+            smooth = replace(without, restart_every_steps=None, restart_turns=1)
+            climb = (t - switch) / (steps or 1) * smooth.lr_factor(switch + (steps or 0))
+            assert schedule.lr_factor(t, turn) == min(climb, without.lr_factor(t, turn))
+        if steps is not None:
+            assert schedule.rest_lr_factor(t) == without.rest_lr_factor(t)
 
 
 def test_growing_cycles_in_turns() -> None:
@@ -145,6 +165,7 @@ def test_a_last_short_cycle_and_a_restart_too_late() -> None:
         {"restart_every_steps": 5, "restart_warmup_steps": 5},
         {"restart_every_steps": 0},
         {"restart_warmup_steps": -1},
+        {"switch_warmup_steps": -1},
         {"restart_growth": 0.5},
         {"restart_every_steps": 5, "restart_turns": 6},
         {"restart_until": 0},

@@ -14,20 +14,21 @@ from relora.config.sections import (
 )
 from relora.config.training import TrainingConfig
 
-PAPER_RESTARTS = {
-    "growth": 1.0,
-    "until": 1.0,
-    "ramp": "all",
-    "optimizer": "zero",
-    "init": "kaiming",
-    "stagger": "none",
+RESTARTS = {
+    "default": {"init": "balanced", "optimizer": "keep", "warmup_steps": 0},
+    "paper": {
+        "growth": 1.0,
+        "until": 1.0,
+        "ramp": "all",
+        "optimizer": "zero",
+        "init": "kaiming",
+        "stagger": "none",
+    },
 }
-"""Algorithm 1's: all layers at once, Kaiming A beside B = 0, every rate dips and climbs. Its pruning of moments is a
-true reset here; `optimizer: magnitude` with a small `keep_ratio` prunes."""
-
-RESTARTS = {"default": {"init": "balanced", "optimizer": "keep", "warmup_steps": 0}, "paper": PAPER_RESTARTS}
 """By variant: what `restart` has unless it says otherwise. Balanced factors begin where the old ones were in size, so
-their moments fit, and there is nothing to warm up (docs/results.md)."""
+their moments fit, and there is nothing to warm up (docs/results.md). The paper's are Algorithm 1's: all layers at once,
+Kaiming A beside B = 0, every rate dips and climbs; its pruning of moments is a true reset here (`optimizer: magnitude`
+with a small `keep_ratio` prunes)."""
 
 
 class RunConfig(TrainingConfig):
@@ -64,6 +65,13 @@ class RunConfig(TrainingConfig):
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None  # ScheduleSettings sees to it
         return -(-self.schedule.total_tokens // self.batch_tokens)
+
+    @property
+    def switch_warmup_steps(self) -> int | None:
+        """Of the factors' climb after the warm start; None where the switch is as a restart, as the paper has it."""
+        if self.method == "relora" and self.variant == "paper":
+            return self.lowrank.warmup_steps
+        return self.schedule.warmup_steps if self.lowrank.warmup_steps is None else self.lowrank.warmup_steps
 
     @property
     def earliest_switch(self) -> int:

@@ -105,6 +105,9 @@ class ResidualSettings(Settings):
 class PretrainingLowRankSettings(LowRankSettings):
     """The two factors beside every frozen weight (see `relora.LowRankConfig`)."""
 
+    warmup_steps: NonNegativeInt | None = None
+    """Of the climb of the factors' rate from 0 after a warm start; schedule.warmup_steps unless given. With `variant:
+    paper` everything dips there as at a restart, unless this is given."""
     ranks: Literal["uniform", "spectrum"] = "uniform"
     """spectrum: from r/4 to 2r by layer, more where the update has more directions when the warm start ends; in all no
     more parameters than r for every layer has."""

@@ -14,13 +14,16 @@ import torch
 from transformers import PreTrainedConfig
 
 from relora.config import RunConfig, load_config
-from relora.config.pretraining import PAPER_RESTARTS
+from relora.config.pretraining import RESTARTS
 from relora.errors import UserError
 from relora.lowrank import inject
 from relora.recipes.parts import lowrank_of, open_configured_model
 
 _RELORA = ("method=relora",)
-_PAPER = (*_RELORA, "variant=paper", *(f"restart.{key}={value}" for key, value in PAPER_RESTARTS.items()))
+_DEFAULT, _PAPER = (
+    (*_RELORA, f"variant={variant}", *(f"restart.{key}={value}" for key, value in RESTARTS[variant].items()))
+    for variant in ("default", "paper")
+)
 _SCRATCH = "warm_start={steps: 0}"
 _NO_RESET, _NO_JAG = "restart.optimizer=keep", "restart.warmup_steps=0"
 
@@ -31,13 +34,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lora": ("method=lora", _SCRATCH),
     "lora-warm": ("method=lora",),
     "relora-paper": _PAPER,
-    "relora": _RELORA,
+    "relora": _DEFAULT,
     # the ablation table: no warm start, and one part after the other
     "restarts": (*_PAPER, _SCRATCH, _NO_RESET, _NO_JAG),
     "restarts-reset": (*_PAPER, _SCRATCH, _NO_JAG),
     "restarts-jagged": (*_PAPER, _SCRATCH, _NO_RESET),
     "relora-paper-scratch": (*_PAPER, _SCRATCH),
-    "relora-scratch": (*_RELORA, _SCRATCH),
+    "relora-scratch": (*_DEFAULT, _SCRATCH),
     # full-rank weights, moments at low rank; {r} is lowrank.r
     "galore": ("method=full", "optimizer.name=galore", "optimizer.projection.rank={r}"),
     "apollo": ("method=full", "optimizer.name=apollo", "optimizer.projection.rank={r}"),

@@ -136,6 +136,7 @@ def restart_times(config: TrainingConfig) -> dict[str, Any]:
         "restart_until": restart.until,
         "restart_warmup_steps": restart.warmup_steps,
         "restart_ramp": restart.ramp,
+        "switch_warmup_steps": config.switch_warmup_steps if isinstance(config, RunConfig) else None,
     }
 
 
@@ -177,7 +178,7 @@ def most_restarts(config: RunConfig) -> int:
 
 def lowrank_of(config: TrainingConfig) -> LowRankConfig:
     """What the switch to low rank injects; with `base: auto`, precision bf16 stores frozen weights in bf16."""
-    settings = config.lowrank.model_dump(exclude={"ranks"})
+    settings = config.lowrank.model_dump(exclude={"ranks", "warmup_steps"})
     if isinstance(config, FinetuneConfig):
         # what is not trained is the base's to the end, and the base is there: nothing needs a copy of its own
         settings |= {"rest": "frozen", "master": config.method == "relora"}

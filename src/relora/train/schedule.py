@@ -15,6 +15,9 @@ lasts restart_every_steps · restart_growth^k steps; with turns it has so many r
 Whether everything dips at a boundary, or the factors alone, is `restart_ramp`. Without growth and turns this is the
 jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's for every argument that it
 accepts (no warm start: there that is a second run), and with none of its divisibility conditions.
+
+With `switch_warmup_steps` the switch has a climb of its own, of the factors alone: they are new to their optimizer, all
+else goes on. Restarts within it do not end it.
 """
 
 import math
@@ -42,6 +45,7 @@ class Schedule:
         restart_until: no restart after this share of the run.
         restart_warmup_steps: steps of the learning rate's climb after a boundary.
         restart_ramp: whose rate climbs there: everything's, or that of the factors drawn anew.
+        switch_warmup_steps: steps of the factors' climb after the switch; None for what a restart has.
         restart_steps: the restarts themselves, where a run decides on them; None for those of the lengths above.
         min_lr_ratio: where the cosine ends, as a share of the peak.
 
@@ -58,6 +62,7 @@ class Schedule:
     restart_until: float = 1.0
     restart_warmup_steps: int = 0
     restart_ramp: Ramp = "all"
+    switch_warmup_steps: int | None = None
     restart_steps: tuple[int, ...] | None = None
     min_lr_ratio: float = 0.1
 
@@ -70,8 +75,12 @@ class Schedule:
             raise ValueError(
                 f"warm_start_steps ({self.warm_start_steps}) must lie in 0 ... total_steps ({self.total_steps})"
             )
-        if self.restart_warmup_steps < 0:
-            raise ValueError(f"restart_warmup_steps ({self.restart_warmup_steps}) must not be negative")
+        for name, steps in (
+            ("restart_warmup_steps", self.restart_warmup_steps),
+            ("switch_warmup_steps", self.switch_warmup_steps or 0),
+        ):
+            if steps < 0:
+                raise ValueError(f"{name} ({steps}) must not be negative")
         if self.restart_every_steps is not None and self.restart_every_steps <= self.restart_warmup_steps:
             raise ValueError(
                 f"restart_every_steps ({self.restart_every_steps}) must exceed "
@@ -89,19 +98,20 @@ class Schedule:
             raise ValueError(f"restart_steps must ascend from warm_start_steps ({self.warm_start_steps})")
 
     def lr_factor(self, step: int, turn: int | None = None) -> float:
-        """Learning rate of a step, as a share of the peak: of what dips at every boundary.
+        """Learning rate of a step, as a share of the peak: of the factors.
 
         Args:
-            turn: of the factors that restart at this turn alone.
+            turn: of those that restart at this turn alone.
         """
         start = self.cycle_start(step) if turn is None else self._turn_start(step, turn)
-        if start > 0 and step - start < self.restart_warmup_steps:
-            return (step - start) / self.restart_warmup_steps * self._smooth(start + self.restart_warmup_steps)
-        return self._smooth(step)
+        climb = self._after_restart(step, start)
+        if self.switch_warmup_steps is None or self.phase(step) != "low_rank":
+            return climb
+        return min(climb, self._climbing(step, self.warm_start_steps, self.switch_warmup_steps))
 
     def rest_lr_factor(self, step: int) -> float:
         """The same of what is no factor."""
-        return self.lr_factor(step) if self.restart_ramp == "all" else self._smooth(step)
+        return self._after_restart(step, self.cycle_start(step)) if self.restart_ramp == "all" else self._smooth(step)
 
     def phase(self, step: int) -> Phase:
         """`full` in a run without a low-rank phase, else `warm_start` or `low_rank`."""
@@ -165,6 +175,17 @@ class Schedule:
         done = self.cycle(step)
         own = done - (done - 1 - turn) % self.restart_turns  # the last cycle up to this one that began with the turn
         return self.restarts[own - 1] if own > 0 else self.warm_start_steps
+
+    def _after_restart(self, step: int, start: int) -> float:
+        """Of what was drawn anew, or dips, at `start`."""
+        at_switch = start == self.warm_start_steps and self.switch_warmup_steps is not None
+        return self._smooth(step) if at_switch else self._climbing(step, start, self.restart_warmup_steps)
+
+    def _climbing(self, step: int, start: int, steps: int) -> float:
+        """From 0 at `start` to where the rate without dips is after so many steps, and that from there on."""
+        if start > 0 and step - start < steps:
+            return (step - start) / steps * self._smooth(start + steps)
+        return self._smooth(step)
 
     def _smooth(self, step: int) -> float:
         """Warm-up and cosine, without dips."""
