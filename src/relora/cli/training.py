@@ -136,8 +136,8 @@ def compare(
         values = (method, tune_lr, rates, seeds, jobs, runs, keep)
         if given := [name for name, value in zip(names, values, strict=True) if value]:
             raise UserError(f"{given[0]}: compares pretraining, but {config} has a `task`; leave it out")
-        from relora.recipes.compare import candidates_of, print_comparison
-        from relora.recipes.compare import compare as run_compare
+        from relora.recipes.compare.finetuning import candidates_of, print_comparison
+        from relora.recipes.compare.finetuning import compare as run_compare
 
         candidates = candidates_of(methods or "full,lora,llama-adapter", lr or [])
         outcomes = run_compare(settings, candidates, answers=50 if answers is None else answers)
@@ -145,10 +145,10 @@ def compare(
     else:
         if answers is not None:
             raise UserError(f"--answers: compares fine-tuning, but {config} has no `task`; leave it out")
-        from relora.recipes.compare_methods import methods_of
-        from relora.recipes.compare_pretraining import budget_of, compare_pretraining
-        from relora.recipes.compare_results import as_figures
-        from relora.recipes.compare_table import print_table, write_tables
+        from relora.recipes.compare.methods import methods_of
+        from relora.recipes.compare.pretraining import budget_of, compare_pretraining
+        from relora.recipes.compare.results import as_figures
+        from relora.recipes.compare.table import print_table, write_tables
 
         budget = budget_of(lr or [], tune=tune_lr, multiples=rates, seeds=seeds, jobs=jobs, keep=keep, runs=runs)
         chosen = methods_of(methods or "full,lora-warm,relora", method or [], config, overrides or [])

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from relora.recipes.compare_runs import Outcome
+from relora.recipes.compare.runs import Outcome
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from relora.config import load_config
 from relora.config.pretraining import RESTARTS
 from relora.errors import UserError
 from relora.lowrank import inject
-from relora.recipes.compare_methods import METHODS, control_shape, methods_of
+from relora.recipes.compare.methods import METHODS, control_shape, methods_of
 from relora.recipes.parts import lowrank_of, open_configured_model
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 COMPARISONS = [*sorted((CONFIGS / "paper").glob("*.yaml")), *sorted((CONFIGS / "small").glob("*.yaml"))]
 
 

@@ -4,8 +4,8 @@
     tune the others     of a low-rank method the rate of the factors, of any other its rate
     repeat              every method's best rate at the other seeds
 
-A method is a list of overrides (`compare_methods`), a search asks for runs (`tuning`), a run has a process of its own
-and is never made twice (`compare_runs`). A run at the first seed and full length that a search made is the first of its
+A method is a list of overrides (`methods`), a search asks for runs (`tuning`), a run has a process of its own
+and is never made twice (`runs`). A run at the first seed and full length that a search made is the first of its
 method's results, so the mean is a little too good, for every method alike.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from relora.config import RunConfig, load_config
 from relora.durable import write_durably
 from relora.errors import UserError
-from relora.recipes.compare_results import Attempt, Comparison, Result, as_figures
-from relora.recipes.compare_runs import Outcome, run_all, settled_folder
-from relora.recipes.tuning import Choice, Search, Trial, best_of, halving, run_searches
+from relora.recipes.compare.results import Attempt, Comparison, Result, as_figures
+from relora.recipes.compare.runs import Outcome, run_all, settled_folder
+from relora.recipes.compare.tuning import Choice, Search, Trial, best_of, halving, run_searches
 from relora.train.optim import check_optimizer
 
 RECORD = "comparison.json"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from relora.durable import write_durably
-from relora.recipes.compare_results import Comparison, Result
+from relora.recipes.compare.results import Comparison, Result
 from relora.report.comparison import Curve, loss_chart, markdown, rate_chart, write_comparison
 from relora.report.history import read_history
 

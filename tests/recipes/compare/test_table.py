@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from relora.recipes.compare_results import Attempt, Comparison, Result, as_figures
-from relora.recipes.compare_runs import Outcome
-from relora.recipes.compare_table import COLUMNS, as_csv, cells, print_table, write_tables
+from relora.recipes.compare.results import Attempt, Comparison, Result, as_figures
+from relora.recipes.compare.runs import Outcome
+from relora.recipes.compare.table import COLUMNS, as_csv, cells, print_table, write_tables
 from relora.train.memory import HeldBytes
 
 

@@ -20,9 +20,9 @@ from tests.command import call
 
 from relora.config import load_config, parse_config
 from relora.errors import UserError
-from relora.recipes.compare_methods import methods_of
-from relora.recipes.compare_pretraining import Budget, budget_of, compare_pretraining, shortened
-from relora.recipes.compare_runs import settled_folder
+from relora.recipes.compare.methods import methods_of
+from relora.recipes.compare.pretraining import Budget, budget_of, compare_pretraining, shortened
+from relora.recipes.compare.runs import settled_folder
 from relora.recipes.parts import schedule_of
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes"}

@@ -9,7 +9,7 @@ from relora.config import FinetuneConfig, parse_finetune_config
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.model.load import build_model, save_model
-from relora.recipes.compare import candidates_of, compare
+from relora.recipes.compare.finetuning import candidates_of, compare
 
 
 @pytest.fixture

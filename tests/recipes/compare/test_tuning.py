@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora.recipes.tuning import MOST_BEYOND, Choice, Search, Trial, best_of, halving, lengths_of, run_searches
+from relora.recipes.compare.tuning import MOST_BEYOND, Choice, Search, Trial, best_of, halving, lengths_of, run_searches
 
 GRID = [1e-3, 2e-3, 4e-3, 8e-3]
 
