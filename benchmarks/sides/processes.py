@@ -28,6 +28,7 @@ SIDES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ours-int8-compiled": ("sides.llama", "ours", {"frozen": "int8", "compiled": True}),
     "ours-int8-stored": ("sides.llama", "ours", {"frozen": "int8", "base": "int8"}),
     "ours-residual": ("sides.llama", "ours", {"residual": {"scale": 1.0}}),
+    "ours-int8-residual": ("sides.llama", "ours", {"frozen": "int8", "residual": {"scale": 1.0}}),
     "ours-residual-4": ("sides.llama", "ours", {"residual": {"scale": 1.0, "every_steps": 4}}),
 }
 """Name -> module, function, and what it is told."""
