@@ -135,6 +135,19 @@ def test_watching_changes_nothing(finished) -> None:
     assert (quiet.text, quiet.tokens) == (watched.text, watched.tokens)
 
 
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_autograd_keeps_account_only_where_the_model_trains_on(finished, trains_on: bool) -> None:
+    """What a module keeps of a text in inference mode could not be part of a later step."""
+    model, kept = finished.model, []
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, given, made: kept.append(made))
+    try:
+        text = continue_prompt(model, finished.tokenizer, finished.encode(PROMPT), GREEDY, 0, trains_on=trains_on).text
+    finally:
+        handle.remove()
+    assert {made.is_inference() for made in kept} == {not trains_on}
+    assert text == written(finished)[0].text
+
+
 def test_an_empty_stop_string() -> None:
     with pytest.raises(UserError, match="stop: a stop string is empty"):
         check_stop(["a", ""])

@@ -40,8 +40,9 @@ def test_every_name_gives_a_configuration(config: Path) -> None:
     settled = {name: load_config(config, overrides) for name, overrides in found.items()}
     assert {name: one.method for name, one in settled.items() if "relora" not in name and "restarts" not in name} == {
         **dict.fromkeys(("full", "control", "galore", "apollo", "fira"), "full"),
-        **dict.fromkeys(("lora", "lora-warm"), "lora"),
+        **dict.fromkeys(("lora", "lora-warm", "residual", "residual-scratch"), "lora"),
     }
+    assert {name for name, one in settled.items() if one.lowrank.residual.scale} == {"residual", "residual-scratch"}
     assert settled["galore"].optimizer.name == "galore" and settled["galore"].optimizer.projection.rank == 8
     assert settled["lora"].warm_start.steps == 0 and settled["lora-warm"].warm_start.auto
     # a variant is all of that variant, whatever the configuration gives to its own

@@ -25,6 +25,7 @@ _DEFAULT, _PAPER = (
     for variant in ("default", "paper")
 )
 _SCRATCH = "warm_start={steps: 0}"
+_RESIDUAL = "lowrank.residual.scale=1"
 _NO_RESET, _NO_JAG = "restart.optimizer=keep", "restart.warmup_steps=0"
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -41,6 +42,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "restarts-jagged": (*_PAPER, _SCRATCH, _NO_RESET),
     "relora-paper-scratch": (*_PAPER, _SCRATCH),
     "relora-scratch": (*_DEFAULT, _SCRATCH),
+    # low-rank factors and moments, and weights that follow the rest of their gradient
+    "residual": ("method=lora", _RESIDUAL),
+    "residual-scratch": ("method=lora", _RESIDUAL, _SCRATCH),
     # full-rank weights, moments at low rank; {r} is lowrank.r
     "galore": ("method=full", "optimizer.name=galore", "optimizer.projection.rank={r}"),
     "apollo": ("method=full", "optimizer.name=apollo", "optimizer.projection.rank={r}"),
