@@ -301,15 +301,17 @@ def test_an_outcome_that_was_damaged_is_named(prepared: Path, tmp_path: Path) ->
     warmup=st.integers(0, 30),
     length=st.sampled_from([0.25, 0.5, 0.63]),
     stagger=st.sampled_from(["none", "layers"]),
+    climb=st.none() | st.integers(0, 30),
 )
 def test_a_shortened_run_has_the_same_shape(
-    total: int, warm_start: float, every: float, warmup: int, length: float, stagger: str
+    total: int, warm_start: float, every: float, warmup: int, length: float, stagger: str, climb: int | None
 ) -> None:
     period = max(8, round(every * total))
     tree = {
         "output_dir": "x",
         "model": {"preset": "llama-9m"},
         "data": {"train": "x", "validation": "x"},
+        "lowrank": {"warmup_steps": climb},
         "warm_start": {"steps": round(warm_start * total)},
         "restart": {
             "every_steps": period,
@@ -324,7 +326,7 @@ def test_a_shortened_run_has_the_same_shape(
     short = parse_config(applied(tree, shortened(config, length)))
     assert short.total_steps == round(total * length)
     whole, part = schedule_of(config), schedule_of(short)
-    for name in ("warmup_steps", "warm_start_steps", "restart_every_steps", "restart_warmup_steps"):
+    for name in ("warmup_steps", "warm_start_steps", "restart_every_steps", "restart_warmup_steps", "switch_warmup_steps"):
         assert abs(getattr(part, name) - length * getattr(whole, name)) <= 1
     # rounding may move a restart across the end
     slack = 1 + len(whole.restarts) / (length * period) * 2

@@ -144,11 +144,13 @@ def shortened(config: RunConfig, length: float) -> list[str]:
         "window_steps": scaled(start.window_steps, 1, total),
     }
     every = scaled(restart.every_steps, restart.turns if restart.stagger != "none" else 1, total)
+    climb = config.lowrank.warmup_steps
     return [
         f"schedule.total_steps={total}",
         "schedule.total_tokens=null",
         f"schedule.warmup_steps={scaled(config.schedule.warmup_steps, 1, total - 1)}",
         f"warm_start={json.dumps(warm_start)}",
+        *([] if climb is None else [f"lowrank.warmup_steps={scaled(climb, 1, total)}"]),
         f"restart.every_steps={every}",
         f"restart.warmup_steps={scaled(restart.warmup_steps, 1, every - 1)}",
         f"optimizer.projection.every_steps={scaled(config.optimizer.projection.every_steps, 1, total)}",
