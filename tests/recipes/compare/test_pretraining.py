@@ -326,7 +326,8 @@ def test_a_shortened_run_has_the_same_shape(
     short = parse_config(applied(tree, shortened(config, length)))
     assert short.total_steps == round(total * length)
     whole, part = schedule_of(config), schedule_of(short)
-    for name in ("warmup_steps", "warm_start_steps", "restart_every_steps", "restart_warmup_steps", "switch_warmup_steps"):
+    periods = ("restart_every_steps", "restart_warmup_steps", "switch_warmup_steps")
+    for name in ("warmup_steps", "warm_start_steps", *periods):
         assert abs(getattr(part, name) - length * getattr(whole, name)) <= 1
     # rounding may move a restart across the end
     slack = 1 + len(whole.restarts) / (length * period) * 2
