@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = shape_of(arguments.hidden, arguments.tokens, arguments.layers, arguments.vocabulary)
     rank = rank_of(arguments.rank, arguments.hidden)
-    setting = Setting(shape, rank, arguments.tokens, arguments.threads, arguments.litgpt)
+    setting = Setting(shape, rank, arguments.tokens, arguments.threads, litgpt=arguments.litgpt)
     print(machine(arguments.threads))
     print(f"d = {shape.hidden}, {shape.layers} layers, r = {rank}, {setting.tokens} tokens, {shape.vocabulary} ids\n")
     steps: list[dict[str, list[float]]] = []

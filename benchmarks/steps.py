@@ -3,14 +3,14 @@
     python benchmarks/steps.py --hidden 1024 --ranks 64 256 --tokens 2048 --layers 6 --threads 2 --json steps.json
 
 Every side trains the same LLaMA (a preset's width and feed-forward size) from the same weights on the same random
-tokens in fp32: forward, backward, clipping, fused AdamW, gradients dropped, as one micro-batch of sequences of 256. The
-low-rank sides train the same parameters: factors of every linear layer in the blocks, embedding, norms and head. That
-they compute the same is checked by the losses of their first steps.
+tokens: forward, backward, clipping, fused AdamW, gradients dropped, as one micro-batch of sequences of 256, in fp32 or,
+with `--bf16`, under autocast. The low-rank sides train the same parameters: factors of every linear layer in the
+blocks, embedding, norms and head. That they compute the same is checked by the losses of their first steps.
 
 Each side is a process of its own, and only one works at a time: a round is one step of every side. `speed` is the time
 of full rank (of PEFT) over that of the side within the same round: median (quartiles). `peak` is the largest resident
-set of the side's process, libraries included. Where the memory does not hold all sides, they are started anew for every
-round.
+set of the side's process, libraries included; with `--device cuda` what its tensors took on the GPU. Where the main
+memory does not hold all sides, they are started anew for every round.
 
 LitGPT is found in an environment of its own, since it wants an older huggingface-hub:
 
@@ -29,7 +29,7 @@ from typing import Any
 
 from sides.machine import machine
 from sides.processes import LITGPT_PYTHON, SIDES, Setting, side_by_side
-from sides.shape import Shape, shape_that_fits
+from sides.shape import Place, Shape, shape_that_fits
 
 from relora.model.presets import PRESETS
 
@@ -43,21 +43,24 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", default=["16", "64", "d/8", "d/4"], help="a number, or d/N")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="of a step; times of 256")
     parser.add_argument("--sides", nargs="+", default=USUAL, choices=SIDES)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="products under autocast in bf16, on every side")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write all figures there")
     add_common(parser)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    print(machine(arguments.threads))
+    place = Place(arguments.device, arguments.bf16)
+    print(machine(arguments.threads, place.device))
     print_head()
     for hidden in arguments.hidden:
         for tokens in arguments.tokens:
             shape = shape_of(hidden, tokens, arguments.layers, arguments.vocabulary)
             for rank in dict.fromkeys(rank_of(rank, hidden) for rank in arguments.ranks):
-                setting = Setting(shape, rank, tokens, arguments.threads, arguments.litgpt)
+                setting = Setting(shape, rank, tokens, arguments.threads, place, arguments.litgpt)
                 rows += compare(setting, list(arguments.sides), arguments.rounds)
                 if arguments.json:
-                    record = {"machine": machine(arguments.threads), "rows": rows}
+                    record = {"machine": machine(arguments.threads, place.device), "rows": rows}
                     arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from relora.device import choose_device, peak_memory_bytes
+from relora.device import choose_device, deterministic, peak_memory_bytes
 from relora.errors import UserError
 
 
@@ -27,6 +27,27 @@ def test_cuda_asked_for_and_absent() -> None:
 def test_a_name_that_is_no_device(name: str) -> None:
     with pytest.raises(UserError, match="none of auto, cpu, cuda"):
         choose_device(name)
+
+
+def test_the_order_of_sums_is_asked_for_on_a_gpu_and_for_as_long_as_it_is_needed() -> None:
+    memory = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    with deterministic(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic(torch.device("cuda")):  # says so to torch, and needs no GPU for it
+        assert torch.are_deterministic_algorithms_enabled() and not memory.fill_uninitialized_memory
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert (torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory) == before == (False, True)
+
+
+def test_an_operation_without_such_an_order_is_named() -> None:
+    numbers, at = torch.zeros(3), torch.tensor([0])
+    said = r"^deterministic: put_ .*; set `deterministic: false`$"
+    with pytest.raises(UserError, match=said), deterministic(torch.device("cuda")):
+        numbers.put_(at, torch.ones(1))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="another"), deterministic(torch.device("cuda")):
+        raise RuntimeError("another")
 
 
 def test_peak_memory_is_of_this_process() -> None:

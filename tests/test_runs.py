@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from relora.config import RunConfig, parse_config
+from relora.device import deterministic
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
 from relora.lowrank.costs import ANY
@@ -91,7 +92,8 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
         ):
             lowrank = settled_lowrank(config, parts.model, parts.device, ANY)
             run = change(assemble(job_of(config, parts), lowrank, reporter, checkpoints, {}))
-            train(run, begin(run, checkpoints.latest()[0]))
+            with deterministic(parts.device):
+                train(run, begin(run, checkpoints.latest()[0]))
     return folder
 
 

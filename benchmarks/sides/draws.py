@@ -15,15 +15,17 @@ def generator(key: str) -> torch.Generator:
 @torch.no_grad()
 def draw_(name: str, tensor: Tensor) -> None:
     """Initial values of a parameter, by its name in transformers' LLaMA with `lora_A`, `lora_B` beside `weight`."""
+    values = torch.empty(tensor.shape)  # drawn in main memory, so that they are the same on every device
     if name.endswith("lora_A"):
         bound = tensor.shape[1] ** -0.5
-        tensor.uniform_(-bound, bound, generator=generator(name))
+        values.uniform_(-bound, bound, generator=generator(name))
     elif name.endswith("lora_B"):
-        tensor.zero_()
+        values.zero_()
     elif tensor.ndim == 1:
-        tensor.fill_(1)  # a norm
+        values.fill_(1)  # a norm
     else:
-        tensor.normal_(std=0.02, generator=generator(name))
+        values.normal_(std=0.02, generator=generator(name))
+    tensor.copy_(values)
 
 
 def sequences(tokens: int, vocabulary: int) -> Tensor:

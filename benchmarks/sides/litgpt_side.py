@@ -8,7 +8,7 @@ from litgpt.utils import chunked_cross_entropy
 from torch import Tensor
 
 from sides.draws import draw_, next_tokens
-from sides.shape import SEQUENCE, Shape
+from sides.shape import SEQUENCE, Place, Shape
 from sides.side import ALPHA, Side, stepping
 
 CHUNK = 128
@@ -22,7 +22,7 @@ PLACES = {
 """A layer of a LitGPT block -> the layers of a transformers block that it is made of."""
 
 
-def litgpt(shape: Shape, rank: int) -> Side:
+def litgpt(shape: Shape, rank: int, place: Place) -> Side:
     config = Config(
         name="llama",
         block_size=SEQUENCE,
@@ -42,7 +42,7 @@ def litgpt(shape: Shape, rank: int) -> Side:
         lora_alpha=ALPHA,
         **dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), True),
     )
-    model = GPT(config)
+    model = GPT(config).to(place.device)
     draw_("model.embed_tokens.weight", model.transformer.wte.weight)
     draw_("lm_head.weight", model.lm_head.linear.weight)
     for index, block in enumerate(model.transformer.h):
@@ -56,4 +56,4 @@ def litgpt(shape: Shape, rank: int) -> Side:
     def loss_of(ids: Tensor) -> Tensor:
         return chunked_cross_entropy(model(ids, lm_head_chunk_size=CHUNK), next_tokens(ids), CHUNK)
 
-    return stepping(model.train(), loss_of)
+    return stepping(model.train(), loss_of, place)

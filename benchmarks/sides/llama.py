@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from relora.model.blocks import Checkpointing, training_blocks
 from relora.train.optim import OptimizerConfig, build_optimizer
 from relora.train.step import train_step
 from sides.draws import draw_, next_tokens
-from sides.shape import SEQUENCE, Shape
+from sides.shape import CPU, SEQUENCE, Place, Shape
 from sides.side import ALPHA, CLIP, LR, Side, stepping
 
 
-def llama(shape: Shape) -> LlamaForCausalLM:
+def llama(shape: Shape, place: Place) -> LlamaForCausalLM:
     """With transformers' own loss and attention (SDPA)."""
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -37,7 +38,7 @@ def llama(shape: Shape) -> LlamaForCausalLM:
             max_position_embeddings=SEQUENCE,
             tie_word_embeddings=False,
         )
-    )
+    ).to(place.device)
     for name, parameter in model.named_parameters():
         draw_(name, parameter)
     return model.train()
@@ -50,20 +51,20 @@ def linears(model: nn.Module, shape: Shape) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def full(shape: Shape, rank: int) -> Side:
-    model = llama(shape)
-    return stepping(model, own_loss(model))
+def full(shape: Shape, rank: int, place: Place = CPU) -> Side:
+    model = llama(shape, place)
+    return stepping(model, own_loss(model), place)
 
 
-def peft(shape: Shape, rank: int) -> Side:
+def peft(shape: Shape, rank: int, place: Place = CPU) -> Side:
     """PEFT trains what is not in a block by `requires_grad`, without the copies that `modules_to_save` makes."""
     config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=[*shape.linears], bias="none")
-    model = get_peft_model(llama(shape), config)
+    model = get_peft_model(llama(shape, place), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             draw_(name.removeprefix("base_model.model.").removesuffix(".default.weight"), parameter)
         parameter.requires_grad_("base_layer" not in name)
-    return stepping(model, own_loss(model))
+    return stepping(model, own_loss(model), place)
 
 
 class PlainLowRank(nn.Module):
@@ -80,14 +81,14 @@ class PlainLowRank(nn.Module):
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
 
-def plain(shape: Shape, rank: int) -> Side:
-    model = llama(shape)
+def plain(shape: Shape, rank: int, place: Place = CPU) -> Side:
+    model = llama(shape, place)
     for name, linear in linears(model, shape):
         layer = PlainLowRank(linear, rank)
         draw_(f"{name}.lora_A", layer.lora_A)
         draw_(f"{name}.lora_B", layer.lora_B)
         model.set_submodule(name, layer)
-    return stepping(model, own_loss(model))
+    return stepping(model, own_loss(model), place)
 
 
 def own_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -98,13 +99,14 @@ def own_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
 def ours(
     shape: Shape,
     rank: int,
+    place: Place = CPU,
     checkpointing: Checkpointing = "none",
     compiled: bool = False,
     residual: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Side:
     """The product's layers, blocks, loss, optimizer and step. `options` are those of `LowRankConfig`."""
-    model, following = llama(shape), Residual(**residual or {})
+    model, following = llama(shape, place), Residual(**residual or {})
     relora.inject(model, LowRankConfig(r=rank, lora_alpha=ALPHA, residual=following, **options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -127,7 +129,7 @@ def ours(
                 step=done,
                 micro_sequences=len(ids),
                 clip_grad_norm=CLIP,
-                autocast=None,
+                autocast=torch.bfloat16 if place.bf16 else None,
                 check_gradients=False,
             ).loss
 

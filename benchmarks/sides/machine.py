@@ -8,7 +8,7 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile"
 """Of the processor: what decides how fast products in fp32, bf16 and int8 are."""
 
 
-def machine(threads: int) -> str:
+def machine(threads: int, device: str = "cpu") -> str:
     """One line."""
     known: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -19,4 +19,9 @@ def machine(threads: int) -> str:
     gibibytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     model = known.get("model name", "unknown processor")
-    return f"{model} ({flags}), {threads} of {os.cpu_count()} cores, {gibibytes:.0f} GiB; {packages}"
+    host = f"{model} ({flags}), {threads} of {os.cpu_count()} cores, {gibibytes:.0f} GiB; {packages}"
+    if device == "cpu":
+        return host
+    import torch  # a process that only counts goes without
+
+    return f"{torch.cuda.get_device_name(device)} beside {host}"

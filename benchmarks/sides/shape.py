@@ -21,6 +21,18 @@ KEPT = 0.85
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a side computes, and in what."""
+
+    device: str = "cpu"
+    bf16: bool = False
+    """Products under autocast in bf16; weights, gradients and moments stay in fp32."""
+
+
+CPU = Place()
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a LLaMA with untied embeddings and as many key-value heads as heads."""
 

@@ -4,7 +4,7 @@ step       a whole optimizer step: seconds, loss
 profile    one more step under the profiler: see `profiling`
 products   the bare products of a step: see `products`
 restart    a restart of the low-rank layers (ours only): seconds, and memory beyond what was resident
-peak       the most memory that was ever resident in this process, bytes
+peak       the most memory that was ever resident in this process, on a GPU that its tensors took there, bytes
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sides.draws import sequences
-from sides.shape import Shape
+from sides.shape import Place, Shape
 from sides.side import Side
 
 
@@ -28,13 +28,16 @@ class Worker:
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.shape, self.tokens = Shape(**order["shape"]), order["tokens"]
+        self.place = Place(**order["place"])
         self.ids = sequences(self.tokens, self.shape.vocabulary)
         build = getattr(importlib.import_module(order["module"]), order["function"])
-        self.side: Side = build(self.shape, order["rank"], **order["options"])
+        self.side: Side = build(self.shape, order["rank"], self.place, **order["options"])
 
     def step(self) -> dict[str, Any]:
         began = time.perf_counter()
         loss = self.side.step(self.ids)
+        if self.place.device != "cpu":
+            torch.accelerator.synchronize()
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
     # what these commands import would count in the peak of a process that only steps
@@ -55,6 +58,8 @@ class Worker:
         return timed_restart(self.side)
 
     def peak(self) -> dict[str, Any]:
+        if self.place.device != "cpu":
+            return {"bytes": torch.accelerator.max_memory_allocated()}
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         # getrusage would begin with what the parent process had taken
         return {"bytes": next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM:" in line)}

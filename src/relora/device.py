@@ -1,8 +1,12 @@
-"""Which device the arithmetic runs on, and the most memory that it has taken."""
+"""Which device the arithmetic runs on, in what order it adds there, and the most memory that it has taken."""
 
+import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +40,32 @@ def _cuda(device: torch.device) -> torch.device:
     if index >= count:
         raise UserError(f"device: {device} was asked for, but the GPUs here are cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within it a GPU takes every sum in the same order each time; a CPU does so anyway.
+
+    Raises:
+        UserError: an operation of the model has no such order.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants it said
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # with `warn_only`, attention's way back would still add in any order
+    memory.fill_uninitialized_memory = False  # a pass over every tensor, for programs that read what they never wrote
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic implementation" not in str(error):
+            raise
+        raise UserError(f"deterministic: {str(error).partition(',')[0]}; set `deterministic: false`") from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

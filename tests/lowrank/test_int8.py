@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.gpu import needs_gpu
 from torch import nn
 
 from relora.lowrank import LowRankConfig, LowRankLinear
 from relora.lowrank.costs import ANY
-from relora.lowrank.int8 import LEVELS, dequantized, product, product_backward, quantize_rows
+from relora.lowrank.int8 import LEVELS, dequantized, product, product_backward, quantize_rows, runs_in_int8
 
 
 @settings(max_examples=40)
@@ -39,6 +40,35 @@ def test_products_are_those_of_the_codes(tokens: int) -> None:
     expected = coded_grad @ codes.double()
     torch.testing.assert_close(product_backward(grad, codes, scale).double(), expected, rtol=1e-5, atol=1e-5)
     assert (expected - grad.double() @ weight).norm() < 0.02 * expected.norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("tokens", "out", "inn"), [(17, 32, 48), (100, 16, 16), (512, 336, 128), (1025, 512, 1376)])
+def test_products_on_a_gpu_are_those_of_the_cpu(tokens: int, out: int, inn: int) -> None:
+    """Exact sums of the same codes. A number half-way between two codes may go to either where a quotient's last bit
+    differs: one level of 127 in one of `inn` terms.
+    """
+    torch.manual_seed(0)
+    x, grad = torch.randn(tokens, inn), torch.randn(tokens, out)
+    codes, scale = quantize_rows(torch.randn(out, inn))
+    there = codes.cuda(), scale.cuda()
+    assert runs_in_int8(tokens, there[0])
+    for multiply, factor in ((product, x), (product_backward, grad)):
+        here, on_gpu = multiply(factor, codes, scale), multiply(factor.cuda(), *there).cpu()
+        assert (here - on_gpu).norm() < 1e-4 * here.norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("tokens", "out", "inn"), [(16, 32, 48), (100, 24, 16), (100, 32, 42)])
+def test_shapes_that_a_gpu_has_no_int8_product_for_are_multiplied_all_the_same(tokens: int, out: int, inn: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(inn, out, bias=False).cuda()
+    x = torch.randn(tokens, inn, device="cuda", requires_grad=True)
+    layer = LowRankLinear(linear, LowRankConfig(r=4, rates=ANY, frozen="int8"), name="x")
+    y = layer(x)
+    y.square().sum().backward()
+    assert (y - linear(x)).norm() < 0.02 * y.norm()
+    assert x.grad is not None and x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

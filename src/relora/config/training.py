@@ -36,6 +36,8 @@ class TrainingConfig(Settings):
     batch: BatchSettings = BatchSettings()
     precision: PrecisionSettings = PrecisionSettings()
     memory: MemorySettings = MemorySettings()
+    deterministic: bool = True
+    """On a GPU, take every sum in the same order each time, so that a continued run ends in the same bits."""
     compile: bool = False
     """Compile the repeated blocks (torch.compile); needs a C++ compiler on a CPU."""
     checkpoint: CheckpointSettings = CheckpointSettings()

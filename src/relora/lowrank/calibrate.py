@@ -22,7 +22,7 @@ import torch
 
 from relora.durable import user_cache
 from relora.lowrank.costs import ANY, Rates
-from relora.lowrank.int8 import LEVELS
+from relora.lowrank.int8 import LEVELS, columnwise
 
 _SIDE, _SIDES = 1024, (8, 32, 128, 512)
 _ROUNDS = 6
@@ -64,6 +64,8 @@ def measure(device: torch.device) -> Rates:
     def product(narrowest: int, dtype: torch.dtype) -> Callable[[], object]:
         x = torch.ones(side, side, device=device, dtype=dtype)
         y = torch.ones(side, narrowest, device=device, dtype=dtype)
+        if dtype == torch.int8:
+            y = columnwise(y)
         return lambda: (torch._int_mm if dtype == torch.int8 else torch.mm)(x, y)
 
     numbers = torch.zeros(16 * side * side, device=device)

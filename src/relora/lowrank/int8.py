@@ -35,9 +35,13 @@ def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def runs_in_int8(tokens: int, codes: Tensor) -> bool:
-    """Whether the device multiplies these shapes in int8: cuBLAS wants more than 16 rows and sides in eights."""
+    """Whether the device multiplies these shapes in int8, and not in the slowest of ways.
+
+    cuBLAS wants more than 16 rows and sides in eights; where they are not in sixteens it takes three times as long as
+    for bf16 (H100).
+    """
     if codes.device.type == "cuda":
-        return tokens > 16 and all(side % 8 == 0 for side in codes.shape)
+        return tokens > 16 and all(side % 16 == 0 for side in codes.shape)
     return codes.device.type == "cpu"
 
 
@@ -52,11 +56,18 @@ def product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def product_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """dY W [tokens, in] in fp32 of dY [tokens, out]."""
+    if codes.device.type == "cuda":
+        codes = columnwise(codes)
     grad_x = grad.new_empty(grad.shape[0], codes.shape[1], dtype=torch.float32)
     for part, result in _parts(grad, grad_x):
         part_codes, part_scale = quantize_rows(part * scale.T)
         torch.mul(torch._int_mm(part_codes, codes), part_scale, out=result)
     return grad_x
+
+
+def columnwise(codes: Tensor) -> Tensor:
+    """The same matrix, laid out by columns: a right factor that cuBLAS is several times as fast with (H100: 5)."""
+    return codes.T.contiguous().T
 
 
 def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -12,7 +12,8 @@ the price is one more product as large as the frozen ones, 2·T·o·i (see `resi
 The frozen products run in the arithmetic of x, in bf16 or in int8 (`int8`); the factors' never below that of x.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,12 +82,21 @@ def low_rank_linear(
             fixed, learned = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             # in half precision W + s B A would lose what is small against W
             mergeable = arithmetic == "native" and dtype.itemsize >= 4
-            way = cheapest(rates, flat.shape[0], out, inn, r, mergeable=mergeable, weight_gradient=asking is not None)
+            way = _way(rates, flat.shape[0], out, inn, r, mergeable=mergeable, weight_gradient=asking is not None)
             order = Order(way, arithmetic, dtype, low)
             y = _LowRank.apply(  # type: ignore[no-untyped-call]
                 flat, weight, scale, bias, lora_A, lora_B, fixed, learned, order, asking
             )
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+_remembered: Callable[..., Way] = functools.lru_cache(maxsize=4096)(cheapest)
+
+
+def _way(*shape: Any, **asked: bool) -> Way:
+    """`cheapest`, worked out once for every shape. What is compiled asks once anyway, and Dynamo warns of caches."""
+    choose: Callable[..., Way] = cheapest if torch.compiler.is_compiling() else _remembered
+    return choose(*shape, **asked)
 
 
 class _LowRank(torch.autograd.Function):
@@ -109,7 +119,8 @@ class _LowRank(torch.autograd.Function):
         trained = lora_A is not None or ctx.needs_input_grad[9]
         ctx.save_for_backward(x if trained else None, weight, scale, lora_A, lora_B, trained_scaling)
         ctx.fixed_scaling, ctx.order, ctx.dtype = fixed_scaling, order, x.dtype
-        y: Tensor = _forward(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *order)
+        operator = torch.ops.relora.low_rank_linear.default
+        y: Tensor = operator(x, weight, scale, bias, lora_A, lora_B, fixed_scaling, trained_scaling, *order)
         return y
 
     @staticmethod
@@ -131,25 +142,34 @@ class _LowRank(torch.autograd.Function):
             if order.way.merged_backward:
                 grad_x = grad.to(order.dtype) @ _merged(weight, scale, lora_A, lora_B, scaling, order.dtype)
             else:
-                grad_x = _add_product(
-                    _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype), scaling * compressed, a
-                )
+                grad_x = _frozen_backward(grad, weight, scale, order.arithmetic, order.dtype)
+                grad_x = _add_product(grad_x, compressed, a, scaling)
             grad_x = grad_x.to(ctx.dtype)
         if any(wants[4:]):
             x = x.to(order.low)
             if dense:
                 grad_weight = low_grad.T @ x  # [out, in], of this layer alone
-                unscaled_a, grad_b = b.T @ grad_weight, scaling * (grad_weight @ a.T)
+                unscaled_a, unscaled_b = b.T @ grad_weight, grad_weight @ a.T
             else:
                 unscaled_a = compressed.T @ x
-                grad_b = ((scaling * (x @ a.T)).T @ low_grad).T  # narrow sides first: up to twice as fast on a CPU
-            grad_a, grad_b = (scaling * unscaled_a).to(lora_A.dtype), grad_b.to(lora_B.dtype)
+                unscaled_b = ((x @ a.T).T @ low_grad).T  # narrow sides first: up to twice as fast on a CPU
+            grad_a, grad_b = (scaling * unscaled_a).to(lora_A.dtype), (scaling * unscaled_b).to(lora_B.dtype)
             grad_scaling = (unscaled_a * a).sum().to(lora_A.dtype) if wants[7] else None
         grad_weight = grad_weight if wants[9] else None
         return grad_x, None, None, grad_bias, grad_a, grad_b, None, grad_scaling, None, grad_weight
 
 
-@torch.library.custom_op("relora::low_rank_linear", mutates_args=())
+# what `torch.library.custom_op` would do, at a third of the time of a call
+_LIBRARY = torch.library.Library("relora", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "low_rank_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? lora_A, Tensor? lora_B, "
+    "float fixed_scaling, Tensor? trained_scaling, bool[] way, str arithmetic, ScalarType dtype, ScalarType low) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_LIBRARY, "low_rank_linear", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -175,10 +195,10 @@ def _forward(
         y += bias
     if lora_A is None or lora_B is None:
         return y
-    return _add_product(y, scaling * (x.to(low) @ lora_A.to(low).T), lora_B.to(low).T)
+    return _add_product(y, x.to(low) @ lora_A.to(low).T, lora_B.to(low).T, scaling)
 
 
-@_forward.register_fake
+@torch.library.register_fake("relora::low_rank_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     dtype: torch.dtype = others[-2]
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
@@ -206,12 +226,21 @@ def _merged(
     weight: Tensor, scale: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, dtype: torch.dtype
 ) -> Tensor:
     """W + s B A [out, in]."""
-    return torch.addmm(as_numbers(weight, scale, dtype), (scaling * lora_B).to(dtype), lora_A.to(dtype))
+    left, alpha = _scaled(lora_B.to(dtype), scaling)
+    return torch.addmm(as_numbers(weight, scale, dtype), left, lora_A.to(dtype), alpha=alpha)
 
 
-def _add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """y += left right, in place; the product in its own precision."""
-    return y.addmm_(left, right) if y.dtype == left.dtype else y.add_((left @ right).to(y.dtype))
+def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: Tensor | float) -> Tensor:
+    """y += s left right, in place; the product in its own precision."""
+    left, alpha = _scaled(left, scaling)
+    if y.dtype == left.dtype:
+        return y.addmm_(left, right, alpha=alpha)
+    return y.add_((left @ right).to(y.dtype), alpha=alpha)
+
+
+def _scaled(left: Tensor, scaling: Tensor | float) -> tuple[Tensor, float]:
+    """A left factor and what its product is to be multiplied with: for a number a product does that by itself."""
+    return (left * scaling.to(left.dtype), 1.0) if isinstance(scaling, Tensor) else (left, scaling)
 
 
 def as_numbers(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ ALLOWED = {
     "batch.micro_sequences": "sums are rounded, and dropout is drawn, differently",
     "device": "sums are rounded, and dropout is drawn, differently",
     "compile": "sums are rounded, and dropout is drawn, differently",
+    "deterministic": "",
     "memory": "the same bits, but for compiled blocks",
     "variant": "what it stands for is compared",
     "data.train.path": "the same tokens",
@@ -45,7 +46,7 @@ FIXED = {
 }
 """What must be what it was, though the configuration cannot tell, with the line to be said otherwise."""
 
-UNNOTED = {"compile": "none", "frozen": "native"}
+UNNOTED = {"compile": "none", "frozen": "native", "sums": "in any order"}
 """What was so before it was noted."""
 
 

@@ -160,6 +160,8 @@ def _measure_dtypes(device: torch.device) -> dict[str, DtypeSpeed]:
     seconds: dict[str, float | None] = dict.fromkeys(DTYPES, math.inf)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    for dtype in DTYPES.values():
+        _product_seconds(device, dtype)  # the first one waits for the library to be loaded
     begin = time.perf_counter()
     while time.perf_counter() - begin < MEASURE_SECONDS or math.inf in seconds.values():
         for name, dtype in DTYPES.items():

@@ -4,6 +4,7 @@ Pretraining and fine-tuning differ in their `Job` and in what they leave; the wa
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from relora.config import TrainingConfig
+from relora.device import deterministic
 from relora.lowrank import LowRankConfig
 from relora.lowrank.calibrate import from_json, to_json
 from relora.lowrank.costs import Rates
@@ -106,6 +108,8 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
     check_space(Path(config.output_dir), job.needed_bytes, continuing=not fresh)
     settings = numeric_environment(job.device, config.precision.dtype) | job.content
     settings["compile"] = "inductor" if config.compile else "none"
+    if job.device.type == "cuda":
+        settings["sums"] = "in one order" if config.deterministic else "in any order"
     with claim(config, fresh) as folder, _checkpoints(config, folder) as checkpoints:
         warnings = changes_since(folder, config, job.schedule_of)
         checkpoint, broken = newest(checkpoints, strict=strict)
@@ -133,7 +137,7 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
             if lowrank.frozen == "int8":
                 reporter.message("low-rank phase: products with frozen weights in int8 (precision.frozen)")
             run = assemble(job, lowrank, reporter, checkpoints, settings)
-            with blocks:
+            with deterministic(job.device) if config.deterministic else nullcontext(), blocks:
                 end = train(run, begin(run, checkpoint))
             state, memory = end.state, held_bytes(model, end.optimizer, lowrank.residual)
             del end  # its moments are done with, and what is left to do takes memory, too
