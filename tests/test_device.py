@@ -42,10 +42,13 @@ def test_the_order_of_sums_is_asked_for_on_a_gpu_and_for_as_long_as_it_is_needed
 
 def test_an_operation_without_such_an_order_is_named() -> None:
     numbers, at = torch.zeros(3), torch.tensor([0])
-    said = r"^deterministic: put_ .*; set `deterministic: false`$"
+    said = r"^deterministic: put_ .*; set `deterministic: false` to do without$"
     with pytest.raises(UserError, match=said), deterministic(torch.device("cuda")):
         numbers.put_(at, torch.ones(1))
     assert not torch.are_deterministic_algorithms_enabled()
+    late = "torch wants CUBLAS_WORKSPACE_CONFIG=:4096:8 .* before the process begins"
+    with pytest.raises(UserError, match=late), deterministic(torch.device("cuda")):
+        raise RuntimeError("... you must set an environment variable ...: CUBLAS_WORKSPACE_CONFIG=:4096:8 or ...")
     with pytest.raises(RuntimeError, match="another"), deterministic(torch.device("cuda")):
         raise RuntimeError("another")
 

@@ -12,6 +12,9 @@ import torch
 
 from relora.errors import UserError
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""For `deterministic`. torch looks once, at the first product of a process on a GPU, so it is said on import."""
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`; `UserError` if it is absent."""
@@ -47,12 +50,12 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """Within it a GPU takes every sum in the same order each time; a CPU does so anyway.
 
     Raises:
-        UserError: an operation of the model has no such order.
+        UserError: an operation of the model has no such order, or the process multiplied on a GPU before it imported
+            this module.
     """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants it said
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)  # with `warn_only`, attention's way back would still add in any order
@@ -60,9 +63,13 @@ def deterministic(device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "deterministic implementation" not in str(error):
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+            reason = "torch wants CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the process begins"
+        elif "deterministic implementation" in str(error):
+            reason = str(error).partition(",")[0]
+        else:
             raise
-        raise UserError(f"deterministic: {str(error).partition(',')[0]}; set `deterministic: false`") from None
+        raise UserError(f"deterministic: {reason}; set `deterministic: false` to do without") from None
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
