@@ -172,6 +172,36 @@ def test_a_product_of_weights_is_not_kept() -> None:
     assert kept(tokens, None, torch.ops.aten.mm.default, x, weight.T) is blocks_module.CheckpointPolicy.MUST_SAVE
 
 
+def test_attention_that_drops_within_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: were its result kept, what drops after it would draw otherwise the second time."""
+    drops = torch.library.custom_op("tests::drops", _dropped, mutates_args=())
+    drops.register_autograd(
+        lambda ctx, grad: (2 * grad * (ctx.saved_tensors[0] != 0), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+    )
+    monkeypatch.setattr(blocks_module, "_WHOLE", {torch.ops.tests.drops.default})
+    blocks = nn.ModuleList(Dropping() for _ in range(2))
+    gradients = []
+    for kind in ("none", "selective"):
+        with training_blocks(blocks, checkpointing=kind):
+            torch.manual_seed(0)
+            x = torch.ones(4, 64, requires_grad=True)
+            blocks[1](blocks[0](x)).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+def _dropped(x: Tensor, dropout_p: float) -> Tensor:
+    return nn.functional.dropout(x, dropout_p)
+
+
+class Dropping(nn.Module):
+    """A block whose attention drops, and what comes after it, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(torch.ops.tests.drops(x, 0.5).exp(), 0.5)
+
+
 def test_evaluation_and_the_end_meet_plain_blocks() -> None:
     """Eval mode computes as written, and afterwards no module holds anything of ours."""
     model = build()

@@ -129,12 +129,19 @@ def _kept(
 ) -> CheckpointPolicy:
     """Keep what is expensive: attention, and products with a row for each token.
 
-    A product of weights alone (W + s B A) has as many entries as a weight and is cheap. The operators of this package
-    are products that are one operator, whatever they do inside.
+    But not attention that drops: it draws within one operator, and an operator that is not run again would leave the
+    stream behind for all that draws after it. A product of weights alone (W + s B A) has as many entries as a weight
+    and is cheap. The operators of this package are products that are one operator, whatever they do inside.
     """
     costly = (
-        operation in _WHOLE
+        (operation in _WHOLE and not _drops(operation, args, kwargs))
         or operation.namespace == "relora"
         or (operation in _PRODUCTS and args[-2].shape[0] == tokens)
     )
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops(operation: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an operator comes with a `dropout_p`."""
+    names = [argument.name for argument in operation._schema.arguments]
+    return bool((dict(zip(names, args, strict=False)) | kwargs).get("dropout_p"))
