@@ -159,7 +159,7 @@ class _LowRank(torch.autograd.Function):
         return grad_x, None, None, grad_bias, grad_a, grad_b, None, grad_scaling, None, grad_weight
 
 
-# what `torch.library.custom_op` would do, at a third of the time of a call
+# what `torch.library.custom_op` would do, with less than half of what that adds to a call
 _LIBRARY = torch.library.Library("relora", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "low_rank_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? lora_A, Tensor? lora_B, "
@@ -240,7 +240,7 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: Tensor | float
 
 def _scaled(left: Tensor, scaling: Tensor | float) -> tuple[Tensor, float]:
     """A left factor and what its product is to be multiplied with: for a number a product does that by itself."""
-    return (left * scaling.to(left.dtype), 1.0) if isinstance(scaling, Tensor) else (left, scaling)
+    return (scaling * left, 1.0) if isinstance(scaling, Tensor) else (left, scaling)
 
 
 def as_numbers(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
