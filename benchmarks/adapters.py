@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from relora.adapters.multi_adapter import Adapters
+from relora.adapters.save_load import load_adapter
 from relora.lowrank import merge
-from relora.lowrank.adapters import load_adapter
-from relora.lowrank.several import Adapters
 from relora.model import open_model
 
 TOKENS = 64
@@ -29,7 +29,7 @@ PROMPT = 1024
 MERGE = """
 import sys
 from pathlib import Path
-from relora.recipes.merging import merge_adapter
+from relora.adapters.merge import merge_adapter
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -31,9 +31,10 @@ from pathlib import Path
 import torch
 
 from relora.config import CheckpointSettings, RunConfig, parse_config
-from relora.recipes.parts import gather, lowrank_of
+from relora.recipes.from_settings import lowrank_of
+from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of
-from relora.recipes.running import assemble
+from relora.recipes.pretraining_inputs import gather
 from relora.report.console import Console
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import FROZEN, Checkpoints, SavedState, Tensors

@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora.recipes.finished import open_finished
-from relora.recipes.writing import Sampling, continue_prompt
+from relora.inference.decoding import Sampling, continue_prompt
+from relora.inference.loading import open_finished
 
 PROMPT = "Once upon a time"
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from relora.data.batches import Batch
+from relora.data.pretraining.batches import Batch
 from relora.device import peak_memory_bytes
 from relora.lowrank import LowRankConfig, inject
 from relora.measure import token_loss

@@ -20,8 +20,8 @@ import torch
 
 from relora.config import RunConfig, parse_config
 from relora.device import choose_device
-from relora.recipes.plan import allocator_loss, step_figures
-from relora.recipes.probe import probe, process_bytes
+from relora.planning.plan import allocator_loss, step_figures
+from relora.planning.probe import probe, process_bytes
 from relora.train.schedule import Phase
 
 CASES = [

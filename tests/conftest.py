@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from tests.paths import CORPUS
 
-from relora.data.prepare import prepare
-
-CORPUS = Path(__file__).parents[1] / "corpus"
+from relora.data.pretraining.prepare import prepare
 
 settings.register_profile("relora", deadline=None)  # a busy machine is not a failure
 settings.load_profile("relora")

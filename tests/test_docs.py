@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from tests.paths import ROOT
 
 from relora.cli import app
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "Makefile",

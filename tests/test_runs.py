@@ -15,16 +15,17 @@ import pytest
 from relora.config import RunConfig, parse_config
 from relora.device import deterministic
 from relora.errors import UserError
+from relora.export.checkpoint import export
 from relora.lowrank import low_rank_layers
 from relora.lowrank.costs import ANY
-from relora.recipes.export import export
-from relora.recipes.parts import gather, settled_lowrank
+from relora.recipes.from_settings import settled_lowrank
+from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of, pretrain
-from relora.recipes.run_folder import claim, describe_run
-from relora.recipes.running import assemble
+from relora.recipes.pretraining_inputs import gather
 from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
+from relora.runs.folder import claim, describe_run
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
 from relora.train.run import Run, begin

@@ -19,8 +19,8 @@ from tests.hostile.corpus import EITHER, Case, cases, plant
 from tests.hostile.world import World, build_world, call, payload, watched
 
 from relora.errors import UserError
+from relora.inference.loading import open_finished
 from relora.model import open_model
-from relora.recipes.finished import open_finished
 
 CASES = list(cases())
 MOST_SECONDS = 10.0

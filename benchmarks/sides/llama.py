@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import relora
 from relora.lowrank import LowRankConfig
-from relora.lowrank.linear import Residual
+from relora.lowrank.config import Residual
 from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import Checkpointing, training_blocks

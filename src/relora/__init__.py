@@ -8,6 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from relora.adapters.multi_adapter import Adapters as Adapters
+    from relora.adapters.save_load import load_adapter as load_adapter
+    from relora.adapters.save_load import save_adapter as save_adapter
     from relora.lowrank import InjectReport as InjectReport
     from relora.lowrank import LowRankConfig as LowRankConfig
     from relora.lowrank import LowRankLinear as LowRankLinear
@@ -16,9 +19,6 @@ if TYPE_CHECKING:
     from relora.lowrank import inject as inject
     from relora.lowrank import merge as merge
     from relora.lowrank import restart as restart
-    from relora.lowrank.adapters import load_adapter as load_adapter
-    from relora.lowrank.adapters import save_adapter as save_adapter
-    from relora.lowrank.several import Adapters as Adapters
     from relora.recipes.finetune import finetune as finetune
     from relora.recipes.pretrain import pretrain as pretrain
     from relora.train.schedule import Schedule as Schedule
@@ -34,9 +34,9 @@ _HOME = {
     "inject": "relora.lowrank",
     "merge": "relora.lowrank",
     "restart": "relora.lowrank",
-    "Adapters": "relora.lowrank.several",
-    "load_adapter": "relora.lowrank.adapters",
-    "save_adapter": "relora.lowrank.adapters",
+    "Adapters": "relora.adapters.multi_adapter",
+    "load_adapter": "relora.adapters.save_load",
+    "save_adapter": "relora.adapters.save_load",
     "finetune": "relora.recipes.finetune",
     "pretrain": "relora.recipes.pretrain",
     "Schedule": "relora.train.schedule",

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from relora.data.shards import FORMAT_VERSION, Index, PreparedFolder, Shard, TokenDtype, token_dtype, write_index
+from relora.data.pretraining.shards import (
+    FORMAT_VERSION,
+    Index,
+    PreparedFolder,
+    Shard,
+    TokenDtype,
+    token_dtype,
+    write_index,
+)
 from relora.data.tokenizer import save_tokenizer, train_tokenizer
 
 WriteFolder = Callable[..., PreparedFolder]

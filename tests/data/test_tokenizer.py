@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.paths import DATA
 
 from relora.data.tokenizer import (
     END_OF_TEXT,
@@ -21,7 +21,7 @@ from relora.data.tokenizer import (
 )
 from relora.errors import UserError
 
-SHARED = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "tokenizers"
+SHARED = DATA / "tokenizers"
 TEXTS = ["the cat sat on the mat, the dog on the log\n", "numbers: 1 22 333 4444; ünïcödé — “quotes”"] * 5
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from relora.data.records import Record
+from relora.data.finetuning.records import Record
 from relora.data.tokenizer import train_tokenizer
 
 CHATML = (

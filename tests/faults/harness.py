@@ -29,14 +29,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 HANG_SECONDS = 240
 """A child that takes longer has hung; it is ended by SIGALRM, which no test takes for a success."""
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
 """What differs between two runs of the same numbers."""
 WARM = (
     "relora.cli",
-    "relora.data.prepare",
+    "relora.data.pretraining.prepare",
     "relora.recipes.pretrain",
     "torch._dynamo",  # what an optimizer imports at its first step
     "transformers.models.llama.modeling_llama",

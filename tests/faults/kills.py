@@ -36,9 +36,9 @@ STEPS, WARM_START, RESTART_EVERY, SAVE_EVERY, EVALUATE_EVERY = 40, 8, 8, 5, 6
 LAYERS = 14
 """Low-rank layers of its model."""
 SMALL_STEPS = {
-    "relora.data.prepare:CHUNK_CHARS": 3000,
-    "relora.data.prepare:JOURNAL_SECONDS": 0,
-    "relora.data.journal:SHARD_TOKENS": 2000,
+    "relora.data.pretraining.prepare:CHUNK_CHARS": 3000,
+    "relora.data.pretraining.prepare:JOURNAL_SECONDS": 0,
+    "relora.data.pretraining.journal:SHARD_TOKENS": 2000,
 }
 """Many chunks, shards and journal lines from little text."""
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
@@ -66,7 +66,9 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "the step before a restart": Blow(call=f"{LOOP}:train_step", nth=16),
     "before a restart": Blow(call=f"{LOOP}:restart"),
     "in a restart, before the first merge": Blow(call="relora.lowrank.linear:LowRankLinear.exchange_", nth=1),
-    "in a restart, inside the merge": Blow(call="relora.lowrank.base:FrozenWeight.add_", nth=9, after=True),
+    "in a restart, inside the merge": Blow(
+        call="relora.lowrank.storage.frozen_weight:FrozenWeight.add_", nth=9, after=True
+    ),
     "in a restart, between new factors and their moments": Blow(
         call="relora.lowrank.linear:LowRankLinear.exchange_", nth=LAYERS - 3, after=True
     ),
@@ -151,13 +153,13 @@ NAMED_IN_PREPARE: dict[str, Blow] = {
     "prepare: the journal open and empty": Blow(event=r"opened journal\.jsonl"),
     "prepare: the journal's first line not synced": Blow(event=r"sync journal\.jsonl"),
     "prepare: a journal line half written": Blow(
-        call="relora.data.journal:Journal.note", nth=3, after=True, cut="journal.jsonl"
+        call="relora.data.pretraining.journal:Journal.note", nth=3, after=True, cut="journal.jsonl"
     ),
-    "prepare: in the tokenizer's training": Blow(call="relora.data.encode:SplitRule.is_validation", nth=8),
+    "prepare: in the tokenizer's training": Blow(call="relora.data.pretraining.encode:SplitRule.is_validation", nth=8),
     "prepare: the tokenizer before its rename": Blow(event=r"rename train/tokenizer\.partial"),
     "prepare: a shard open and empty": Blow(event=r"opened train/shard-00001"),
-    "prepare: between two chunks": Blow(call="relora.data.journal:SplitWriter.append", nth=9),
-    "prepare: shards synced, journal not": Blow(call="relora.data.journal:Journal.note", nth=4),
+    "prepare: between two chunks": Blow(call="relora.data.pretraining.journal:SplitWriter.append", nth=9),
+    "prepare: shards synced, journal not": Blow(call="relora.data.pretraining.journal:Journal.note", nth=4),
     "prepare: before the first index": Blow(event=r"open train/index"),
     "prepare: between the two indexes": Blow(event=r"open validation/index"),
     "prepare: both indexes there, journal too": Blow(event=r"remove journal\.jsonl"),

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from relora.data.shards import read_index
+from relora.data.pretraining.shards import read_index
 
 MOST_BYTES = 1 << 30
 WORDS = [

@@ -16,8 +16,8 @@ from tests.faults.lies import write_manifest
 from tests.fuzz.bench import LONGEST_LINE, Bench
 from tests.fuzz.commands import ODD_VALUES
 
-from relora.data.batches import HeldOut, TrainBatches
-from relora.data.shards import PreparedFolder
+from relora.data.pretraining.batches import HeldOut, TrainBatches
+from relora.data.pretraining.shards import PreparedFolder
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.model.load import open_model

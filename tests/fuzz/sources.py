@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 from tests.faults.tiny import Ended, contents, relora
 from tests.fuzz.bench import Bench, complaint_of
 
-from relora.data.shards import PreparedFolder
+from relora.data.pretraining.shards import PreparedFolder
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(
     [

@@ -63,7 +63,7 @@ def test_a_wrong_answer_is_counted(ready: Bench) -> None:
 PEAK = """
 import resource, sys
 from pathlib import Path
-import tokenizers, pyarrow.parquet, relora.data.prepare as wing
+import tokenizers, pyarrow.parquet, relora.data.pretraining.prepare as wing
 from transformers import PreTrainedTokenizerFast
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 wing.prepare(sys.argv[1:2], Path("out"), train_tokenizer=300, validation=0.0, workers=2)

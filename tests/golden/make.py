@@ -13,7 +13,7 @@ import torch
 
 from relora import pretrain
 from relora.config import parse_config
-from relora.data.prepare import prepare
+from relora.data.pretraining.prepare import prepare
 
 KEPT = 8
 """The step of the checkpoint that is kept."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from tests import command
 
-from relora.data.prepare import prepare
+from relora.data.pretraining.prepare import prepare
 from relora.data.tokenizer import load_tokenizer
 from relora.model import build_model, save_model
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from relora.draws import keyed_generator
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
 from relora.lowrank.directions import gradient_frames, leading_frame, random_frame
+from relora.seeding import keyed_generator
 
 
 def matrix(out: int, inn: int, decay: float) -> torch.Tensor:

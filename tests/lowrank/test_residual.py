@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig, LowRankLinear, inject, low_rank_layers, merge
+from relora.lowrank.config import Residual
 from relora.lowrank.costs import ANY
-from relora.lowrank.int8 import quantize_rows
-from relora.lowrank.linear import Residual
 from relora.lowrank.residual import outside_, residual_steps
+from relora.lowrank.storage.int8 import quantize_rows
 
 ALWAYS = Residual(scale=1.0)
 

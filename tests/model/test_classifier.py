@@ -27,8 +27,8 @@ from transformers import (
     pipeline,
 )
 
-from relora.data.classification import encode_classes, settle_padding
-from relora.data.records import Record
+from relora.data.finetuning.classification import encode_classes, settle_padding
+from relora.data.finetuning.records import Record
 from relora.data.tokenizer import train_tokenizer
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig, inject, low_rank_layers, merge

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from relora.config import RunConfig, parse_config
-from relora.data.batches import HeldOut
-from relora.data.shards import PreparedFolder
+from relora.data.pretraining.batches import HeldOut
+from relora.data.pretraining.shards import PreparedFolder
 from relora.measure import evaluate
+from relora.recipes.job import RunResult
 from relora.recipes.pretrain import pretrain
-from relora.recipes.running import RunResult
 from relora.report.metrics import read_json_lines
 
 SHAPE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

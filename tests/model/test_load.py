@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.paths import DATA
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     AutoTokenizer,
@@ -25,7 +26,6 @@ from transformers import (
 from relora.errors import RunStopped, UserError
 from relora.model import build_model, check_fit, open_model, save_model
 
-DATA = Path(os.environ.get("RELORA_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K-llama-hf"
 needs_data = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared test data is not here")
 
@@ -278,6 +278,7 @@ def test_fit_names_both_numbers_and_the_key(family_folder: Path) -> None:
 LOAD_AND_GENERATE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.paths import DATA
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
 assert not any(name.startswith("relora") for name in sys.modules)
 with torch.no_grad():

@@ -13,17 +13,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from relora.adapters.save_load import load_adapter
 from relora.config import FinetuneConfig, parse_finetune_config
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
-from relora.lowrank.adapters import load_adapter
 from relora.measure import evaluate
 from relora.model import open_model
 from relora.model.classifier import open_classifier
 from relora.model.load import build_model, save_model
 from relora.recipes import finetune as recipe
 from relora.recipes.finetune import finetune, show_examples
-from relora.recipes.finetune_parts import gather_examples
+from relora.recipes.finetuning_inputs import gather_examples
 from relora.report.metrics import read_json_lines
 
 Configure = Callable[..., FinetuneConfig]

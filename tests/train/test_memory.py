@@ -4,7 +4,7 @@ import torch
 from tests.train.small import SETTINGS, Net, batch, loss
 
 from relora.lowrank import LowRankConfig, inject
-from relora.lowrank.linear import Residual
+from relora.lowrank.config import Residual
 from relora.train.memory import HeldBytes, held_bytes
 from relora.train.optim import OptimizerConfig, build_optimizer
 

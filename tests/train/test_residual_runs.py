@@ -12,13 +12,13 @@ from torch._dynamo.utils import counters
 from relora.config import RunConfig, parse_config
 from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, exact_tensors, inject, low_rank_layers
+from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates
-from relora.lowrank.linear import Residual
 from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
 from relora.model.load import build_model
-from relora.recipes.parts import frozen_arithmetic, lowrank_of
+from relora.recipes.from_settings import frozen_arithmetic, lowrank_of
 from relora.train.optim import OptimizerConfig, build_optimizer, named_state
 from relora.train.step import release, train_step
 

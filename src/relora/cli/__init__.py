@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import typer
 
-from relora.cli import adapters, training, using
+from relora.cli import adapters, models, training
 from relora.errors import ReloraError
-from relora.mistakes import shown_line
+from relora.messages import shown_line
 
 app = typer.Typer(
     help="Pretrain and fine-tune language models through low-rank updates.",
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(training.app)
-app.add_typer(using.app)
+app.add_typer(models.app)
 app.add_typer(adapters.app, name="adapters")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from relora.cli.common import Json, print_json
+from relora.cli.options import Json, print_json
 from relora.errors import UserError
 
 app = typer.Typer(
@@ -23,7 +23,8 @@ def list_(
     folder: Annotated[Path, typer.Argument(help="Folder that holds adapters, at any depth.")], as_json: Json = False
 ) -> None:
     """What adapters there are: type, rank, targets, parameters, size and base model."""
-    from relora.recipes.adapters import list_adapters, print_list
+    from relora.adapters.contents import list_adapters
+    from relora.cli.tables.adapters import print_list
 
     found = list_adapters(folder)
     print_json([asdict(one) for one in found]) if as_json else print_list(found)
@@ -32,7 +33,8 @@ def list_(
 @app.command(epilog="Example: relora adapters show runs/french/adapter --json")
 def show(adapter: Folder, as_json: Json = False) -> None:
     """What is in an adapter, layer by layer."""
-    from relora.recipes.adapters import print_contents, show_adapter
+    from relora.adapters.contents import show_adapter
+    from relora.cli.tables.adapters import print_contents
 
     contents = show_adapter(adapter)
     print_json(asdict(contents)) if as_json else print_contents(contents)
@@ -47,8 +49,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model: a plain model folder, written in the memory of one weight."""
-    from relora.recipes.adapters import print_merge
-    from relora.recipes.merging import merge_adapter
+    from relora.adapters.merge import merge_adapter
+    from relora.cli.tables.adapters import print_merge
 
     report = merge_adapter(adapter, out, base=base, check=check)
     print_json(asdict(report)) if as_json else print_merge(report)
@@ -63,8 +65,8 @@ def unmerge(
     as_json: Json = False,
 ) -> None:
     """Take a merged adapter out again: bit for bit where the base is at hand, else by subtraction."""
-    from relora.recipes.adapters import print_unmerge
-    from relora.recipes.merging import unmerge_adapter
+    from relora.adapters.merge import unmerge_adapter
+    from relora.cli.tables.adapters import print_unmerge
 
     report = unmerge_adapter(model, out, base=base, adapter=adapter)
     print_json(asdict(report)) if as_json else print_unmerge(report)
@@ -86,7 +88,8 @@ def combine(
     as_json: Json = False,
 ) -> None:
     """One adapter out of several for the same base model."""
-    from relora.recipes.adapters import combine_adapters, print_list
+    from relora.adapters.combine import combine_adapters
+    from relora.cli.tables.adapters import print_list
 
     summary = combine_adapters(adapters, out, weights=_numbers(weights), method=method, r=r, density=density, seed=seed)
     print_json(asdict(summary)) if as_json else print_list([summary])
@@ -102,7 +105,8 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """The adapter nearest to what full training changed, and the share of the change that it keeps."""
-    from relora.recipes.adapters import extract_adapter, print_extraction
+    from relora.adapters.extract import extract_adapter
+    from relora.cli.tables.adapters import print_extraction
 
     targets = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
     report = extract_adapter(base, tuned, out, r=r, target_modules=targets)

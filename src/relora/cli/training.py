@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from relora.cli.common import Fresh, Json, Overrides, Quiet, Strict, configuration, one_process, print_json, share
+from relora.cli.options import Fresh, Json, Overrides, Quiet, Strict, configuration, one_process, print_json, share
 from relora.errors import UserError
 
 app = typer.Typer()
@@ -30,8 +30,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn raw text into token files: a train and a validation folder, each with all that training needs."""
-    from relora.data.prepare import prepare as run_prepare
-    from relora.data.progress import ConsoleProgress
+    from relora.data.pretraining.prepare import prepare as run_prepare
+    from relora.data.pretraining.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
         report = run_prepare(
@@ -65,10 +65,11 @@ def pretrain(
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     settings = configuration(config, overrides)
     if dry_run:
-        from relora.recipes.dry_run import describe, print_plan
+        from relora.cli.tables.dry_run import print_timetable
+        from relora.planning.dry_run import describe
 
         plan = describe(settings)
-        print_json(asdict(plan)) if as_json else print_plan(plan)
+        print_json(asdict(plan)) if as_json else print_timetable(plan)
         return
     from relora.recipes.pretrain import pretrain as run_pretrain
 
@@ -136,25 +137,31 @@ def compare(
         values = (method, tune_lr, rates, seeds, jobs, runs, keep)
         if given := [name for name, value in zip(names, values, strict=True) if value]:
             raise UserError(f"{given[0]}: compares pretraining, but {config} has a `task`; leave it out")
-        from relora.recipes.compare.finetuning import candidates_of, print_comparison
-        from relora.recipes.compare.finetuning import compare as run_compare
+        from relora.cli.tables.comparison import print_comparison
+        from relora.experiments.compare_finetuning import FINETUNING_COLUMNS, candidates_of, finetuning_rows
+        from relora.experiments.compare_finetuning import compare as run_compare
 
         candidates = candidates_of(methods or "full,lora,llama-adapter", lr or [])
         outcomes = run_compare(settings, candidates, answers=50 if answers is None else answers)
-        print_json([asdict(outcome) for outcome in outcomes]) if as_json else print_comparison(outcomes)
+        print_json([asdict(outcome) for outcome in outcomes]) if as_json else print_comparison(
+            FINETUNING_COLUMNS, finetuning_rows(outcomes)
+        )
     else:
         if answers is not None:
             raise UserError(f"--answers: compares fine-tuning, but {config} has no `task`; leave it out")
-        from relora.recipes.compare.methods import methods_of
-        from relora.recipes.compare.pretraining import budget_of, compare_pretraining
-        from relora.recipes.compare.results import as_figures
-        from relora.recipes.compare.table import print_table, write_tables
+        from relora.cli.tables.comparison import print_comparison
+        from relora.experiments.compare_pretraining import budget_of, compare_pretraining
+        from relora.experiments.methods import methods_of
+        from relora.experiments.results import as_figures
+        from relora.experiments.tables import PRETRAINING_COLUMNS, pretraining_rows, write_tables
 
         budget = budget_of(lr or [], tune=tune_lr, multiples=rates, seeds=seeds, jobs=jobs, keep=keep, runs=runs)
         chosen = methods_of(methods or "full,lora-warm,relora", method or [], config, overrides or [])
         comparison = compare_pretraining(config, overrides or [], chosen, budget, partial(typer.echo, err=True))
         write_tables(comparison)
-        print_json(as_figures(comparison)) if as_json else print_table(comparison)
+        print_json(as_figures(comparison)) if as_json else print_comparison(
+            PRETRAINING_COLUMNS, pretraining_rows(comparison)
+        )
     if not as_json:
         print(f"{settings.output_dir}/comparison.html")
 
@@ -172,9 +179,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory by kind and time by phase, before anything is built."""
+    from relora.cli.tables.plan import print_plan
     from relora.config import to_yaml
-    from relora.recipes.plan import as_figures, fitting, make_plan, size_in_bytes, write_config
-    from relora.recipes.plan_table import print_plan
+    from relora.planning.plan import as_figures, fitting, make_plan, size_in_bytes, write_config
 
     settings = configuration(config, overrides)
     if out is not None and fit is None:

@@ -11,8 +11,8 @@ from relora.config.finetuning import FinetuneConfig
 from relora.config.pretraining import RunConfig
 from relora.config.training import TrainingConfig
 from relora.errors import UserError
-from relora.mistakes import LONGEST_PATH, first_mistake, shown, shown_name
-from relora.untrusted import DEPTH, parse_yaml, read_yaml
+from relora.files.untrusted import DEPTH, parse_yaml, read_yaml
+from relora.messages import LONGEST_PATH, first_mistake, shown, shown_name
 
 T = TypeVar("T", bound=TrainingConfig)
 

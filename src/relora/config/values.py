@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from relora.untrusted import no_address
+from relora.files.untrusted import no_address
 
 
 def _no_bool(value: object) -> object:

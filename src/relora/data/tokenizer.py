@@ -17,10 +17,10 @@ import tokenizers
 from huggingface_hub import snapshot_download
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from relora.durable import sync
 from relora.errors import UserError
-from relora.mistakes import shown
-from relora.untrusted import CONFIG_BYTES, check_folder, check_model_folder, no_address, read_json
+from relora.files.atomic import sync
+from relora.files.untrusted import CONFIG_BYTES, check_folder, check_model_folder, no_address, read_json
+from relora.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ SMALLEST_VOCABULARY = 256 + 2
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
     """The tokenizer in a folder or on the hub; `UserError` unless it opens, is a fast one and has an EOS token.
 
-    `trust_remote_code` runs code that comes with it (see `relora.untrusted`).
+    `trust_remote_code` runs code that comes with it (see `relora.files.untrusted`).
     """
     from transformers import AutoTokenizer  # here, because it takes seconds to load
 

@@ -1,5 +1,6 @@
 """Low-rank layers for any `nn.Module`: what they compute, how they get in and out, and the restart."""
 
+from relora.lowrank.config import LowRankConfig as LowRankConfig
 from relora.lowrank.inject import InjectReport as InjectReport
 from relora.lowrank.inject import exact_tensors as exact_tensors
 from relora.lowrank.inject import inject as inject
@@ -7,7 +8,6 @@ from relora.lowrank.inject import load_exact_tensors as load_exact_tensors
 from relora.lowrank.inject import low_rank_layers as low_rank_layers
 from relora.lowrank.inject import merge as merge
 from relora.lowrank.inject import strip as strip
-from relora.lowrank.linear import LowRankConfig as LowRankConfig
 from relora.lowrank.linear import LowRankLinear as LowRankLinear
 from relora.lowrank.restart import RestartConfig as RestartConfig
 from relora.lowrank.restart import RestartReport as RestartReport

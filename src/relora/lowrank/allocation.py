@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from relora.lowrank.linear import LowRankConfig
+from relora.lowrank.config import LowRankConfig
 
 T = TypeVar("T", int, float)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from relora.durable import user_cache
+from relora.files.atomic import user_cache
 from relora.lowrank.costs import ANY, Rates
-from relora.lowrank.int8 import LEVELS, columnwise
+from relora.lowrank.storage.int8 import LEVELS, columnwise
 
 _SIDE, _SIDES = 1024, (8, 32, 128, 512)
 _ROUNDS = 6

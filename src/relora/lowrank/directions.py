@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora.draws import keyed_generator
 from relora.errors import NonFinite
-from relora.lowrank.factors import orthogonal
+from relora.lowrank.init import orthogonal
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.weight_gradients import visit_weight_gradients
+from relora.seeding import keyed_generator
 
 Directions = Literal["orthogonal", "gradient-svd", "weight-svd"]
 Frame = tuple[Tensor, Tensor]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from relora.errors import UserError
-from relora.lowrank.linear import LowRankConfig, LowRankLinear, check_target
-from relora.lowrank.nf4 import check_installed
+from relora.lowrank.config import LowRankConfig, check_target
+from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.patterns import at_the_end, compiled
-from relora.mistakes import shown
+from relora.lowrank.storage.nf4 import check_installed
+from relora.messages import shown
 
 
 @dataclass(frozen=True)

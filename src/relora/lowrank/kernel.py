@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora.lowrank.costs import FACTORED, Rates, Way, cheapest
-from relora.lowrank.int8 import dequantized, product, product_backward, runs_in_int8
-from relora.lowrank.nf4 import dequantize_nf4
+from relora.lowrank.storage.int8 import dequantized, product, product_backward, runs_in_int8
+from relora.lowrank.storage.nf4 import dequantize_nf4
 
 Arithmetic = Literal["native", "bf16", "int8"]
 """Of the frozen products; `native` is that of the layer's input, or autocast's."""

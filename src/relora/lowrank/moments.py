@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora.draws import keyed_generator
 from relora.errors import UserError
+from relora.seeding import keyed_generator
 
 Reset = Literal["zero", "random", "magnitude", "keep", "project"]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from relora.errors import UserError
-from relora.mistakes import shown, shown_line
+from relora.messages import shown, shown_line
 
 T = TypeVar("T")
 

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relora.lowrank.config import Residual
 from relora.lowrank.inject import low_rank_layers
-from relora.lowrank.linear import LowRankLinear, Residual
+from relora.lowrank.linear import LowRankLinear
 
 _MOST = 10.0
 """Times the layer's median, φ at most: a gradient that is nearly zero for a moment makes ‖u‖ / ‖g‖ as large as it

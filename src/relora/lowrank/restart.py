@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora.draws import keyed_generator
 from relora.errors import NonFinite
 from relora.lowrank.directions import Directions, Frame, gradient_frames, leading_frame, random_frame
-from relora.lowrank.factors import DRAWS
+from relora.lowrank.init import DRAWS
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.moments import Change, Reset, check_reset, reset_moments
+from relora.seeding import keyed_generator
 
 RestartInit = Literal["kaiming", "orthogonal", "gradient-svd", "weight-svd", "balanced"]
 Stagger = Literal["none", "layers", "ranks"]

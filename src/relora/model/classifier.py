@@ -6,7 +6,7 @@ As in Radford et al. 2018 ("Improving language understanding by generative pre-t
 `...ForSequenceClassification` of transformers, in which a trained one is saved and opened. Under causal attention what
 is padded on the right changes nothing before it, so no mask is needed. transformers finds the last token by itself: the
 rightmost that is not `config.pad_token_id`. Here the lengths say where it is; the two agree where no text ends in that
-token, which `relora.data.classification` sees to.
+token, which `relora.data.finetuning.classification` sees to.
 
 The price: a model whose attention is not causal, like BERT, has another kind of head and is refused.
 """
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from relora.draws import keyed_generator
 from relora.errors import UserError
-from relora.mistakes import shown_line
+from relora.files.untrusted import CONFIG_BYTES
+from relora.messages import shown_line
 from relora.model.load import open_model, quiet_transformers
-from relora.untrusted import CONFIG_BYTES
+from relora.seeding import keyed_generator
 
 IGNORED = -100
 """The label that no loss counts."""

@@ -28,12 +28,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from relora.draws import keyed_seed
-from relora.durable import as_others_are, sync
 from relora.errors import RunStopped, UserError
-from relora.mistakes import shown_line
+from relora.files.atomic import as_others_are, sync
+from relora.files.untrusted import check_model_folder, no_address, remote_code
+from relora.messages import shown_line
 from relora.model.presets import preset_settings
-from relora.untrusted import check_model_folder, no_address, remote_code
+from relora.seeding import keyed_seed
 
 Overrides = Mapping[str, int | bool]
 
@@ -79,7 +79,7 @@ def open_model(
 
     Raises:
         UserError: nothing there, not a causal LM, no safetensors, weights that do not fill the model, or a folder
-            that asks for what `relora.untrusted` refuses.
+            that asks for what `relora.files.untrusted` refuses.
     """
     folder = model_folder(path, trust_remote_code=trust_remote_code)
     check_model_folder(folder, trust_remote_code=trust_remote_code)

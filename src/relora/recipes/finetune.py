@@ -15,29 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from relora.adapters.llama_adapter import save_prompts
+from relora.adapters.save_load import save_adapter
 from relora.config import FinetuneConfig
-from relora.data.classification import encode_classes, settle_padding
-from relora.data.instruct import encode, prompts, shown
+from relora.data.finetuning.classification import encode_classes, settle_padding
+from relora.data.finetuning.instruct import encode, prompts, shown
 from relora.data.tokenizer import load_tokenizer, save_tokenizer
-from relora.durable import write_durably
 from relora.errors import UserError
+from relora.files.atomic import write_durably
+from relora.inference.decoding import Sampling, continue_prompt
 from relora.lowrank import merge
-from relora.lowrank.adapters import save_adapter
-from relora.lowrank.initial import gradient_svd_, weight_gradients
+from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
 from relora.measure import Evaluation
-from relora.model.adaption_prompt import save_prompts
 from relora.model.load import save_model
-from relora.recipes.finetune_parts import (
-    Material,
-    base_folder,
-    form_of,
-    gather_examples,
-    read_records,
-    schedule_for,
-)
-from relora.recipes.parts import factor_parameters, settled_lowrank
-from relora.recipes.running import Job, RunResult, run_job
-from relora.recipes.writing import Sampling, continue_prompt
+from relora.recipes.finetuning_inputs import Material, base_folder, gather_examples, read_records
+from relora.recipes.from_settings import factor_parameters, form_of, schedule_for, settled_lowrank
+from relora.recipes.job import Job, RunResult, run_job
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
 from relora.train.run import Run

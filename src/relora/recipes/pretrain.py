@@ -8,14 +8,15 @@ from pathlib import Path
 
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
-from relora.durable import write_durably
 from relora.errors import RunStopped, UserError
+from relora.files.atomic import write_durably
+from relora.inference.generate import sample_texts
 from relora.lowrank import merge
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.load import save_model
-from relora.recipes.generate import sample_texts
-from relora.recipes.parts import Ingredients, autocast_of, factor_parameters, gather, schedule_of, settled_lowrank
-from relora.recipes.running import Job, RunResult, run_job
+from relora.recipes.from_settings import autocast_of, factor_parameters, schedule_of, settled_lowrank
+from relora.recipes.job import Job, RunResult, run_job
+from relora.recipes.pretraining_inputs import Ingredients, gather
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
 from relora.train.run import Run

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from plotly.offline import get_plotlyjs
 
-from relora.durable import write_durably
+from relora.files.atomic import write_durably
 from relora.report.charts import Chart, Line, Point, focused, layout_of, log_axis, thinned, traces_of
 from relora.report.html import figure_html, script_json, table
 

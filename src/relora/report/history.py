@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relora.errors import UserError
+from relora.files.untrusted import YAML_BYTES, inside, parse_yaml, read_json
 from relora.report.metrics import Record, number, read_json_lines
 from relora.report.spikes import Rise, rises, window_steps
-from relora.untrusted import YAML_BYTES, inside, parse_yaml, read_json
 
 INCIDENT_KINDS = ("skipped", "rewind")
 """Records of numbers that went wrong and were lived with: a step left out, a return to a checkpoint."""

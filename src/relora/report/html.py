@@ -16,14 +16,14 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from relora.durable import write_durably
 from relora.errors import RunStopped
+from relora.files.atomic import write_durably
+from relora.files.untrusted import check_folder
 from relora.report.charts import Chart, charts
 from relora.report.console import PHASE_NAMES, describe_rise, format_duration, format_figure
 from relora.report.history import HeldOut, History, Segment, read_history
 from relora.report.metrics import Record, mean_effective_rank, mean_relative_update, number
 from relora.report.spikes import NOISE_FACTOR, Rise
-from relora.untrusted import check_folder
 
 PHASE_COLUMNS = ("Phase", "Steps", "Tokens", "Perplexity before", "Perplexity after", "Change")
 RESTART_COLUMNS = (

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from relora.errors import RunStopped, UserError
-from relora.untrusted import inside
+from relora.files.untrusted import inside
 
 Record = Mapping[str, Any]
 """One line: a flat or nested mapping of JSON values."""

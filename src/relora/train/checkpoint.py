@@ -32,9 +32,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from relora.durable import sync, write_durably
 from relora.errors import RunStopped, UserError
-from relora.mistakes import shown_line
+from relora.files.atomic import sync, write_durably
+from relora.messages import shown_line
 from relora.train.state import Count, TrainState
 
 FORMAT = 2

@@ -23,7 +23,7 @@ from relora.lowrank import inject, restart
 from relora.lowrank.allocation import with_ranks
 from relora.lowrank.residual import residual_steps
 from relora.lowrank.restart import begin_along
-from relora.train.decisions import decide
+from relora.train.adaptive import decide
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import look_back, recover
 from relora.train.run import Progress, Run, next_loss, save, save_due

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from relora.lowrank import low_rank_layers
-from relora.lowrank.linear import Residual
+from relora.lowrank.config import Residual
 from relora.train.optim import named_state
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
-from relora.train.baselines import (
+from relora.train.projected_optimizers import (
     BASELINES,
     Layout,
     ProjectionConfig,

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora.draws import keyed_seed
 from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, low_rank_layers, strip
 from relora.lowrank.allocation import with_ranks
 from relora.lowrank.restart import RestartConfig
 from relora.measure import Evaluation
 from relora.report.reporter import Reporter
+from relora.seeding import keyed_seed
 from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
 from relora.train.schedule import Schedule

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from relora.draws import keyed_seed
 from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
 from relora.measure import IGNORED
+from relora.seeding import keyed_seed
 from relora.train.embeddings import rows_added_in_place
 
 Batch = tuple[Tensor, ...]

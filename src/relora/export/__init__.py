@@ -1,0 +1,1 @@
+"""A checkpoint as a Hugging Face model folder, or a model as a GGUF file."""

@@ -1,0 +1,271 @@
+"""A tokenizer as the keys of a GGUF file, or one line on why llama.cpp could not cut text as it does.
+
+llama.cpp has three ways to cut text that concern us (its src/llama-vocab.cpp), each with keys of its own:
+
+    gpt2    byte-level BPE: merges by their rank, within words; how words are split is one of a list, known by name
+    llama   SentencePiece BPE: of all neighbours that make a token, those of the highest score first; else bytes
+    t5      SentencePiece unigram: the pieces of the highest sum of scores
+
+A tokenizer.json can say more than these keys: other normalizers, splits, options. What has no counterpart is refused,
+since a model that is fed other tokens than it was trained on only answers worse, and nobody sees why. For SentencePiece
+BPE the ranks of the merges become scores, and it is checked that the two orders, and so the two ways, are the same.
+
+BOS is put in front of a text where the tokenizer does it. EOS is never put behind one, although T5's tokenizer does it:
+a prompt that ends its document is not continued.
+
+The price: text that is not in NFC gets other tokens where the tokenizer composes it first (GPT-NeoX, Qwen; a warning
+says so), and so does text that begins with a space where a tokenizer adds one only to text that has none.
+"""
+
+import base64
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from relora.errors import UserError
+from relora.messages import shown
+
+Value = str | bool | int | float | bytes | list[str] | list[int] | list[float]
+"""What a key of a GGUF file can hold here: `bytes` is an array of uint8."""
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""GGUF's types of tokens: control tokens are no part of a text, user-defined ones are found in it before all others."""
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_UNUSED_SCORE = -10000.0
+
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DIGIT = r"\p{N}"
+_SPLITS = {
+    ((_GPT2_WORDS,), False): "gpt-2",
+    ((_DIGIT, _GPT2_WORDS), False): "smollm",
+    ((_LLAMA3_WORDS.replace("{1,3}", ""),), False): "qwen2",
+    ((_LLAMA3_WORDS,), True): "llama-bpe",
+}
+"""llama.cpp's name for (the expressions that split text into words, whether a word that is a token is left whole)."""
+
+_log = logging.getLogger(__name__)
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Value]:
+    """The keys `tokenizer.*`; `rows` is how many ids the model has, and those without a token get a name.
+
+    Raises:
+        UserError: llama.cpp has no way to cut text as this tokenizer does, or it has ids that the model has not.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] == "Unigram":
+        keys = _unigram(backend, rows)
+    elif model["type"] == "BPE" and any(step["type"] == "ByteLevel" for step in _steps(backend["pre_tokenizer"])):
+        keys = _byte_level(backend, rows)
+    elif model["type"] == "BPE" and model["byte_fallback"]:
+        keys = _sentencepiece(backend, rows)
+    else:
+        raise UserError(
+            f"tokenizer: llama.cpp has none of the kind {shown(model['type'])} as it is set up here; it has byte-level "
+            "BPE, SentencePiece BPE that falls back to bytes, and SentencePiece unigram"
+        )
+    assert isinstance(keys["tokens"], list)
+    twice, times = Counter(keys["tokens"]).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"tokenizer: {shown(twice)} would stand for two ids, which llama.cpp does not open")
+    keys = {f"tokenizer.ggml.{key}": value for key, value in {**_special_tokens(tokenizer), **keys}.items()}
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    return {**keys, "tokenizer.chat_template": template} if template else keys
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
+    """Ids of BOS, EOS, unknown and padding, and what is added to a text."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
+    front = ids[: next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)]
+    if front not in ([], [bos]):
+        raise UserError(f"tokenizer: begins a text with {shown(front)}; llama.cpp can put one BOS there and no more")
+    # what is not named here llama.cpp takes from a list of its own, in which BOS may be an ordinary word
+    keys: dict[str, Value] = {
+        "bos_token_id": eos if bos is None else bos,
+        "eos_token_id": eos,
+        "add_bos_token": bool(front),
+        "add_eos_token": False,
+    }
+    others = {"unknown_token_id": tokenizer.unk_token_id, "padding_token_id": tokenizer.pad_token_id}
+    return keys | {key: number for key, number in others.items() if number is not None}
+
+
+def _byte_level(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
+    model = backend["model"]
+    split = _SPLITS.get((_words(backend["pre_tokenizer"]), bool(model["ignore_merges"])))
+    if split is None:
+        raise UserError(
+            f"tokenizer: llama.cpp does not split text into words as it does ({shown(backend['pre_tokenizer'])}); of "
+            f"what llama.cpp knows, {', '.join(sorted(_SPLITS.values()))} can be written"
+        )
+    normalizers = [step["type"] for step in _steps(backend["normalizer"])]
+    if normalizers not in ([], ["NFC"]):
+        raise UserError(f"tokenizer: llama.cpp has no normalizer {shown(normalizers)} before byte-level BPE")
+    if normalizers:
+        _log.warning("warning: llama.cpp does not bring text into NFC, as the tokenizer does; give it composed text")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[option]:
+            raise UserError(f"tokenizer: llama.cpp's byte-level BPE has no {option}, which is {shown(model[option])}")
+    if not model["merges"]:
+        raise UserError("tokenizer: it has no merges, and llama.cpp opens no byte-level BPE without")
+    texts, kinds = _tokens({number: text for text, number in model["vocab"].items()}, backend, rows)
+    merges = [" ".join(pair) for pair in model["merges"]]
+    return {"model": "gpt2", "pre": split, "tokens": texts, "token_type": kinds, "merges": merges}
+
+
+def _words(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The expressions by which text is split, in order; a type's name for what is none."""
+    found: list[str] = []
+    for step in _steps(pre_tokenizer):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                found += [_GPT2_WORDS] * bool(step.get("use_regex", True))
+            case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
+                found.append(expression)
+            case {"type": "Digits", "individual_digits": True}:
+                found.append(_DIGIT)
+            case _:
+                found.append(step["type"])
+    return tuple(found)
+
+
+def _sentencepiece(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
+    model = backend["model"]
+    texts, kinds = _tokens({number: text for text, number in model["vocab"].items()}, backend, rows)
+    for number, text in enumerate(texts):
+        if _BYTE.fullmatch(text):
+            kinds[number] = BYTE
+        elif text == model["unk_token"]:
+            kinds[number] = UNKNOWN
+    if kinds.count(BYTE) < 256:
+        raise UserError("tokenizer: it falls back to bytes and has not all of them, which llama.cpp needs")
+    normal = {text for text, kind in zip(texts, kinds, strict=True) if kind == NORMAL}
+    ranks = _ranks([(left, right) for left, right in model["merges"]], normal)
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": texts,
+        "token_type": kinds,
+        "scores": [-float(ranks.get(text, len(model["merges"]))) for text in texts],
+        "add_space_prefix": _space_prefix(backend),
+    }
+
+
+def _space_prefix(backend: Mapping[str, Any]) -> bool:
+    """Whether a space is put in front of a text; `UserError` if more is done to it than to spell its spaces."""
+    match [*_steps(backend["normalizer"]), *_steps(backend["pre_tokenizer"])]:
+        case [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]:
+            return True
+        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
+            return False
+        case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
+            return bool(scheme != "never")
+        case steps:
+            names = [step["type"] for step in steps]
+            raise UserError(f"tokenizer: llama.cpp has no counterpart of {shown(names)} before SentencePiece BPE")
+
+
+def _ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int]:
+    """The rank of the first merge that makes each token.
+
+    Joining neighbours by these is joining them by the merges' own ranks if the merges of a token follow one another and
+    are all the pairs of tokens that make it: so it is in what was converted from SentencePiece. `UserError` if not.
+    """
+    ranks: dict[str, int] = {}
+    previous = None
+    for rank, (left, right) in enumerate(merges):
+        joined = left + right
+        if ranks.setdefault(joined, rank) != rank and joined != previous:
+            raise UserError(f"tokenizer: its merges into {shown(joined)} are not ordered as SentencePiece orders them")
+        previous = joined
+    pairs = set(merges)
+    for text in normal:
+        for cut in range(1, len(text)):
+            pair = text[:cut], text[cut:]
+            if pair not in pairs and pair[0] in normal and pair[1] in normal:
+                raise UserError(
+                    f"tokenizer: llama.cpp would join {shown(pair[0])} and {shown(pair[1])}, which have no merge; "
+                    "it was not converted from a SentencePiece model"
+                )
+    return ranks
+
+
+def _unigram(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
+    model = backend["model"]
+    if model["byte_fallback"] or model["unk_id"] is None:
+        raise UserError("tokenizer: llama.cpp's unigram model has an unknown token where this one has bytes")
+    prefix, one_space, charsmap = None, False, b""
+    for step in (*_steps(backend["normalizer"]), *_steps(backend["pre_tokenizer"])):
+        match step:
+            case {"type": "Precompiled", "precompiled_charsmap": text}:
+                charsmap = base64.b64decode(text)
+            case {"type": "Replace", "pattern": {"Regex": " {2,}"}} | {"type": "WhitespaceSplit"}:
+                one_space = True
+            case {"type": "Strip"}:
+                pass  # llama.cpp drops the spaces at the ends, too, where it makes one of several
+            case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
+                prefix = scheme != "never"
+            case _:
+                raise UserError(f"tokenizer: llama.cpp has no counterpart of {shown(step['type'])} before unigram")
+    if prefix is None:
+        raise UserError("tokenizer: llama.cpp's unigram model spells spaces as SentencePiece does, which this does not")
+    scores = dict(enumerate(score for _, score in model["vocab"]))
+    texts, kinds = _tokens(dict(enumerate(text for text, _ in model["vocab"])), backend, rows)
+    kinds[model["unk_id"]] = UNKNOWN
+    keys: dict[str, Value] = {
+        "model": "t5",
+        "pre": "default",
+        "tokens": texts,
+        "token_type": kinds,
+        "scores": [scores.get(number, _UNUSED_SCORE) for number in range(rows)],
+        "unknown_token_id": model["unk_id"],
+        "add_space_prefix": prefix,
+        "remove_extra_whitespaces": one_space,
+    }
+    return {**keys, "precompiled_charsmap": charsmap} if charsmap else keys
+
+
+def _tokens(vocabulary: Mapping[int, str], backend: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Text and type of every id from 0 to `rows` - 1."""
+    added = {token["id"]: token for token in backend["added_tokens"]}
+    largest = max([*vocabulary, *added])
+    if largest >= rows:
+        raise UserError(f"the tokenizer has id {largest:,} but the model has {rows:,} ids; they do not belong together")
+    texts, kinds = [], []
+    for number in range(rows):
+        if number in added:
+            special = added[number]["special"]
+            text = added[number]["content"]
+            # a user-defined token is looked for in the text as it is given, before spaces are spelt otherwise
+            texts.append(text if special else text.replace("▁", " "))
+            kinds.append(CONTROL if special else USER_DEFINED)
+        else:
+            texts.append(vocabulary.get(number, f"[PAD{number}]"))
+            kinds.append(NORMAL if number in vocabulary else UNUSED)
+    return texts, kinds
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of what it does."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for inner in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(inner)]

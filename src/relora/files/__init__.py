@@ -1,0 +1,1 @@
+"""Writing files and folders so that they are whole or absent; reading files that other people made."""

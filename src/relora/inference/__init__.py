@@ -1,0 +1,1 @@
+"""Opening a finished run, model or adapter, and generating text with it."""

@@ -1,0 +1,197 @@
+"""From a fine-tuning configuration to the parts of a run: examples, model, timetable, each checked against the others.
+
+Nothing is written here.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from relora.adapters.llama_adapter import add_prompts
+from relora.config import FinetuneConfig
+from relora.data.finetuning.classification import ClassBatches, HeldOutClasses, encode_classes, settle_padding
+from relora.data.finetuning.examples import ExampleBatches, HeldOutExamples
+from relora.data.finetuning.instruct import encode
+from relora.data.finetuning.packing import check_packing
+from relora.data.finetuning.records import Record, Records, split
+from relora.data.tokenizer import load_tokenizer, vocabulary_size
+from relora.device import choose_device
+from relora.errors import UserError
+from relora.evaluation.classification import evaluate_classes
+from relora.files.untrusted import check_folder
+from relora.lowrank.inject import find_targets
+from relora.measure import Evaluation, evaluate, perplexity, token_loss
+from relora.model.classifier import class_loss, open_classifier
+from relora.model.load import check_fit, model_folder, open_model
+from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
+from relora.recipes.pretraining_inputs import fingerprint_of
+from relora.report.trackers import check_trackers
+from relora.train.step import Loss
+
+
+@dataclass(frozen=True)
+class Material:
+    """Examples and the model that is to learn them, checked against each other."""
+
+    device: torch.device
+    base: Path
+    """The folder of the model that is fine-tuned."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    batches: ExampleBatches | ClassBatches
+    held_out: HeldOutExamples | HeldOutClasses
+    held_out_records: tuple[Record, ...]
+    layout: str | None
+    """Of instructions."""
+    notes: tuple[str, ...]
+    """What became of the records, and of the model, for a person."""
+    content: dict[str, str]
+    """Fingerprints of the examples and of the base."""
+
+    @property
+    def is_classifier(self) -> bool:
+        """Else a language model."""
+        return isinstance(self.batches, ClassBatches)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the examples have prompts that a model can be asked."""
+        return self.layout is not None and self.layout != "completion"
+
+    @property
+    def loss(self) -> Loss:
+        """Of a batch."""
+        return class_loss if self.is_classifier else token_loss
+
+    def evaluate(self, config: FinetuneConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        """Held-out loss, and a classifier's scores."""
+        autocast = autocast_of(config)
+        if not isinstance(self.held_out, HeldOutClasses):
+            return evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch)
+        assert isinstance(model, PreTrainedModel)  # that of `model`
+        found = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch)
+        figures = asdict(found)
+        loss, examples = figures.pop("loss"), figures.pop("examples")
+        scores = {name: figure for name, figure in figures.items() if figure is not None}
+        return Evaluation(loss, perplexity(loss), None, examples, scores)
+
+
+def gather_examples(config: FinetuneConfig) -> Material:
+    """Open examples, tokenizer and model, and refuse what does not fit together."""
+    check_trackers(config.log.trackers)
+    device = choose_device(config.device)
+    base, trust = base_folder(config), config.model.trust_remote_code
+    tokenizer = load_tokenizer(str(base), trust_remote_code=trust)
+    train, held_out_records = read_records(config)
+    batches: ExampleBatches | ClassBatches
+    held_out: HeldOutExamples | HeldOutClasses
+    layout = None
+    if config.task == "classification":
+        batches, held_out, notes = _classes(config, tokenizer, train, held_out_records)
+        model = open_classifier(
+            base,
+            batches.examples.names,
+            pad_token_id=batches.examples.pad_token_id,
+            seed=config.seed,
+            trust_remote_code=trust,
+        )
+    else:
+        batches, held_out, layout, notes = _instructions(config, tokenizer, train, held_out_records)
+        model = open_model(base, trust_remote_code=trust)
+    check_fit(model, vocabulary_size(tokenizer), config.data.sequence_length)
+    model.to(device)
+    if config.data.packing:
+        check_packing(model, config.batch.micro_sequences)
+    if config.method == "llama-adapter":
+        prompts = config.prompts
+        notes = [*notes, str(add_prompts(model, length=prompts.length, layers=prompts.layers, seed=config.seed))]
+    elif config.method != "full":
+        find_targets(model, lowrank_of(config))
+    content = {
+        "data": fingerprint_of(batches.content.encode(), _content(held_out).encode()),
+        "model": fingerprint_of((base / "config.json").read_bytes()),
+        "base": fingerprint_of(*(_file_digest(file) for file in sorted(base.glob("*.safetensors")))),
+    }
+    return Material(
+        device, base, model, tokenizer, batches, held_out, tuple(held_out_records), layout, tuple(notes), content
+    )
+
+
+def base_folder(config: FinetuneConfig) -> Path:
+    """The folder of the model that is fine-tuned: given itself, as a hub id, or as the run that left it."""
+    assert config.model.path is not None  # FinetuneConfig sees to it
+    folder = Path(config.model.path)
+    if not (folder / "config.yaml").is_file():
+        return model_folder(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    check_folder(folder)
+    if not (folder / "model").is_dir():
+        raise UserError(f"model.path: {folder} has no model; finish that run, or give a model folder")
+    return model_folder(folder / "model")
+
+
+def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
+    """The records to train on, and those held out."""
+    data = config.data
+    train = list(Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad))
+    if data.validation is not None:
+        return train, list(Records([data.validation], skip_bad=data.skip_bad))
+    return split(train, data.validation_share, config.seed)
+
+
+def _instructions(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
+) -> tuple[ExampleBatches, HeldOutExamples, str, list[str]]:
+    data, form = config.data, form_of(config)
+    # a sequence of n positions takes an example of n + 1 tokens, whose last is only a label
+    length, skip = data.sequence_length + 1, data.skip_bad
+    sets = [encode(records, tokenizer, form, sequence_length=length, skip_bad=skip) for records in (train, held_out)]
+    batches = ExampleBatches(
+        sets[0].examples,
+        sequences=config.batch.sequences,
+        sequence_length=data.sequence_length,
+        pad_id=tokenizer.eos_token_id,
+        packing=data.packing,
+        group_by_length=data.group_by_length,
+        seed=config.seed,
+    )
+    held_out_examples = HeldOutExamples(
+        sets[1].examples,
+        micro_sequences=config.batch.micro_sequences,
+        pad_id=tokenizer.eos_token_id,
+        tokens=config.evaluate.tokens,
+    )
+    return batches, held_out_examples, sets[0].layout.name, [f"train: {sets[0]}", f"held out: {sets[1].counts}"]
+
+
+def _classes(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
+) -> tuple[ClassBatches, HeldOutClasses, list[str]]:
+    data = config.data
+    settle_padding(tokenizer)
+    examples = encode_classes(
+        train,
+        tokenizer,
+        sequence_length=data.sequence_length,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+    )
+    others = encode_classes(held_out, tokenizer, sequence_length=data.sequence_length, like=examples)
+    kinds = f"{len(examples.names)} classes" if examples.names else "a number"
+    cut = f", {examples.cut:,} cut" if examples.cut else ""
+    note = f"train: {len(examples):,} examples of {kinds}{cut}; held out: {len(others):,}"
+    batches = ClassBatches(examples, sequences=config.batch.sequences, seed=config.seed)
+    return batches, HeldOutClasses(others, sequences=config.batch.micro_sequences), [note]
+
+
+def _content(held_out: HeldOutExamples | HeldOutClasses) -> str:
+    return held_out.examples.content if isinstance(held_out, HeldOutClasses) else held_out.content
+
+
+def _file_digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").digest()

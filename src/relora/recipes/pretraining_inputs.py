@@ -1,0 +1,100 @@
+"""From a configuration to the parts of a run: data, model, timetable, each checked against the others.
+
+Nothing is written here.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from relora.config import RunConfig
+from relora.data.pretraining.batches import HeldOut, TrainBatches, check_same_tokenizer
+from relora.data.pretraining.shards import PreparedFolder
+from relora.data.tokenizer import fingerprint, load_tokenizer
+from relora.device import choose_device
+from relora.errors import UserError
+from relora.lowrank.inject import find_targets
+from relora.model.load import build_model, check_fit, model_folder, open_model
+from relora.recipes.from_settings import lowrank_of
+from relora.report.trackers import check_trackers
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Everything a run is made of, opened and checked against each other."""
+
+    device: torch.device
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batches: TrainBatches
+    held_out: HeldOut
+    bytes_per_token: float
+    content: dict[str, str]
+    """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`."""
+
+
+def gather(config: RunConfig) -> Ingredients:
+    """Open data, tokenizer and model, and refuse what does not fit together."""
+    check_trackers(config.log.trackers)
+    device = choose_device(config.device)
+    batches, held_out = open_data(config)
+    validation = held_out.folder
+    model = open_fitting_model(config, validation)
+    for folder in (*batches.folders, validation):
+        folder.verify()
+    tokenizer = load_tokenizer(str(validation.tokenizer_path))
+    if fingerprint(tokenizer) != validation.fingerprint:
+        raise UserError(f"{validation.tokenizer_path}: not the tokenizer that wrote {validation.path}; put it back")
+    content = {"data": fingerprint_of(*(folder.content.encode() for folder in (*batches.folders, validation)))}
+    if config.model.path is not None:
+        content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
+    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token, content)
+
+
+def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
+    """The prepared folders of a configuration, of one tokenizer and large enough."""
+    sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
+    validation = PreparedFolder.open(config.data.validation)
+    check_same_tokenizer([*(folder for folder, _ in sources), validation])
+    length = config.data.sequence_length
+    batches = TrainBatches(sources, length, config.batch.sequences, config.seed)
+    return batches, HeldOut(validation, length, config.evaluate.tokens, config.batch.micro_sequences)
+
+
+def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
+    """The model of a configuration, once it is sure that the data and the low-rank settings fit it."""
+    model = open_configured_model(
+        config, eos_token_id=validation.index.eos_token_id, trust_remote_code=config.model.trust_remote_code
+    )
+    check_fit(model, validation.vocab_size, config.data.sequence_length)
+    if config.method != "full":
+        find_targets(model, lowrank_of(config))
+    return model
+
+
+def open_configured_model(
+    config: RunConfig, *, eos_token_id: int | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of the `model` section, on the CPU, before any training.
+
+    `trust_remote_code` is the caller's to say: the configuration of a run folder may be somebody else's.
+    """
+    model = config.model
+    if model.preset is not None:
+        return build_model(model.preset, model.overrides, seed=config.seed, eos_token_id=eos_token_id)
+    assert model.path is not None  # ModelSettings sees to it
+    return open_model(
+        model.path,
+        from_scratch=model.from_scratch,
+        overrides=model.overrides,
+        seed=config.seed,
+        eos_token_id=eos_token_id,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def fingerprint_of(*parts: bytes) -> str:
+    """A hash of what a run is made of, for its checkpoints."""
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()

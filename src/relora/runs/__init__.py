@@ -1,0 +1,1 @@
+"""A run's folder on disk: who may write into it, its settings, its environment."""

@@ -1,0 +1,109 @@
+from typing import Any
+
+import pytest
+from tests.data.tongues import records
+
+from relora.data.finetuning.layouts import LONGEST_TEXT, MOST_MESSAGES, BadRecord, Message, find_layout
+from relora.errors import UserError
+
+ASKED = {"role": "user", "content": "Why?"}
+ANSWERED = {"role": "assistant", "content": "So."}
+
+
+def read(fields: dict[str, Any], **options: Any) -> list[Message]:
+    return list(find_layout(records(fields)[0], **options).conversation(fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "conversation"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c"}, "alpaca", [("user", "a", "b"), ("assistant", "c", "")]),
+        ({"instruction": "a", "output": "c", "id": 3}, "alpaca", [("user", "a", ""), ("assistant", "c", "")]),
+        ({"instruction": "a", "context": None, "response": "c"}, "dolly", [("user", "a", ""), ("assistant", "c", "")]),
+        ({"messages": [ASKED, ANSWERED]}, "chat", [("user", "Why?", ""), ("assistant", "So.", "")]),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": "x"},
+            "chat",
+            [("user", "a", ""), ("assistant", "b", "")],
+        ),
+        ({"prompt": "a", "completion": "b"}, "columns", [("user", "a", ""), ("assistant", "b", "")]),
+        ({"question": "a", "answer": "b"}, "columns", [("user", "a", ""), ("assistant", "b", "")]),
+        ({"text": "a", "label": 1}, "completion", [("assistant", "a", "")]),
+        ({"prompt": "p", "messages": [ASKED, ANSWERED]}, "chat", [("user", "Why?", ""), ("assistant", "So.", "")]),
+    ],
+)
+def test_the_columns_tell_the_layout(fields: dict[str, Any], name: str, conversation: list[tuple[str, ...]]) -> None:
+    assert find_layout(records(fields)[0]).name == name
+    assert read(fields) == read(fields, name=name) == conversation
+
+
+def test_columns_by_name() -> None:
+    fields = {"q": "a", "a": "b", "text": "c"}
+    assert read(fields, prompt="q", response="a") == [("user", "a", ""), ("assistant", "b", "")]
+    assert read(fields, name="columns", response="q") == [("assistant", "a", "")]
+    assert str(find_layout(records(fields)[0], prompt="q", response="a")) == "layout columns (q, a)"
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_prompt_is_kept(column: str) -> None:
+    system = ("system", "Be kind.", "")
+    for fields in ({"instruction": "a", "output": "b"}, {"prompt": "a", "response": "b"}, {"messages": [ANSWERED]}):
+        assert read({column: "Be kind.", **fields})[0] == system
+        assert read({column: None, **fields}) == read({column: "", **fields}) == read(fields)
+    own = {"role": "system", "content": "Mine."}
+    with_own = {column: "Be kind.", "messages": [own, ANSWERED]}
+    assert read(with_own) == [("system", "Mine.", ""), ("assistant", "So.", "")]
+
+
+def test_a_conversation_ends_with_its_last_usable_response() -> None:
+    blank = {"role": "assistant", "content": " \n"}
+    assert len(read({"messages": [ASKED, ANSWERED, ASKED]})) == 2
+    assert len(read({"messages": [ASKED, ANSWERED, ASKED, blank, ASKED, ANSWERED]})) == 2
+    assert read({"messages": [ASKED, blank]}) == read({"messages": [ASKED]}) == read({"messages": []}) == []
+    assert read({"instruction": "a", "output": ""}) == read({"instruction": "a", "output": None}) == []
+    assert read({"text": " "}) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"x\.jsonl, line 1: there are the columns `a`, `b`, which is no known layout; name the prompt's and"),
+        ({"name": "alpaca"}, r"there are the columns `a`, `b`; layout alpaca also needs `instruction`, `output`"),
+        ({"name": "chat"}, r"layout chat needs `messages` or `conversations`"),
+        ({"name": "columns"}, r"layout columns needs `completion`, `prompt` or .* or columns named by you"),
+        ({"prompt": "a", "response": "c"}, r"layout columns also needs `c`"),
+        ({"prompt": "a"}, r"column `a` holds the prompts; name the responses' column, too"),
+        ({"prompt": "a", "response": "b", "name": "dolly"}, r"layout dolly has columns of its own"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_layout(records({"a": "x", "b": "y"})[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"instruction": "a", "output": 3}, "`output` is not text but int"),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "`input` is not text but list"),
+        ({"instruction": "a", "output": "\ud800"}, "`output` holds half of a surrogate pair"),
+        ({"instruction": "a", "output": "\ufdd0"}, r"`output` holds U\+FDD0, which is no character"),
+        ({"instruction": "a", "output": "b" * (LONGEST_TEXT + 1)}, "has 1,048,578 characters; one example has at most"),
+        ({"messages": "hello"}, "`messages` is not a list of messages but str"),
+        ({"messages": ["hello"]}, "message 1 of `messages` is not an object"),
+        ({"messages": [{"role": "user"}]}, "message 1 of `messages` has neither role and content nor from and value"),
+        ({"messages": [ASKED, {"role": "judge", "content": "x"}]}, "message 2 of `messages` is from 'judge'; known"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"message 1 of `messages` is from \['user'\]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "`content` is not text but list"),
+        ({"messages": [ASKED] * (MOST_MESSAGES + 1)}, "has 1,001 messages; one example has at most 1,000"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRecord, match=message):
+        read(fields)
+
+
+def test_a_later_record_without_a_column() -> None:
+    layout = find_layout(records({"instruction": "a", "output": "b"})[0])
+    with pytest.raises(BadRecord, match="no column `output`; there are `instruction`, `x`"):
+        layout.conversation({"instruction": "a", "x": 1})

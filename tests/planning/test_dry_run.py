@@ -1,0 +1,129 @@
+"""The plan says what the run will do and refuses what the run would refuse, without weights and without a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from relora.cli.tables.dry_run import print_timetable
+from relora.config import RunConfig, parse_config
+from relora.errors import UserError
+from relora.lowrank import inject
+from relora.planning.dry_run import describe
+from relora.recipes.from_settings import lowrank_of, schedule_of
+from relora.recipes.pretraining_inputs import gather
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def configure(prepared: Path, tmp_path: Path) -> Configure:
+    """Fourteen steps: warm start 4, restarts before steps 8 and 12; overrides by section."""
+
+    def build(**overrides: object) -> RunConfig:
+        tree: dict[str, object] = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"preset": "llama-9m", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64},
+            "data": {
+                "train": str(prepared / "train"),
+                "validation": str(prepared / "validation"),
+                "sequence_length": 32,
+            },
+            "lowrank": {"r": 4},
+            "warm_start": {"steps": 4},
+            "restart": {"every_steps": 4, "warmup_steps": 1},
+            "schedule": {"total_steps": 14, "warmup_steps": 2},
+            "batch": {"sequences": 4, "micro_sequences": 2},
+        }
+        for section, value in overrides.items():
+            known = tree.get(section)
+            tree[section] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        return parse_config(tree)
+
+    return build
+
+
+def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    plan = describe(config)
+    model, schedule = gather(config).model, schedule_of(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    report = inject(model, lowrank_of(config))
+    warm_start, low_rank = plan.phases
+    assert (warm_start.name, warm_start.first_step, warm_start.steps) == ("warm_start", 0, 4)
+    assert (warm_start.trainable_parameters, warm_start.frozen_parameters) == (parameters, 0)
+    assert (low_rank.name, low_rank.first_step, low_rank.steps) == ("low_rank", 4, 10)
+    assert (low_rank.trainable_parameters, low_rank.frozen_parameters) == (report.trainable, report.frozen)
+    assert plan.restarts == list(schedule.restarts) == [8, 12]
+    assert plan.batch_tokens == 4 * 32 and plan.total_tokens == 14 * 4 * 32 == sum(p.tokens for p in plan.phases)
+    assert plan.epochs == pytest.approx(14 * 4 / gather(config).batches.epoch_sequences)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phases", "restarts"),
+    [
+        ({"method": "full"}, ["full"], []),
+        ({"method": "lora"}, ["warm_start", "low_rank"], []),
+        ({"method": "lora", "warm_start": {"steps": 0}}, ["low_rank"], []),
+        ({"warm_start": {"steps": 0}}, ["low_rank"], [4, 8, 12]),
+        ({"restart": {"warmup_steps": 3}}, ["warm_start", "low_rank"], [8]),
+        ({"schedule": {"total_steps": None, "total_tokens": 14 * 128 - 5}}, ["warm_start", "low_rank"], [8, 12]),
+    ],
+)
+def test_phases_and_restarts_of_each_method(
+    configure: Configure, overrides: dict[str, object], phases: list[str], restarts: list[int]
+) -> None:
+    plan = describe(configure(**overrides))
+    assert [phase.name for phase in plan.phases] == phases and plan.restarts == restarts
+    assert plan.total_steps == 14 and sum(phase.steps for phase in plan.phases) == 14
+
+
+def test_the_largest_preset_is_planned_without_its_memory(configure: Configure) -> None:
+    """7 billion weights would be 27 GB; the meta device holds shapes only."""
+    shape = {"vocab_size": 32100, "hidden_size": None, "intermediate_size": None}
+    plan = describe(configure(model={"preset": "llama-7b", **shape}, lowrank={"r": 128}))
+    assert plan.phases[0].trainable_parameters > 6_700_000_000
+    assert plan.phases[1].trainable_parameters < plan.phases[0].trainable_parameters / 10
+
+
+def test_print_plan(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    print_timetable(describe(configure()))
+    printed = capsys.readouterr().out
+    assert "relora: 14 steps of 128 tokens" in printed and "warm start" in printed
+    assert "restarts: 2 (before steps 8, 12)" in printed and "tokens: 1,792 (" in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lowrank": {"r": 33}}, r"lowrank\.r \(33\)"),
+        ({"lowrank": {"target_modules": ["nothing"]}}, "'nothing' matches no linear layer"),
+        ({"model": {"preset": "llama-8m"}}, "llama-9m"),
+        ({"model": {"num_attention_heads": 5}}, r"model\.hidden_size \(32\)"),
+        ({"model": {"vocab_size": 100}}, r"model\.vocab_size"),
+        ({"model": {"max_position_embeddings": 16}}, r"data\.sequence_length \(32\)"),
+        ({"data": {"train": "no/such/place"}}, "no/such/place"),
+        ({"data": {"validation": "no/such/place"}}, "no/such/place"),
+        ({"batch": {"sequences": 40_000}}, "tokens"),
+        ({"device": "abacus"}, "abacus"),
+        ({"device": "cuda:77"}, "cuda"),
+    ],
+)
+def test_refuses_what_the_run_would_refuse(configure: Configure, overrides: dict[str, object], message: str) -> None:
+    config = configure(**overrides)
+    with pytest.raises(UserError, match=message):
+        gather(config)
+    with pytest.raises(UserError, match=message):
+        describe(config)
+
+
+def test_what_the_run_decides_is_said_to_be_the_most(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = {"auto": True, "steps": 6, "window_steps": 1}
+    plan = describe(configure(warm_start=auto))
+    assert (plan.phases[0].steps, plan.restarts, plan.most_restarts) == (6, [10], 2)  # from step 4 on: 8, 12
+    print_timetable(plan)
+    assert "restarts: 1 to 2, counted from the end of the warm start" in capsys.readouterr().out
+    print_timetable(describe(configure(warm_start=auto, restart={"adaptive": True})))
+    printed = capsys.readouterr().out
+    assert "restarts: at most 2, when the run decides" in printed and "warm start (at" in printed
