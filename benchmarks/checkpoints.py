@@ -34,7 +34,7 @@ from relora.config import CheckpointSettings, RunConfig, parse_config
 from relora.recipes.from_settings import lowrank_of
 from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of
-from relora.recipes.pretraining_inputs import gather
+from relora.recipes.pretraining_inputs import gather_pretraining
 from relora.report.console import Console
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import FROZEN, Checkpoints, SavedState, Tensors
@@ -159,7 +159,7 @@ def configuration(model: str, block: int, rounds: int, folder: Path) -> RunConfi
 def measure(config: RunConfig) -> list[Block]:
     """A whole run; its blocks, the last of each kind complete."""
     turns = Turns(Path(config.output_dir))
-    parts = gather(config)
+    parts = gather_pretraining(config)
     print(f"\n{config.model.preset}, {sum(p.numel() for p in parts.model.parameters()) / MB:.1f} million parameters")
     with Clock(turns.folder, turns) as reporter:
         run = assemble(job_of(config, parts), lowrank_of(config), reporter, turns, {})
@@ -192,7 +192,7 @@ def print_costs(config: RunConfig, blocks: list[Block]) -> None:
 def print_way_back(config: RunConfig) -> None:
     """Seconds from the start of a continued run to its first step."""
     times = [time.perf_counter()]
-    parts = gather(config)
+    parts = gather_pretraining(config)
     times.append(time.perf_counter())
     checkpoints = Checkpoints(Path(config.output_dir) / "background")
     checkpoint = checkpoints.open(max(step for step in checkpoints.steps() if step < config.total_steps))

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora.inference.decoding import Sampling, continue_prompt
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 
 PROMPT = "Once upon a time"
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def in_one_process(model: str, tokens: int, rounds: int, sampled: bool) -> None:
-    finished = open_finished(model, device="cpu")
+    finished = load_model_or_run(model, device="cpu")
     theirs = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = finished.encode(PROMPT)

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from sides.machine import machine
 from torch import Tensor
 
-from relora.measure import CHUNK_TOKENS, IGNORED, head_loss
+from relora.measure import CHUNK_TOKENS, head_loss
+from relora.model.head import IGNORED
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SHAPES = ("512x4096x512", "2048x4096x512", "512x32100x512", "2048x32100x512", "8192x32100x512", "2048x32100x1024")

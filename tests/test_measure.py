@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from relora import measure
 from relora.errors import UserError
-from relora.measure import IGNORED, Evaluation, evaluate, head_loss, token_loss
-from relora.model.head import whole_logits_reason
+from relora.measure import Evaluation, evaluate, head_loss, token_loss
+from relora.model.head import IGNORED, whole_logits_reason
 
 VOCAB = 50
 

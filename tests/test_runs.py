@@ -21,7 +21,7 @@ from relora.lowrank.costs import ANY
 from relora.recipes.from_settings import settled_lowrank
 from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of, pretrain
-from relora.recipes.pretraining_inputs import gather
+from relora.recipes.pretraining_inputs import gather_pretraining
 from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
@@ -84,7 +84,7 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
 
 def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -> Path:
     """As the recipe does up to the last step, with a hand on the run."""
-    parts = gather(config)
+    parts = gather_pretraining(config)
     with claim(config, fresh=False) as folder:
         describe_run(folder, config, 0)
         with (
@@ -275,7 +275,7 @@ print(json.dumps({"loss": loss.item(), "dtype": str(model.dtype), "new": text.sh
 def test_the_model_is_a_plain_one_of_the_same_perplexity(configure: Configure, tmp_path: Path, method: str) -> None:
     config = configure(method=method, evaluate__tokens=32 * 8 + 1)
     result = pretrain(config, quiet=True)
-    held_out = gather(config).held_out
+    held_out = gather_pretraining(config).held_out
     windows = [[*i.tolist(), int(row[-1])] for batch in held_out for i, row in zip(*batch, strict=True)]
     (tmp_path / "windows.json").write_text(json.dumps(windows))
     command = [

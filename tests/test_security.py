@@ -19,7 +19,7 @@ from tests.hostile.corpus import EITHER, Case, cases, plant
 from tests.hostile.world import World, build_world, call, payload, watched
 
 from relora.errors import UserError
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 from relora.model import open_model
 
 CASES = list(cases())
@@ -140,7 +140,7 @@ def test_a_models_own_code_runs_only_when_it_is_trusted(own_code: World, caplog:
             open_model(own_code.model, from_scratch=from_scratch)
     assert not own_code.marker.exists()
     with caplog.at_level(logging.WARNING):
-        finished = open_finished(own_code.model, trust_remote_code=True)
+        finished = load_model_or_run(own_code.model, trust_remote_code=True)
     assert own_code.marker.exists()
     assert type(finished.model).__name__ == "OwnModel"
     assert [record.message for record in caplog.records if record.name.startswith("relora")] == [

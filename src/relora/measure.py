@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from relora.errors import UserError
+from relora.model.head import IGNORED as IGNORED
 from relora.model.head import head_input
 
-IGNORED = -100
-"""The label of a position that is not scored."""
 CHUNK_TOKENS = {"cpu": 256}
 """Tokens whose logits are there at once: the fewest that cost no time (benchmarks/loss.py)."""
 _OTHER_DEVICES = 1024

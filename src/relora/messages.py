@@ -40,10 +40,10 @@ def first_mistake(error: ValidationError, root: type[BaseModel] | None = None) -
     if mistake["type"] == "value_error":
         return f"{key}: {message}" if key else message
     reason = PLAIN_WORDS.get(mistake["type"]) or f"{message[0].lower()}{message[1:]}"
-    return f"`{key}` is {shown(mistake['input'])}: {reason}"
+    return f"`{key}` is {short_repr(mistake['input'])}: {reason}"
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Any value for a message: its repr, never long, on one line, without control characters."""
     text = _Short().repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
@@ -60,19 +60,19 @@ class _Short(reprlib.Repr):
         return repr(x) if x.bit_length() < 100 else "a huge number"
 
 
-def shown_name(name: str, most_chars: int = LONGEST_SHOWN) -> str:
+def short_name(name: str, most_chars: int = LONGEST_SHOWN) -> str:
     """A key, a field or a path for a message: as it is, unless it is very long or holds what cannot be printed."""
-    return name if name.isprintable() and len(name) <= most_chars else shown(name)
+    return name if name.isprintable() and len(name) <= most_chars else short_repr(name)
 
 
-def shown_line(message: str) -> str:
+def first_line(message: str) -> str:
     """The first line of a library's message, cut where it is very long."""
     line = next((line.strip() for line in message.splitlines() if line.strip()), "")
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
 def _dotted(location: Sequence[str]) -> str:
-    return shown_name(".".join(location))
+    return short_name(".".join(location))
 
 
 def _without_types(location: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from relora.data.tokenizer import load_tokenizer, train_tokenizer
 from relora.errors import UserError
 from relora.evaluation.instructions import Answer, answer, evaluate_instructions, score_records
 from relora.evaluation.text_metrics import TextScorer
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 from relora.model import build_model, open_model, save_model
 
 STORIES = DATA / "models" / "stories260K-llama-hf"
@@ -347,7 +347,7 @@ def test_an_adapter_answers_in_place_of_its_base(tmp_path: Path) -> None:
 
 @needs_data
 def test_prompts_of_llama_adapter_answer_together_as_alone(tmp_path: Path) -> None:
-    finished = open_finished(STORIES, adapters=[str(prompts_of(tmp_path / "prompts"))])
+    finished = load_model_or_run(STORIES, adapters=[str(prompts_of(tmp_path / "prompts"))])
     asked = [finished.encode(text) for text in ("Once upon a time", "The dog", "Lily went to the park and saw")]
     plain = answer(finished.model, finished.tokenizer, asked, max_new_tokens=10, batch=3)
     finished.adapters.use("prompts")

@@ -17,7 +17,7 @@ from relora.cli.tables.scores import print_task_scores
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.evaluation.lm_eval import TaskScore, evaluate_tasks
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 from relora.model import open_model
 
 STORIES = DATA / "models" / "stories260K-llama-hf"
@@ -110,7 +110,7 @@ def test_an_adapter_is_scored_in_place_of_its_base(folder: Path, tmp_path: Path)
         ]
         for name in ("base", "beside")
     )
-    finished = open_finished(STORIES, adapters=[str(adapter)])
+    finished = load_model_or_run(STORIES, adapters=[str(adapter)])
     finished.adapters.use(finished.adapters.names[0])
     expected = [likelihood(finished.model, finished.tokenizer, r["question"], " " + r["options"][0]) for r in RECORDS]
     assert beside == pytest.approx(expected, abs=1e-3)

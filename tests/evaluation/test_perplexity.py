@@ -21,8 +21,9 @@ from relora.data.pretraining.shards import FORMAT_VERSION, Index, PreparedFolder
 from relora.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from relora.errors import UserError
 from relora.evaluation.perplexity import Score, evaluate_model, sliding_windows
-from relora.measure import IGNORED, evaluate
+from relora.measure import evaluate
 from relora.model import build_model, open_model, save_model
+from relora.model.head import IGNORED
 
 TEXT = "The cat sat on the mat.\n\nA dog — über — barked at the cat; the cat did not move. " * 4
 STORY = (

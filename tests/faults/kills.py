@@ -73,7 +73,7 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
         call="relora.lowrank.linear:LowRankLinear.exchange_", nth=LAYERS - 3, after=True
     ),
     "in a restart, between two moments": Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
-    "in a restart, between two layers": Blow(call=f"{RESTART}:_begin_anew", nth=3 * LAYERS - 2),
+    "in a restart, between two layers": Blow(call=f"{RESTART}:_redraw_factors", nth=3 * LAYERS - 2),
     "after a restart, before its line": Blow(call=f"{LOOP}:restart", nth=2, after=True),
     "after a restart's line": Blow(call="relora.report.reporter:Reporter.restart", nth=2, after=True),
     "a restart's line half written": Blow(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from relora.files.atomic import as_others_are
+from relora.files.atomic import apply_umask
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -17,7 +17,7 @@ def test_a_file_gets_the_mode_of_any_other(tmp_path: Path, mask: int, mode: int)
     before = os.umask(mask)
     try:
         save_file({"x": torch.zeros(1)}, file)
-        as_others_are(file)
+        apply_umask(file)
         assert stat.S_IMODE(file.stat().st_mode) == mode
         assert os.umask(mask) == mask  # as it was
     finally:

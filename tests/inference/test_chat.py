@@ -14,7 +14,7 @@ from relora.errors import UserError
 from relora.inference.chat import COMMANDS, Chat, chat
 from relora.inference.conversation import Turn
 from relora.inference.decoding import Sampling
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 
 pytestmark = needs_data
 SHORT = Sampling(max_new_tokens=12, do_sample=False)
@@ -32,7 +32,7 @@ class Said:
     def __init__(self, model: Path, *, adapters: Iterable[Path] = (), sampling: Sampling = SHORT, **settings) -> None:
         self.answers: list[str] = []
         self.told: list[str] = []
-        finished = open_finished(model, adapters=[str(each) for each in adapters], device="cpu")
+        finished = load_model_or_run(model, adapters=[str(each) for each in adapters], device="cpu")
         self.chat = Chat(finished, sampling, write=self.answers.append, tell=self.told.append, **settings)
 
     def take(self, *lines: str) -> str:
@@ -64,7 +64,7 @@ def test_the_history_is_heard(model: Path) -> None:
 def test_an_answer_is_that_of_the_template(model: Path) -> None:
     said = Said(model, system="Be kind.")
     answer = said.take("Hello")
-    finished = open_finished(model, device="cpu")
+    finished = load_model_or_run(model, device="cpu")
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     ids = finished.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=False

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from relora.errors import UserError
 from relora.inference.decoding import Continuation, GrowingText, Sampling, check_stop, continue_prompt, held_back
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 
 pytestmark = needs_data
 PROMPT = "Once upon a time"
@@ -20,7 +20,7 @@ GREEDY = Sampling(max_new_tokens=40, do_sample=False)
 
 @pytest.fixture(scope="module")
 def finished():
-    return open_finished(STORIES, device="cpu")
+    return load_model_or_run(STORIES, device="cpu")
 
 
 @pytest.fixture(scope="module", params=["gpt2", "mistral-v1-32k", "STORIES"])

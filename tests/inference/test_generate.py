@@ -11,7 +11,7 @@ from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.inference.decoding import Sampling
 from relora.inference.generate import describe, generate, sample_texts
-from relora.inference.loading import open_finished
+from relora.inference.loading import load_model_or_run
 from relora.model import open_model
 
 pytestmark = needs_data
@@ -92,7 +92,7 @@ def test_too_long_for_the_model(parts) -> None:
     with pytest.raises(UserError, match="512 positions; shorten it"):
         generate(STORIES, [PROMPT * 300], GREEDY)
     prompt = "Lily " * 200
-    room = 512 - len(open_finished(STORIES).encode(prompt))
+    room = 512 - len(load_model_or_run(STORIES).encode(prompt))
     (text,) = sample(parts, 0, prompts=[prompt], max_new_tokens=room + 50, temperature=0)
     assert text.startswith("Lily Lily")
 
@@ -121,14 +121,14 @@ def test_a_run_without_model_names_the_verb(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"relora export {tmp_path}"):
         generate(tmp_path, [PROMPT])
     shutil.copytree(STORIES, tmp_path / "model")
-    assert open_finished(tmp_path).sequence_length == 64
-    assert open_finished(STORIES).sequence_length == 512
+    assert load_model_or_run(tmp_path).sequence_length == 64
+    assert load_model_or_run(STORIES).sequence_length == 512
 
 
 def test_a_wrong_dtype_or_device() -> None:
     with pytest.raises(UserError, match="dtype: `int3` is none of"):
-        open_finished(STORIES, dtype="int3")
-    assert open_finished(STORIES, dtype="bf16").model.dtype == torch.bfloat16
+        load_model_or_run(STORIES, dtype="int3")
+    assert load_model_or_run(STORIES, dtype="bf16").model.dtype == torch.bfloat16
 
 
 def test_adapters_side_by_side(tmp_path: Path) -> None:

@@ -10,28 +10,28 @@ import torch
 from tests.adapters.adapted import STORIES, lora, needs_data, prompts, run_with_adapter, with_template
 
 from relora.errors import UserError
-from relora.inference.loading import Finished, open_finished
+from relora.inference.loading import LoadedModel, load_model_or_run
 
 pytestmark = needs_data
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @torch.no_grad()
-def logits(finished: Finished) -> torch.Tensor:
+def logits(finished: LoadedModel) -> torch.Tensor:
     return finished.model(torch.tensor([finished.encode("Once upon a time")])).logits
 
 
 @pytest.fixture(scope="module")
-def base() -> Finished:
-    return open_finished(STORIES, device="cpu")
+def base() -> LoadedModel:
+    return load_model_or_run(STORIES, device="cpu")
 
 
-def test_an_adapter_opens_its_base(tmp_path: Path, base: Finished) -> None:
+def test_an_adapter_opens_its_base(tmp_path: Path, base: LoadedModel) -> None:
     for place in (lora(tmp_path / "lora", seed=1), prompts(tmp_path / "prompts")):
-        finished = open_finished(place, device="cpu")
+        finished = load_model_or_run(place, device="cpu")
         assert finished.adapters.in_use == place.name
         assert not torch.allclose(logits(finished), logits(base), atol=1e-2)
-        beside = open_finished(STORIES, adapters=[str(place)], device="cpu")
+        beside = load_model_or_run(STORIES, adapters=[str(place)], device="cpu")
         assert beside.adapters.in_use == "base"
         assert torch.equal(logits(beside), logits(base))
         beside.adapters.use(place.name)
@@ -40,21 +40,21 @@ def test_an_adapter_opens_its_base(tmp_path: Path, base: Finished) -> None:
 
 def test_a_run_with_an_adapter(tmp_path: Path) -> None:
     run = run_with_adapter(tmp_path / "tuned")
-    finished = open_finished(run, device="cpu")
+    finished = load_model_or_run(run, device="cpu")
     assert (finished.adapters.in_use, finished.sequence_length) == ("tuned", 64)
     assert finished.tokenizer.decode(finished.encode_chat(HELLO)).endswith("Hello\n\n### Response:")
     settings = run / "adapter" / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": None}))
-    assert torch.equal(logits(open_finished(run, device="cpu")), logits(finished))  # config.yaml names it, too
+    assert torch.equal(logits(load_model_or_run(run, device="cpu")), logits(finished))  # config.yaml names it, too
 
 
 def test_a_run_that_trained_the_whole_model(tmp_path: Path) -> None:
     run = run_with_adapter(tmp_path / "tuned", template="plain")
     shutil.rmtree(run / "adapter")
     with pytest.raises(UserError, match="has no model yet"):
-        open_finished(run)
+        load_model_or_run(run)
     shutil.copytree(STORIES, run / "model")
-    finished = open_finished(run, device="cpu")
+    finished = load_model_or_run(run, device="cpu")
     assert finished.adapters.names == ()
     assert finished.tokenizer.decode(finished.encode_chat(HELLO), skip_special_tokens=True) == "Hello\n"
 
@@ -63,7 +63,7 @@ def test_every_adapter_is_asked_in_its_own_words(tmp_path: Path) -> None:
     alpaca = run_with_adapter(tmp_path / "alpaca")
     plain = run_with_adapter(tmp_path / "plain", template="plain")
     model = with_template(tmp_path / "model")
-    finished = open_finished(model, adapters=[str(alpaca), str(plain)], device="cpu")
+    finished = load_model_or_run(model, adapters=[str(alpaca), str(plain)], device="cpu")
     read = {
         name: finished.tokenizer.decode(finished.encode_chat(HELLO, name), skip_special_tokens=True)
         for name in ("base", "alpaca", "plain")
@@ -78,10 +78,10 @@ def test_every_adapter_is_asked_in_its_own_words(tmp_path: Path) -> None:
 def test_a_base_that_is_not_there_or_not_named(tmp_path: Path) -> None:
     gone = lora(tmp_path / "gone", seed=1, base=str(tmp_path / "moved"))
     with pytest.raises(UserError, match=r"gone: its base cannot be opened: .*moved.*generate MODEL --adapter .*gone"):
-        open_finished(gone)
-    assert open_finished(STORIES, adapters=[str(gone)], device="cpu").adapters.names == ("gone",)
+        load_model_or_run(gone)
+    assert load_model_or_run(STORIES, adapters=[str(gone)], device="cpu").adapters.names == ("gone",)
     with pytest.raises(UserError, match=r"does not say which model it belongs to.*relora generate MODEL --adapter"):
-        open_finished(lora(tmp_path / "silent", seed=1, base=None))
+        load_model_or_run(lora(tmp_path / "silent", seed=1, base=None))
 
 
 def test_an_adapter_that_names_another_model_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -90,7 +90,7 @@ def test_an_adapter_that_names_another_model_is_pointed_out(tmp_path: Path, capl
     own = str(lora(tmp_path / "c", seed=2))
     renamed = str(lora(tmp_path / "d", seed=3, base=f"owner/{STORIES.name}"))
     with caplog.at_level(logging.WARNING):
-        open_finished(STORIES, adapters=[*places, own, renamed], device="cpu")
+        load_model_or_run(STORIES, adapters=[*places, own, renamed], device="cpu")
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert f"{places[0]} was trained on {other}, not on {STORIES}" in told[0]
@@ -99,20 +99,20 @@ def test_an_adapter_that_names_another_model_is_pointed_out(tmp_path: Path, capl
 
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tells classes of texts apart"):
-        open_finished(run_with_adapter(tmp_path / "run", task="classification"))
+        load_model_or_run(run_with_adapter(tmp_path / "run", task="classification"))
 
 
 def test_an_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(UserError, match="a web address cannot be used") as refused:
-        open_finished("https://user:secret@host/model")
+        load_model_or_run("https://user:secret@host/model")
     assert "secret" not in str(refused.value)
 
 
-def test_bytes_that_are_no_text(base: Finished) -> None:
+def test_bytes_that_are_no_text(base: LoadedModel) -> None:
     with pytest.raises(UserError, match="not UTF-8"):
         base.encode("\udcff")
 
 
-def test_a_tokenizer_of_another_model(tmp_path: Path, base: Finished) -> None:
+def test_a_tokenizer_of_another_model(tmp_path: Path, base: LoadedModel) -> None:
     with pytest.raises(UserError, match=r"has no chat template.*`relora generate`"):
         base.encode_chat(HELLO)

@@ -11,7 +11,7 @@ from relora.errors import UserError
 from relora.lowrank import inject
 from relora.planning.dry_run import describe
 from relora.recipes.from_settings import lowrank_of, schedule_of
-from relora.recipes.pretraining_inputs import gather
+from relora.recipes.pretraining_inputs import gather_pretraining
 
 Configure = Callable[..., RunConfig]
 
@@ -46,7 +46,7 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
 def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> None:
     config = configure()
     plan = describe(config)
-    model, schedule = gather(config).model, schedule_of(config)
+    model, schedule = gather_pretraining(config).model, schedule_of(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = inject(model, lowrank_of(config))
     warm_start, low_rank = plan.phases
@@ -56,7 +56,7 @@ def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> No
     assert (low_rank.trainable_parameters, low_rank.frozen_parameters) == (report.trainable, report.frozen)
     assert plan.restarts == list(schedule.restarts) == [8, 12]
     assert plan.batch_tokens == 4 * 32 and plan.total_tokens == 14 * 4 * 32 == sum(p.tokens for p in plan.phases)
-    assert plan.epochs == pytest.approx(14 * 4 / gather(config).batches.epoch_sequences)
+    assert plan.epochs == pytest.approx(14 * 4 / gather_pretraining(config).batches.epoch_sequences)
     assert not (tmp_path / "run").exists()
 
 
@@ -113,7 +113,7 @@ def test_print_plan(configure: Configure, capsys: pytest.CaptureFixture[str]) ->
 def test_refuses_what_the_run_would_refuse(configure: Configure, overrides: dict[str, object], message: str) -> None:
     config = configure(**overrides)
     with pytest.raises(UserError, match=message):
-        gather(config)
+        gather_pretraining(config)
     with pytest.raises(UserError, match=message):
         describe(config)
 

@@ -23,7 +23,7 @@ from relora.model.classifier import open_classifier
 from relora.model.load import build_model, save_model
 from relora.recipes import finetune as recipe
 from relora.recipes.finetune import finetune, show_examples
-from relora.recipes.finetuning_inputs import gather_examples
+from relora.recipes.finetuning_inputs import gather_finetuning
 from relora.report.metrics import read_json_lines
 
 Configure = Callable[..., FinetuneConfig]
@@ -167,7 +167,7 @@ def test_lora_leaves_an_adapter_that_peft_reads_and_nothing_of_the_base(configur
     for file in (found.folder / "checkpoints").rglob("weights.safetensors"):
         assert all("lora_" in name or name.endswith("inv_freq") for name in load_file(file))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), found.folder / "adapter")
-    parts = gather_examples(config)
+    parts = gather_finetuning(config)
     assert evaluate(model, parts.held_out).loss == pytest.approx(found.evaluation.loss, abs=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_pissa_leaves_an_adapter_of_the_original_base(configure: Configure, base
     found = finetune(config, quiet=True)
     model = open_model(base)
     load_adapter(model, found.folder / "adapter")
-    assert evaluate(model, gather_examples(config).held_out).loss == pytest.approx(found.evaluation.loss, abs=1e-5)
+    assert evaluate(model, gather_finetuning(config).held_out).loss == pytest.approx(found.evaluation.loss, abs=1e-5)
 
 
 def test_relora_leaves_a_model_whose_update_has_more_than_the_rank_of_its_factors(

@@ -17,7 +17,7 @@ from relora.adapters.multi_adapter import Adapters
 from relora.adapters.peft_format import CONFIG, read_config
 from relora.errors import UserError
 from relora.files.untrusted import no_address
-from relora.messages import shown
+from relora.messages import short_repr
 from relora.runs.settings import is_run, read_run_settings
 
 BASE = "base"
@@ -52,7 +52,7 @@ def find_adapter(place: str | Path) -> AdapterFolder:
     settings = read_config(folder)
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
     if kind not in KINDS:
-        raise UserError(f"{folder / CONFIG}: `peft_type` is {shown(kind)}; known are {' and '.join(KINDS)}")
+        raise UserError(f"{folder / CONFIG}: `peft_type` is {short_repr(kind)}; known are {' and '.join(KINDS)}")
     return AdapterFolder(name, folder, kind, base if isinstance(base, str) and base else None, template)
 
 
@@ -99,7 +99,7 @@ class Attached:
     def use(self, name: str) -> None:
         """Let the model answer with an adapter, or as the base itself; `UserError` for a name that is not loaded."""
         if name not in (BASE, *self._known):
-            raise UserError(f"adapter {shown(name)}: not loaded; there are {', '.join((BASE, *self._known))}")
+            raise UserError(f"adapter {short_repr(name)}: not loaded; there are {', '.join((BASE, *self._known))}")
         if name == self.in_use:
             return
         if self._has_prompts(self.in_use):

@@ -15,7 +15,7 @@ from relora.adapters.peft_format import (
     shapes,
 )
 from relora.errors import UserError
-from relora.messages import shown_line, shown_name
+from relora.messages import first_line, short_name
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,19 @@ def _summary(folder: Path, name: str) -> Summary:
     kind, base, size = "?", None, 0
     try:
         config = read_config(folder)
-        kind, base = shown_name(str(config.get("peft_type"))), config.get("base_model_name_or_path")
-        base = None if base is None else shown_name(str(base), 160)
+        kind, base = short_name(str(config.get("peft_type"))), config.get("base_model_name_or_path")
+        base = None if base is None else short_name(str(base), 160)
         there = shapes(folder)
         size = (folder / TENSORS).stat().st_size
     except (UserError, OSError) as error:
-        return Summary(name, kind, [], [], 0, size, base, problem=shown_line(str(error)))
+        return Summary(name, kind, [], [], 0, size, base, problem=first_line(str(error)))
     if kind == "LORA":
         kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     factors = {key: shape for key, shape in there.items() if ".lora_A" in key and len(shape) == 2}
     targets = {key.partition(".lora_A")[0].rpartition(".")[2] for key in factors}
     ranks = sorted({shape[0] for shape in factors.values()})
     parameters = sum(torch.Size(shape).numel() for shape in there.values())
-    return Summary(name, kind, ranks, sorted(map(shown_name, targets)), parameters, size, base)
+    return Summary(name, kind, ranks, sorted(map(short_name, targets)), parameters, size, base)
 
 
 def _norm(factors: Factors) -> float:

@@ -1,14 +1,9 @@
 """The adapter of rank r nearest to what full training changed in a model."""
 
-import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from relora.adapters.combine import low_rank_of
@@ -18,9 +13,8 @@ from relora.adapters.stored_model import StoredModel
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.inject import find_targets
+from relora.report.progress import with_progress
 from relora.seeding import keyed_generator
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ def extract_adapter(
     layers: dict[str, Factors] = {}
     shares: dict[str, float] = {}
     kept = total = 0.0
-    for path in _with_progress(paths, "layers"):
+    for path in with_progress(paths, len(paths), "layers"):
         weight = before.weight(path)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         difference = after.weight(path).to(dtype) - weight.to(dtype)
@@ -108,9 +102,3 @@ def _other_differences(before: StoredModel, after: StoredModel, targets: set[str
 def _equal(one: Tensor, other: Tensor) -> bool:
     dtype = torch.promote_types(one.dtype, other.dtype)
     return torch.equal(one.to(dtype), other.to(dtype))
-
-
-def _with_progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """A progress bar on a terminal, gone at the end; nothing elsewhere."""
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    return track(items, what, len(items), console=console, transient=True, disable=not console.is_terminal)

@@ -32,9 +32,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import as_others_are, sync
+from relora.files.atomic import apply_umask, sync
 from relora.files.untrusted import MB, check_folder, check_header, read_json
-from relora.messages import shown, shown_line, shown_name
+from relora.messages import first_line, short_name, short_repr
 from relora.seeding import keyed_generator
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        as_others_are(aside / WEIGHTS)
+        apply_umask(aside / WEIGHTS)
         (aside / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             sync(path)
@@ -152,7 +152,7 @@ def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunStopped(f"{folder}: the prompts could not be written: {shown_line(str(error))}") from error
+        raise RunStopped(f"{folder}: the prompts could not be written: {first_line(str(error))}") from error
     return folder
 
 
@@ -228,7 +228,7 @@ def _family(model: PreTrainedModel) -> _Family:
     kind = model.config.model_type
     if kind not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
-        raise UserError(f"LLaMA-Adapter knows {known}, not {shown_name(kind)}; `method: lora` takes any architecture")
+        raise UserError(f"LLaMA-Adapter knows {known}, not {short_name(kind)}; `method: lora` takes any architecture")
     return _FAMILIES[kind]
 
 
@@ -263,7 +263,7 @@ def _free_attentions(model: PreTrainedModel) -> list[str]:
     if _prompted(model):
         raise UserError("the model has prompts of LLaMA-Adapter already; remove them first")
     if model.config._attn_implementation != "sdpa":
-        implementation = shown_name(str(model.config._attn_implementation))
+        implementation = short_name(str(model.config._attn_implementation))
         raise UserError(f"LLaMA-Adapter needs the model's attention to be sdpa, not {implementation}")
     return [name for name, _ in model.named_modules() if name.endswith(f".{family.attention}")]
 
@@ -308,13 +308,15 @@ def _read_settings(file: Path, family: _Family) -> tuple[int, int]:
         raise UserError(f"{file.parent}: holds no adapter (no {file.name})") from None
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != KIND:
-        raise UserError(f"{file}: `peft_type` is {shown(kind)}; that of LLaMA-Adapter is {KIND}")
+        raise UserError(f"{file}: `peft_type` is {short_repr(kind)}; that of LLaMA-Adapter is {KIND}")
     for key in ("adapter_len", "adapter_layers"):
         if type(settings.get(key)) is not int or settings[key] < 1:
-            raise UserError(f"{file}: `{key}` is {shown(settings.get(key))}; it must be a whole number, at least 1")
+            raise UserError(
+                f"{file}: `{key}` is {short_repr(settings.get(key))}; it must be a whole number, at least 1"
+            )
     target = settings.get("target_modules")
     if target not in (None, family.attention):
-        raise UserError(f"{file}: prompts of {shown(target)}; in this model they belong to {family.attention}")
+        raise UserError(f"{file}: prompts of {short_repr(target)}; in this model they belong to {family.attention}")
     return settings["adapter_len"], settings["adapter_layers"]
 
 
@@ -326,16 +328,16 @@ def _read_tensors(file: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tens
             there = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
             for name in sorted(there.keys() ^ shapes.keys()):
                 what = "is not in it" if name in shapes else "is none of this model's prompts"
-                raise UserError(f"{file.parent}: `{shown_name(name, 120)}` {what}; was it trained on another base?")
+                raise UserError(f"{file.parent}: `{short_name(name, 120)}` {what}; was it trained on another base?")
             for name, shape in there.items():
                 if shape != shapes[name]:
-                    wanted = f"{shown(shape)} where this model takes {shapes[name]}"
+                    wanted = f"{short_repr(shape)} where this model takes {shapes[name]}"
                     raise UserError(f"{file.parent}: `{name}` is {wanted}; was it trained on another base?")
             tensors = {name: stored.get_tensor(name) for name in there}
     except FileNotFoundError:
         raise UserError(f"{file.parent}: has no {file.name}; other files of weights are not read") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: damaged, or not a safetensors file: {shown_line(str(error))}") from None
+        raise UserError(f"{file}: damaged, or not a safetensors file: {first_line(str(error))}") from None
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and torch.isfinite(tensor.double()).all()):
             raise UserError(f"{file}: `{name}` holds something other than finite numbers")

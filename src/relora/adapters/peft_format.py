@@ -31,11 +31,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import as_others_are, sync, write_durably
+from relora.files.atomic import apply_umask, sync, write_durably
 from relora.files.untrusted import MB, check_folder, check_header, read_json
 from relora.lowrank.dora import row_norms
 from relora.lowrank.patterns import at_the_end, by_pattern
-from relora.messages import first_mistake, shown, shown_line, shown_name
+from relora.messages import first_line, first_mistake, short_name, short_repr
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -178,7 +178,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     with _opened(folder / TENSORS) as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no mapping
     for key, tensor in stored.items():
-        name, where = key.removeprefix(PREFIX), f"{folder / TENSORS}: `{shown_name(key, 160)}`"
+        name, where = key.removeprefix(PREFIX), f"{folder / TENSORS}: `{short_name(key, 160)}`"
         factor = _FACTOR.fullmatch(name)
         if name == key or (factor is None and "lora_" in name):
             raise UserError(f"{where} is no part of the adapter of a linear layer, and is not known here")
@@ -193,7 +193,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     for key in others:
         path, _, name = key.rpartition(".")
         if path in layers and name != "bias":
-            raise UserError(f"{folder / TENSORS}: holds factors and another weight for {shown_name(path, 160)}")
+            raise UserError(f"{folder / TENSORS}: holds factors and another weight for {short_name(path, 160)}")
     exact = isinstance(config.target_modules, list) and not (config.exclude_modules or config.layers_to_transform)
     return Adapter(
         layers={path: _factors(path, tensors, config, folder) for path, tensors in layers.items()},
@@ -254,7 +254,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         # copies: tied weights are one tensor under two names, which the file format does not allow
         stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         save_file(stored, aside / TENSORS, metadata={"format": "pt"})
-        as_others_are(aside / TENSORS)
+        apply_umask(aside / TENSORS)
         sync(aside / TENSORS)
         write_durably(aside / CONFIG, json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n")
         if folder.exists():
@@ -267,7 +267,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         shutil.rmtree(aside, ignore_errors=True)
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        raise RunStopped(f"{folder}: the adapter could not be written: {shown_line(str(error))}") from None
+        raise RunStopped(f"{folder}: the adapter could not be written: {first_line(str(error))}") from None
     return folder
 
 
@@ -291,14 +291,14 @@ def _parsed(tree: dict[str, Any], file: Path) -> _Config:
     """The checked configuration of an adapter of our kind."""
     kind = tree.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{file}: peft_type {shown(kind)} is not LORA: only LoRA, rsLoRA and DoRA are known here")
+        raise UserError(f"{file}: peft_type {short_repr(kind)} is not LORA: only LoRA, rsLoRA and DoRA are known here")
     for key in _UNKNOWN:
         if tree.get(key):
-            raise UserError(f"{file}: `{key}` is {shown(tree[key])}, which is not supported here")
+            raise UserError(f"{file}: `{key}` is {short_repr(tree[key])}, which is not supported here")
     start = tree.get("init_lora_weights")
     if start not in _ADDED_TO_THE_BASE:
         raise UserError(
-            f"{file}: `init_lora_weights` is {shown(start)}: its base is not the original one; save it in PEFT with "
+            f"{file}: `init_lora_weights` is {short_repr(start)}: its base is not the original; save it in PEFT with "
             "`path_initial_model_for_weight_conversion`"
         )
     try:
@@ -315,13 +315,13 @@ def _check_pattern(key: str, where: str) -> None:
     """`UserError` for what is no regular expression, or one that could take for ever to match."""
     repeats = len(re.findall(r"[*+{]", key))
     if len(key) > LONGEST_PATTERN or repeats > MOST_REPEATS or re.search(r"\)[*+{]|\{[^}]*\d{3}", key):
-        raise UserError(f"{where}: {shown(key)} has more repeats (`*`, `+`) than the name of a layer needs")
+        raise UserError(f"{where}: {short_repr(key)} has more repeats (`*`, `+`) than the name of a layer needs")
     at_the_end(key, where)
 
 
 def _factors(path: str, tensors: Mapping[str, Tensor], config: _Config, folder: Path) -> Factors:
     """One layer's tensors, if they belong together and to the configuration."""
-    where = f"{folder}: {shown_name(path, 160)}"
+    where = f"{folder}: {short_name(path, 160)}"
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.use_dora else set())
     if tensors.keys() != wanted:
         differing = ", ".join(sorted(tensors.keys() ^ wanted))
@@ -354,7 +354,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged, or not a safetensors file ({shown_line(str(error))})") from None
+        raise UserError(f"{file}: damaged, or not a safetensors file ({first_line(str(error))})") from None
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:

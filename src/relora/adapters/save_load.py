@@ -21,7 +21,7 @@ from relora.errors import UserError
 from relora.lowrank.config import LowRankConfig
 from relora.lowrank.gradient_init import update_factors
 from relora.lowrank.inject import InjectReport, inject, is_conv1d, low_rank_layers
-from relora.messages import shown_name
+from relora.messages import short_name
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -123,7 +123,7 @@ def check_fits(adapter: Adapter, model: nn.Module, source: str | Path) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in adapter.layers:
         if path not in modules or linear_shape(modules[path]) is None:
-            raise UserError(f"{other}this one has no linear layer {shown_name(path, 160)}")
+            raise UserError(f"{other}this one has no linear layer {short_name(path, 160)}")
     for path in (path for path in modules if path in adapter.layers):
         there, here = adapter.layers[path].shape, linear_shape(modules[path])
         if here is not None and here != there:
@@ -131,10 +131,10 @@ def check_fits(adapter: Adapter, model: nn.Module, source: str | Path) -> None:
     tensors = all_tensors(model)
     for key, tensor in adapter.others.items():
         if key not in tensors:
-            raise UserError(f"{other}this one has no {shown_name(key, 160)}")
+            raise UserError(f"{other}this one has no {short_name(key, 160)}")
         if tensors[key].shape != tensor.shape:
             raise UserError(
-                f"{other}{shown_name(key, 160)} is {_by(tensor.shape)} there, {_by(tensors[key].shape)} here"
+                f"{other}{short_name(key, 160)} is {_by(tensor.shape)} there, {_by(tensors[key].shape)} here"
             )
 
 

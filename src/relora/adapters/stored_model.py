@@ -24,7 +24,7 @@ from relora.errors import RunStopped, UserError
 from relora.files.atomic import sync
 from relora.files.untrusted import INDEX_BYTES, check_model_folder, inside, read_json
 from relora.lowrank.inject import is_conv1d
-from relora.messages import shown_line
+from relora.messages import first_line
 from relora.model.load import model_folder, open_model
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -186,7 +186,7 @@ def _places(file: Path) -> Iterator[Place]:
         with safe_open(file, framework="pt") as opened:  # makes sure that header and length agree
             names = list(opened.keys())
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged, or not a safetensors file ({shown_line(str(error))})") from None
+        raise UserError(f"{file}: damaged, or not a safetensors file ({first_line(str(error))})") from None
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))

@@ -14,7 +14,7 @@ import typer
 
 from relora.cli import adapters, models, training
 from relora.errors import ReloraError
-from relora.messages import shown_line
+from relora.messages import first_line
 
 app = typer.Typer(
     help="Pretrain and fine-tune language models through low-rank updates.",
@@ -49,7 +49,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
             raise
-        _fail(f"{shown_line(error.format_message())} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
+        _fail(f"{first_line(error.format_message())} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -12,7 +12,7 @@ from relora.config.pretraining import RunConfig
 from relora.config.training import TrainingConfig
 from relora.errors import UserError
 from relora.files.untrusted import DEPTH, parse_yaml, read_yaml
-from relora.messages import LONGEST_PATH, first_mistake, shown, shown_name
+from relora.messages import LONGEST_PATH, first_mistake, short_name, short_repr
 
 T = TypeVar("T", bound=TrainingConfig)
 
@@ -67,7 +67,7 @@ def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    name = shown_name(str(path), LONGEST_PATH)
+    name = short_name(str(path), LONGEST_PATH)
     try:
         tree = read_yaml(path)
     except FileNotFoundError:
@@ -82,12 +82,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{shown(override)}: an override is written key.sub=value, e.g. optimizer.lr=1e-3")
+        raise UserError(f"{short_repr(override)}: an override is written key.sub=value, e.g. optimizer.lr=1e-3")
     *parents, last = key.split(".")
     if len(parents) >= DEPTH:
-        raise UserError(f"{shown(override)}: more than {DEPTH} levels")
+        raise UserError(f"{short_repr(override)}: more than {DEPTH} levels")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UserError(f"{shown(override)}: `{parent}` is not a section")
-    tree[last] = parse_yaml(value, shown(override))
+            raise UserError(f"{short_repr(override)}: `{parent}` is not a section")
+    tree[last] = parse_yaml(value, short_repr(override))

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from huggingface_hub import HfApi
 
 from relora.errors import RunStopped, UserError
-from relora.messages import shown_line, shown_name
+from relora.messages import first_line, short_name
 
 WHOLE_FILE_CHARS = 128 * 1024
 """A plain-text file up to this length is one document."""
@@ -95,7 +95,7 @@ def read_parquet(stream: BinaryIO, name: str, field: str, bad: BAD_RECORD) -> It
         bad(f"{name}: no column `{field}`; there are {_names(columns)}")
         return
     if not _is_text(kind := file.schema_arrow.types[columns.index(field)]):
-        bad(f"{name}: column `{field}` is not text but {shown_name(str(kind))}")
+        bad(f"{name}: column `{field}` is not text but {short_name(str(kind))}")
         return
     row = 0
     for batch in file.iter_batches(batch_size=256, columns=[field]):
@@ -215,9 +215,9 @@ def _datasets() -> Any:
 
 def _names(names: Any) -> str:
     """The first few of them, for a message."""
-    some = [f"`{shown_name(str(name))}`" for name in islice(names, MOST_NAMES + 1)]
+    some = [f"`{short_name(str(name))}`" for name in islice(names, MOST_NAMES + 1)]
     return ", ".join(some[:MOST_NAMES]) + ", ..." * (len(some) > MOST_NAMES) or "none"
 
 
 def _one_line(error: Exception) -> str:
-    return shown_line(str(error)) or type(error).__name__
+    return first_line(str(error)) or type(error).__name__

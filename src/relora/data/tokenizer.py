@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from relora.errors import UserError
 from relora.files.atomic import sync
 from relora.files.untrusted import CONFIG_BYTES, check_folder, check_model_folder, no_address, read_json
-from relora.messages import shown
+from relora.messages import short_repr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,7 +68,7 @@ def _check_class(folder: Path) -> None:
             isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
         ):
             raise UserError(
-                f"{folder / file}: `tokenizer_class` is {shown(name)}, which is not a tokenizer of transformers"
+                f"{folder / file}: `tokenizer_class` is {short_repr(name)}, which is not a tokenizer of transformers"
             )
 
 

@@ -25,11 +25,12 @@ from relora.data.finetuning.records import Record, Records
 from relora.data.finetuning.templates import TemplateName
 from relora.errors import UserError
 from relora.evaluation.output_folder import check_free, save_scores
-from relora.evaluation.perplexity import check_counts, open_scored, scored_length, with_progress
+from relora.evaluation.perplexity import check_counts, open_scored, scored_length
 from relora.evaluation.text_metrics import TextScorer, TextScores
 from relora.inference.decoding import end_ids, without_settings
 from relora.measure import evaluate, evaluating
 from relora.model.load import max_positions, quiet_transformers
+from relora.report.progress import with_progress
 
 
 @dataclass(frozen=True)

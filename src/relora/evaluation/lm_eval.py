@@ -23,8 +23,8 @@ from relora.errors import ReloraError, UserError
 from relora.evaluation.output_folder import check_free, save_scores
 from relora.evaluation.perplexity import check_counts, open_scored, scored_length
 from relora.files.untrusted import check_folder, inside, read_yaml
-from relora.inference.loading import Finished
-from relora.messages import shown, shown_line, shown_name
+from relora.inference.loading import LoadedModel
+from relora.messages import first_line, short_name, short_repr
 from relora.model.load import quiet_transformers
 
 FORMATS = ("arrow", "csv", "json", "parquet", "text")
@@ -148,7 +148,7 @@ class _Harness:
         for name in tasks:
             if name not in known:
                 mend = "" if folder is not None else "; for tasks of your own give --tasks-folder"
-                raise UserError(f"task {shown_name(name)}: not known; there are {_some(known)}{mend}")
+                raise UserError(f"task {short_name(name)}: not known; there are {_some(known)}{mend}")
 
     @contextmanager
     def templates(self, *, sandboxed: bool) -> Iterator[None]:
@@ -168,7 +168,7 @@ class _Harness:
             self._lm_eval.utils.env = plain
 
     def run(
-        self, finished: Finished, tasks: Sequence[str], *, length: int, batch: int, limit: int | None
+        self, finished: LoadedModel, tasks: Sequence[str], *, length: int, batch: int, limit: int | None
     ) -> Mapping[str, Any]:
         """What the harness returns."""
         model = self._model(
@@ -190,8 +190,8 @@ class _Harness:
         except (ReloraError, RuntimeError, MemoryError):  # of the model, and of the machine
             raise
         except Exception as error:  # whatever the harness, its data sets and its templates raise about a task
-            reason = shown_line(str(error)) or type(error).__name__
-            raise UserError(f"{', '.join(map(shown_name, tasks))}: the harness cannot use it: {reason}") from None
+            reason = first_line(str(error)) or type(error).__name__
+            raise UserError(f"{', '.join(map(short_name, tasks))}: the harness cannot use it: {reason}") from None
         return results
 
     def _included(self, file: Path) -> list[Path]:
@@ -211,9 +211,9 @@ class _Harness:
             elif key in _CODE_KEYS and value:
                 raise UserError(f"{file}: `{key}` asks for code, which is not run; {_TRUST}")
             elif key == "metric" and value not in self._metrics:
-                raise UserError(f"{file}: `metric` {shown(value)} is none of the harness's own; {_TRUST}")
+                raise UserError(f"{file}: `metric` {short_repr(value)} is none of the harness's own; {_TRUST}")
             elif key == "dataset_path" and value not in FORMATS:
-                raise UserError(f"{file}: `dataset_path` {shown(value)} is none of {', '.join(FORMATS)}; {_TRUST}")
+                raise UserError(f"{file}: `dataset_path` {short_repr(value)} is none of {', '.join(FORMATS)}; {_TRUST}")
             elif key == "dataset_kwargs" and "://" in str(value):
                 raise UserError(f"{file}: `dataset_kwargs` names a web address; {_TRUST}")
         return included
@@ -229,7 +229,7 @@ def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _some(names: Sequence[str]) -> str:
-    some = ", ".join(map(shown_name, names[:12]))
+    some = ", ".join(map(short_name, names[:12]))
     return f"{some}, ... ({len(names):,} in all)" if len(names) > 12 else some or "none"
 
 

@@ -5,7 +5,6 @@ Raw text is scored as published figures are, through a sliding window: every tok
 `sequence_length - stride` tokens before it wherever its document has them, the first with the start token alone.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,8 +14,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from relora.data.pretraining.batches import HeldOut
@@ -24,9 +21,11 @@ from relora.data.pretraining.shards import PreparedFolder
 from relora.data.pretraining.sources import Corpus
 from relora.data.tokenizer import fingerprint
 from relora.errors import UserError
-from relora.inference.loading import Finished, open_finished
-from relora.measure import IGNORED, Evaluation, evaluate, perplexity
+from relora.inference.loading import LoadedModel, load_model_or_run
+from relora.measure import Evaluation, evaluate, perplexity
+from relora.model.head import IGNORED
 from relora.model.load import max_positions
+from relora.report.progress import with_progress
 
 Ids = npt.NDArray[np.int64]
 _Item = TypeVar("_Item")
@@ -104,10 +103,10 @@ def evaluate_model(
 
 def open_scored(
     model_or_run: str | Path, adapter: str | None, *, device: str, dtype: str, trust_remote_code: bool
-) -> Finished:
-    """The model to score: as it stands, or with `adapter` in use beside it; `UserError` as for `open_finished`."""
+) -> LoadedModel:
+    """The model to score: as it stands, or with `adapter` in use beside it; `UserError` as for `load_model_or_run`."""
     adapters = [] if adapter is None else [adapter]
-    finished = open_finished(
+    finished = load_model_or_run(
         model_or_run, adapters=adapters, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     if adapter is not None:
@@ -115,7 +114,7 @@ def open_scored(
     return finished
 
 
-def scored_length(finished: Finished, sequence_length: int | None) -> int:
+def scored_length(finished: LoadedModel, sequence_length: int | None) -> int:
     """Tokens that the model sees at once: `sequence_length`, by default its own; `UserError` beyond its positions."""
     length = sequence_length or finished.sequence_length
     positions = max_positions(finished.model)
@@ -131,12 +130,6 @@ def check_counts(**counts: int | None) -> None:
             raise UserError(f"{name} is {value}; it must be 1 or more")
 
 
-def with_progress(items: Iterable[_Item], total: int, label: str) -> Iterable[_Item]:
-    """A progress bar on a terminal, gone at the end; nothing elsewhere."""
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    return track(items, label, total, console=console, transient=True, disable=not console.is_terminal)
-
-
 def sliding_windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
     """Windows of `length` tokens, `stride` apart, over one document, as inputs and labels (the last may be shorter).
 
@@ -149,7 +142,9 @@ def sliding_windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, I
         yield ids[start : start + len(labels)], labels
 
 
-def _score_prepared(finished: Finished, source: str, length: int, stride: int, tokens: int | None, batch: int) -> Score:
+def _score_prepared(
+    finished: LoadedModel, source: str, length: int, stride: int, tokens: int | None, batch: int
+) -> Score:
     folder = PreparedFolder.open(source)
     if folder.fingerprint != fingerprint(finished.tokenizer):
         raise UserError(f"{source}: prepared with another tokenizer than the model's; give its text instead")
@@ -173,7 +168,7 @@ def _score_prepared(finished: Finished, source: str, length: int, stride: int, t
     )
 
 
-def _score_text(finished: Finished, source: str, length: int, stride: int, tokens: int | None, batch: int) -> Score:
+def _score_text(finished: LoadedModel, source: str, length: int, stride: int, tokens: int | None, batch: int) -> Score:
     text = _read(finished, source, tokens)
     batches, total = _batches(text.documents, length, stride, batch)
     result = evaluate(finished.model, with_progress(batches, total, source))
@@ -192,7 +187,7 @@ def _score_text(finished: Finished, source: str, length: int, stride: int, token
     )
 
 
-def _read(finished: Finished, source: str, tokens: int | None) -> _Text:
+def _read(finished: LoadedModel, source: str, tokens: int | None) -> _Text:
     """The first `tokens` tokens of a source, document by document."""
     read: Iterable[str] = Corpus([source]).documents()
     if Path(source).is_file() and not {".json", ".jsonl", ".parquet"} & set(Path(source).suffixes):

@@ -23,7 +23,7 @@ from relora.evaluation.instructions import score_records
 from relora.evaluation.text_metrics import TextScorer, TextScores
 from relora.files.atomic import write_durably
 from relora.recipes.finetune import train_on
-from relora.recipes.finetuning_inputs import gather_examples
+from relora.recipes.finetuning_inputs import gather_finetuning
 from relora.recipes.from_settings import form_of
 from relora.report.comparison import markdown, write_comparison
 from relora.report.history import read_history
@@ -127,7 +127,7 @@ def _in_own_process(config: FinetuneConfig, answers: int) -> Outcome:
 def _outcome(config: FinetuneConfig, answers: int) -> Outcome | tuple[str, int]:
     """Train, measure and answer; or the message and status of what ended the run."""
     try:
-        parts = gather_examples(config)
+        parts = gather_finetuning(config)
         result = train_on(config, parts, quiet=True)
         peak = peak_memory_bytes(parts.device)
         scores, samples = score_records(

@@ -36,7 +36,7 @@ from relora.errors import RunStopped, UserError
 from relora.export.gguf_vocabulary import Value, vocabulary
 from relora.files.atomic import sync
 from relora.files.untrusted import INDEX_BYTES, inside, read_json
-from relora.messages import shown, shown_line, shown_name
+from relora.messages import first_line, short_name, short_repr
 from relora.model.load import DTYPES, open_model
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
     config = shapes.config
     if config.model_type not in ARCHITECTURES:
         raise UserError(
-            f"{folder}: {shown(config.model_type)} cannot be written as GGUF; what can: {', '.join(ARCHITECTURES)}"
+            f"{folder}: {short_repr(config.model_type)} cannot be written as GGUF; what can: {', '.join(ARCHITECTURES)}"
         )
     _check_computed_alike(config, folder)
     rows = shapes.get_input_embeddings().num_embeddings
@@ -108,7 +108,7 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
         aside.rename(file)
         sync(file.parent)
     except OSError as error:
-        raise RunStopped(f"{file}: could not be written: {error.strerror or shown_line(str(error))}") from error
+        raise RunStopped(f"{file}: could not be written: {error.strerror or first_line(str(error))}") from error
     finally:
         aside.unlink(missing_ok=True)
     return file
@@ -123,8 +123,8 @@ def _check_computed_alike(config: PreTrainedConfig, folder: Path) -> None:
     scalings = ("default", "linear", "llama3") if kind == "llama" else ("default",)
     attention = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights if kind == "gpt2" else False
     otherwise = {
-        f"the activation {shown(activation)}": activation not in activations,
-        f"rotary positions of type {shown(scaling)}": scaling not in scalings,
+        f"the activation {short_repr(activation)}": activation not in activations,
+        f"rotary positions of type {short_repr(scaling)}": scaling not in scalings,
         "sliding-window attention": "sliding_attention" in (getattr(config, "layer_types", None) or ()),
         "attention without biases": kind == "gpt_neox" and not config.attention_bias,
         "a scale of attention of its own": attention,
@@ -187,7 +187,7 @@ def _entries(shapes: PreTrainedModel, folder: Path, dtype: str, opened: ExitStac
     for path, parameter in shapes.named_parameters():  # one of two that are tied
         key = _stored_key(path, shapes.base_model_prefix, stored, folder)
         if (there := stored[key].get_slice(key).get_shape()) != list(parameter.shape):
-            raise UserError(f"{folder}: `{key}` is {shown(there)} where config.json wants {list(parameter.shape)}")
+            raise UserError(f"{folder}: `{key}` is {short_repr(there)} where config.json wants {list(parameter.shape)}")
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{folder}: `{path}` has no place in a GGUF file of {architecture}")
@@ -212,11 +212,11 @@ def _stored(folder: Path, opened: ExitStack) -> dict[str, Any]:
         except FileNotFoundError:
             raise UserError(f"{folder}: has no {name}, which holds its weights") from None
         except SafetensorError as error:
-            raise UserError(f"{folder / name}: damaged, or not a safetensors file: {shown_line(str(error))}") from None
+            raise UserError(f"{folder / name}: damaged, or not a safetensors file: {first_line(str(error))}") from None
         stored |= dict.fromkeys(handle.keys(), handle)
     for key in sorted(stored):
         if "lora_" in key:
-            raise UserError(f"{folder}: holds low-rank factors (`{shown_name(key)}`); merge them and save it again")
+            raise UserError(f"{folder}: holds low-rank factors (`{short_name(key)}`); merge them and save it again")
     return stored
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from relora.errors import UserError
-from relora.messages import shown
+from relora.messages import short_repr
 
 Value = str | bool | int | float | bytes | list[str] | list[int] | list[float]
 """What a key of a GGUF file can hold here: `bytes` is an array of uint8."""
@@ -72,13 +72,13 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Value
         keys = _sentencepiece(backend, rows)
     else:
         raise UserError(
-            f"tokenizer: llama.cpp has none of the kind {shown(model['type'])} as it is set up here; it has byte-level "
-            "BPE, SentencePiece BPE that falls back to bytes, and SentencePiece unigram"
+            f"tokenizer: llama.cpp has none of the kind {short_repr(model['type'])} as it is set up here; it has "
+            "byte-level BPE, SentencePiece BPE that falls back to bytes, and SentencePiece unigram"
         )
     assert isinstance(keys["tokens"], list)
     twice, times = Counter(keys["tokens"]).most_common(1)[0]
     if times > 1:
-        raise UserError(f"tokenizer: {shown(twice)} would stand for two ids, which llama.cpp does not open")
+        raise UserError(f"tokenizer: {short_repr(twice)} would stand for two ids, which llama.cpp does not open")
     keys = {f"tokenizer.ggml.{key}": value for key, value in {**_special_tokens(tokenizer), **keys}.items()}
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
@@ -92,7 +92,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
     ids = tokenizer("a").input_ids
     front = ids[: next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)]
     if front not in ([], [bos]):
-        raise UserError(f"tokenizer: begins a text with {shown(front)}; llama.cpp can put one BOS there and no more")
+        raise UserError(
+            f"tokenizer: begins a text with {short_repr(front)}; llama.cpp can put one BOS there and no more"
+        )
     # what is not named here llama.cpp takes from a list of its own, in which BOS may be an ordinary word
     keys: dict[str, Value] = {
         "bos_token_id": eos if bos is None else bos,
@@ -109,17 +111,19 @@ def _byte_level(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
     split = _SPLITS.get((_words(backend["pre_tokenizer"]), bool(model["ignore_merges"])))
     if split is None:
         raise UserError(
-            f"tokenizer: llama.cpp does not split text into words as it does ({shown(backend['pre_tokenizer'])}); of "
-            f"what llama.cpp knows, {', '.join(sorted(_SPLITS.values()))} can be written"
+            f"tokenizer: llama.cpp does not split text into words as it does ({short_repr(backend['pre_tokenizer'])}); "
+            f"of what llama.cpp knows, {', '.join(sorted(_SPLITS.values()))} can be written"
         )
     normalizers = [step["type"] for step in _steps(backend["normalizer"])]
     if normalizers not in ([], ["NFC"]):
-        raise UserError(f"tokenizer: llama.cpp has no normalizer {shown(normalizers)} before byte-level BPE")
+        raise UserError(f"tokenizer: llama.cpp has no normalizer {short_repr(normalizers)} before byte-level BPE")
     if normalizers:
         _log.warning("warning: llama.cpp does not bring text into NFC, as the tokenizer does; give it composed text")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[option]:
-            raise UserError(f"tokenizer: llama.cpp's byte-level BPE has no {option}, which is {shown(model[option])}")
+            raise UserError(
+                f"tokenizer: llama.cpp's byte-level BPE has no {option}, which is {short_repr(model[option])}"
+            )
     if not model["merges"]:
         raise UserError("tokenizer: it has no merges, and llama.cpp opens no byte-level BPE without")
     texts, kinds = _tokens({number: text for text, number in model["vocab"].items()}, backend, rows)
@@ -179,7 +183,7 @@ def _space_prefix(backend: Mapping[str, Any]) -> bool:
             return bool(scheme != "never")
         case steps:
             names = [step["type"] for step in steps]
-            raise UserError(f"tokenizer: llama.cpp has no counterpart of {shown(names)} before SentencePiece BPE")
+            raise UserError(f"tokenizer: llama.cpp has no counterpart of {short_repr(names)} before SentencePiece BPE")
 
 
 def _ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int]:
@@ -193,7 +197,9 @@ def _ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int
     for rank, (left, right) in enumerate(merges):
         joined = left + right
         if ranks.setdefault(joined, rank) != rank and joined != previous:
-            raise UserError(f"tokenizer: its merges into {shown(joined)} are not ordered as SentencePiece orders them")
+            raise UserError(
+                f"tokenizer: its merges into {short_repr(joined)} are not ordered as SentencePiece orders them"
+            )
         previous = joined
     pairs = set(merges)
     for text in normal:
@@ -201,8 +207,8 @@ def _ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int
             pair = text[:cut], text[cut:]
             if pair not in pairs and pair[0] in normal and pair[1] in normal:
                 raise UserError(
-                    f"tokenizer: llama.cpp would join {shown(pair[0])} and {shown(pair[1])}, which have no merge; "
-                    "it was not converted from a SentencePiece model"
+                    f"tokenizer: llama.cpp would join {short_repr(pair[0])} and {short_repr(pair[1])}, which have no "
+                    "merge; it was not converted from a SentencePiece model"
                 )
     return ranks
 
@@ -223,7 +229,7 @@ def _unigram(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 prefix = scheme != "never"
             case _:
-                raise UserError(f"tokenizer: llama.cpp has no counterpart of {shown(step['type'])} before unigram")
+                raise UserError(f"tokenizer: llama.cpp has no counterpart of {short_repr(step['type'])} before unigram")
     if prefix is None:
         raise UserError("tokenizer: llama.cpp's unigram model spells spaces as SentencePiece does, which this does not")
     scores = dict(enumerate(score for _, score in model["vocab"]))

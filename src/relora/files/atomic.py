@@ -35,13 +35,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def as_others_are(file: Path) -> None:
+def apply_umask(file: Path) -> None:
     """Give a file the mode of the user's other files; those of safetensors are private, and models are passed on."""
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
-
-
-def user_cache() -> Path:
-    """Where what was measured of this machine is kept for later processes; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relora"

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from relora.errors import UserError
-from relora.messages import shown
+from relora.messages import short_repr
 
 MB = 1 << 20
 YAML_BYTES = 64 << 10
@@ -88,7 +88,7 @@ def inside(folder: Path, name: object) -> Path:
     Such files name their neighbours, so a separator is refused too, not only `..`.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
-        raise UserError(f"{folder}: names {shown(name)}, which is not a file of this folder")
+        raise UserError(f"{folder}: names {short_repr(name)}, which is not a file of this folder")
     _check_entry(folder / name, _allowed_roots(folder))
     return folder / name
 
@@ -238,7 +238,7 @@ def _check_index(file: Path) -> None:
         raise UserError(f"{file}: not an index of weights (`weight_map` is not an object of file names)")
     for place in set(places.values()):
         if inside(file.parent, place).suffix != ".safetensors":
-            raise UserError(f"{file}: names {shown(place)}, which is not a safetensors file; convert the weights")
+            raise UserError(f"{file}: names {short_repr(place)}, which is not a safetensors file; convert the weights")
 
 
 def _check_keys(tree: dict[str, Any], file: Path, trusted: bool) -> None:
@@ -249,7 +249,7 @@ def _check_keys(tree: dict[str, Any], file: Path, trusted: bool) -> None:
                 f"{file}: `{path}{key}` asks for code that travels with it, which is not run; remove the key"
             )
         if _IMPLEMENTATION.fullmatch(key) and value not in _BUILT_IN:
-            raise UserError(f"{file}: `{path}{key}` names {shown(value)}, code from elsewhere; remove the key")
+            raise UserError(f"{file}: `{path}{key}` names {short_repr(value)}, code from elsewhere; remove the key")
         if key in _QUANTIZED and value:
             raise UserError(f"{file}: `{path}{key}`: its weights are quantized; give the model in full precision")
         if key == "transformers_weights" and value:

@@ -21,8 +21,8 @@ from relora.files.atomic import write_durably
 from relora.inference.conversation import Conversation, Turn
 from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
 from relora.inference.generate import Speed
-from relora.inference.loading import Finished, open_finished
-from relora.messages import shown
+from relora.inference.loading import LoadedModel, load_model_or_run
+from relora.messages import short_repr
 from relora.model.load import max_positions
 
 Read = Callable[[], str | None]
@@ -48,7 +48,7 @@ class Chat:
 
     def __init__(
         self,
-        finished: Finished,
+        finished: LoadedModel,
         sampling: Sampling,
         *,
         system: str | None = None,
@@ -89,7 +89,7 @@ class Chat:
             for each, meaning in COMMANDS.items():
                 self._tell(f"{each:15} {meaning}")
         else:
-            raise UserError(f"{shown(command)}: no such command; there are {', '.join(COMMANDS)}")
+            raise UserError(f"{short_repr(command)}: no such command; there are {', '.join(COMMANDS)}")
         return True
 
     def _answer(self, question: str, asked_to_end: Callable[[], bool] | None) -> None:
@@ -168,7 +168,7 @@ def chat(
         KeyboardInterrupt: a second Ctrl-C.
     """
     check_stop(stop)
-    finished = open_finished(
+    finished = load_model_or_run(
         model_or_run,
         adapters=[each for each in adapters if each != BASE],
         device=device,

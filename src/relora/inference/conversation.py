@@ -18,7 +18,7 @@ from relora.data.finetuning.layouts import BadRecord, Layout
 from relora.data.finetuning.layouts import Message as TrainingMessage
 from relora.data.finetuning.templates import find_template
 from relora.errors import UserError
-from relora.messages import shown_line
+from relora.messages import first_line
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`, as chat templates take them."""
@@ -129,4 +129,4 @@ class ChatPrompt:
         except BadRecord as error:
             raise UserError(str(error)) from None
         except Exception as error:  # whatever somebody's template raises, such as for a system prompt it cannot take
-            raise UserError(f"the chat template refuses this conversation: {shown_line(str(error))}") from None
+            raise UserError(f"the chat template refuses this conversation: {first_line(str(error))}") from None

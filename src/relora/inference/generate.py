@@ -15,7 +15,7 @@ from relora.device import peak_memory_bytes
 from relora.errors import UserError
 from relora.inference.conversation import Conversation
 from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
-from relora.inference.loading import Finished, open_finished
+from relora.inference.loading import LoadedModel, load_model_or_run
 from relora.model.load import max_positions
 
 
@@ -89,7 +89,7 @@ def generate(
     check_stop(stop)
     if system is not None and not chat:
         raise UserError("system: a system prompt is part of a chat; add --chat")
-    finished = open_finished(
+    finished = load_model_or_run(
         model_or_run,
         adapters=[each for each in adapters if each != BASE],
         device=device,
@@ -137,7 +137,7 @@ def sample_texts(
 
     Where a model has no room for `max_new_tokens` after a prompt, its text is shorter.
     """
-    finished = Finished(model, tokenizer, 0, Attached(model))
+    finished = LoadedModel(model, tokenizer, 0, Attached(model))
     texts = []
     for prompt in prompts:
         ids = finished.encode(prompt)
@@ -155,7 +155,7 @@ def describe(generation: Generation) -> str:
     return "\n".join([*lines, f"{generation}, peak memory {generation.peak_memory_bytes / 1e9:.2f} GB"])
 
 
-def _writers(finished: Finished, adapters: Sequence[str], compare: bool) -> list[str]:
+def _writers(finished: LoadedModel, adapters: Sequence[str], compare: bool) -> list[str]:
     """Who continues every prompt, in turn."""
     loaded = finished.adapters.names
     if compare and not loaded:
@@ -164,7 +164,7 @@ def _writers(finished: Finished, adapters: Sequence[str], compare: bool) -> list
 
 
 def _encode(
-    finished: Finished, prompt: str, sampling: Sampling, chat_with: str | None, system: str | None
+    finished: LoadedModel, prompt: str, sampling: Sampling, chat_with: str | None, system: str | None
 ) -> list[int]:
     """The ids of a prompt, as it is or as a turn of a chat with an adapter; `UserError` where an answer has no room."""
     if chat_with is None:

@@ -21,7 +21,7 @@ from relora.data.tokenizer import load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.inference.conversation import ChatPrompt, Message
-from relora.messages import shown_name
+from relora.messages import short_name
 from relora.model.load import dtype_named, max_positions, model_folder, open_model
 from relora.runs.settings import is_run, read_run_settings
 
@@ -32,7 +32,7 @@ DEFAULT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
-class Finished:
+class LoadedModel:
     """A model on its device, in eval mode."""
 
     model: PreTrainedModel
@@ -81,14 +81,14 @@ class Finished:
         return ids
 
 
-def open_finished(
+def load_model_or_run(
     model_or_run: str | Path,
     *,
     adapters: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "fp32",
     trust_remote_code: bool = False,
-) -> Finished:
+) -> LoadedModel:
     """Open the model of a run, a model folder, a hub id or an adapter's base, and adapters beside it.
 
     The model's own adapter, where it has one, is in use; `adapters` (folders or runs) are loaded and wait.
@@ -112,7 +112,7 @@ def open_finished(
     for each in beside:
         _warn_of_another_base(each, found.model)
         attached.load(each)
-    return Finished(model, tokenizer, length, attached, found.template)
+    return LoadedModel(model, tokenizer, length, attached, found.template)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _warn_of_another_base(adapter: AdapterFolder, model: str | Path | None) -> N
     named, given = Path(adapter.base), Path(model)
     both_here = named.exists() and given.exists()
     if not (named.samefile(given) if both_here else named.name == given.resolve().name):
-        _log.warning("warning: %s was trained on %s, not on %s", adapter.folder, shown_name(adapter.base, 160), model)
+        _log.warning("warning: %s was trained on %s, not on %s", adapter.folder, short_name(adapter.base, 160), model)
 
 
 def _check_text(text: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from relora.files.atomic import user_cache
+from relora.files.cache import user_cache
 from relora.lowrank.costs import ANY, Rates
 from relora.lowrank.storage.int8 import LEVELS, columnwise
 

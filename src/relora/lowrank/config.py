@@ -12,7 +12,7 @@ from relora.lowrank.kernel import Arithmetic
 from relora.lowrank.patterns import by_pattern
 from relora.lowrank.storage.frozen_weight import Storage
 from relora.lowrank.storage.nf4 import check_sides
-from relora.messages import shown
+from relora.messages import short_repr
 
 Rest = Literal["trained", "frozen"]
 
@@ -76,7 +76,7 @@ class LowRankConfig:
     def __post_init__(self) -> None:
         for key, value, valid in (("init", self.init, get_args(Init)), ("rest", self.rest, get_args(Rest))):
             if value not in valid:
-                raise UserError(f"lowrank.{key}: {shown(value)} is none of {', '.join(valid)}")
+                raise UserError(f"lowrank.{key}: {short_repr(value)} is none of {', '.join(valid)}")
         if self.trained_modules and self.rest != "frozen":
             raise UserError("lowrank.trained_modules: everything trains with lowrank.rest: trained; leave it out")
         if self.base == "nf4" and self.frozen == "int8":

@@ -21,7 +21,7 @@ from relora.lowrank.weight_gradients import visit_weight_gradients
 from relora.seeding import keyed_generator
 
 Directions = Literal["orthogonal", "gradient-svd", "weight-svd"]
-Frame = tuple[Tensor, Tensor]
+SingularBasis = tuple[Tensor, Tensor]
 """Orthonormal U [out, r] and V [in, r]."""
 
 _MORE = 8
@@ -29,13 +29,13 @@ _ROUNDS = 2
 """Directions beyond r, and passes over the matrix, that make a randomized decomposition a good one."""
 
 
-def random_frame(layer: LowRankLinear, r: int, generator: torch.Generator) -> Frame:
+def random_frame(layer: LowRankLinear, r: int, generator: torch.Generator) -> SingularBasis:
     """All directions alike."""
     u = orthogonal((r, layer.out_features), generator).T
     return u.to(layer.lora_B), orthogonal((r, layer.in_features), generator).T.to(layer.lora_A)
 
 
-def leading_frame(matrix: Tensor, r: int, generator: torch.Generator) -> Frame:
+def leading_frame(matrix: Tensor, r: int, generator: torch.Generator) -> SingularBasis:
     """The leading singular vectors of a matrix [out, in], nearly (Halko et al. 2011, algorithms 4.4 and 5.1)."""
     wide = min(r + _MORE, *matrix.shape)
     start = torch.randn(matrix.shape[1], wide, generator=generator).to(matrix)
@@ -48,13 +48,13 @@ def leading_frame(matrix: Tensor, r: int, generator: torch.Generator) -> Frame:
 
 def gradient_frames(
     model: nn.Module, layers: Mapping[str, LowRankLinear], loss_of: Callable[[nn.Module], Tensor], *, cycle: int
-) -> dict[str, Frame]:
+) -> dict[str, SingularBasis]:
     """Of each layer the frame of its dW for one loss, of all its ranks.
 
     Raises:
         NonFinite: a gradient is not finite.
     """
-    frames: dict[str, Frame] = {}
+    frames: dict[str, SingularBasis] = {}
 
     def keep(name: str, gradient: Tensor) -> None:
         if not torch.isfinite(gradient.sum()):

@@ -65,7 +65,7 @@ def gradient_svd_(model: nn.Module, gradients: Mapping[str, Tensor], *, stable_g
     for name, layer in layers.items():
         _check(name, layer, gradients.get(name))
     for name, layer in layers.items():
-        layer.take_over_(*along_gradient(gradients[name].to(layer.lora_A), layer.r, stable_gamma))
+        layer.set_initial_factors_(*along_gradient(gradients[name].to(layer.lora_A), layer.r, stable_gamma))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from relora.lowrank.config import LowRankConfig, check_target
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.patterns import at_the_end, compiled
 from relora.lowrank.storage.nf4 import check_installed
-from relora.messages import shown
+from relora.messages import short_repr
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _check_patterns(config: LowRankConfig, targets: list[str]) -> None:
             expression = at_the_end(pattern, f"lowrank.{setting}")
             if not any(expression.match(name) for name in targets):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-                raise UserError(f"lowrank.{setting}: {shown(pattern)} matches no target; the targets are {known}")
+                raise UserError(f"lowrank.{setting}: {short_repr(pattern)} matches no target; the targets are {known}")
 
 
 def _trained_in_full(model: nn.Module, config: LowRankConfig, targets: list[str]) -> set[int]:
@@ -214,7 +214,7 @@ def _trained_in_full(model: nn.Module, config: LowRankConfig, targets: list[str]
         if not parameters:
             owners = {path.rpartition(".")[0] for path, _ in model.named_parameters()}.difference(targets, ("",))
             raise UserError(
-                f"lowrank.trained_modules: {shown(pattern)} matches no module that has parameters; "
+                f"lowrank.trained_modules: {short_repr(pattern)} matches no module that has parameters; "
                 f"the model has {', '.join(sorted({path.rpartition('.')[2] for path in owners}))}"
             )
         found |= parameters

@@ -143,7 +143,7 @@ class LowRankLinear(Layer):
             )
 
     @torch.no_grad()
-    def take_over_(self, lora_A: Tensor, lora_B: Tensor) -> None:
+    def set_initial_factors_(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Begin with these factors; W gives up s·B A, so the layer's function stays (but for the base's rounding)."""
         assert self.initial_A is not None and self.initial_B is not None
         for own, initial, given in ((self.lora_A, self.initial_A, lora_A), (self.lora_B, self.initial_B, lora_B)):
@@ -156,7 +156,7 @@ class LowRankLinear(Layer):
     def _take_over_principal(self) -> None:
         weight = self.base.rows(self.base.exact).to(self.lora_A)
         try:
-            self.take_over_(*principal(weight, self.r, self.initial_scaling))
+            self.set_initial_factors_(*principal(weight, self.r, self.initial_scaling))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise NonFinite(f"the weight of {self.name or 'a layer'} is not finite: it has no principal part") from None
 
@@ -176,7 +176,7 @@ class LowRankLinear(Layer):
         return delta
 
     @torch.no_grad()
-    def exchange_(self, lora_A: Tensor, lora_B: Tensor | None, ranks: slice = slice(None)) -> Tensor:
+    def replace_factors_(self, lora_A: Tensor, lora_B: Tensor | None, ranks: slice = slice(None)) -> Tensor:
         """Go on with these factors [k, in] and [out, k] (None: zero) at `ranks`; the layer's function stays.
 
         W takes up the product that they had and gives up the one that they get; returned is the first, in the weight's

@@ -13,9 +13,10 @@ the row's mean level. lora_A's gradient is s·Bᵀ dW, so the same with B; besid
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,21 @@ def moments_of(optimizer: torch.optim.Optimizer, factor: nn.Parameter) -> list[T
     state = optimizer.state.get(factor, {})
     tensors = [value for key, value in state.items() if key != "step" and torch.is_tensor(value)]
     return [tensor for tensor in tensors if tensor.shape == factor.shape]
+
+
+def adam_direction(state: Mapping[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
+    """Adam's update in units of the learning rate, m̂ / (√v̂ + ε), of the moments as they are; in the tensor's shape.
+
+    A moment begins at zero; m̂ = m / (1 - beta^step) takes that share out (Kingma & Ba 2015, arXiv 1412.6980,
+    section 3), by expm1 so that fp32 keeps its last digits.
+    """
+
+    def corrected(moment: Tensor, beta: float) -> Tensor:
+        steps = torch.as_tensor(state["step"], dtype=torch.float32)
+        return moment / -torch.expm1(steps * (math.log(beta) if beta else -math.inf)).to(moment.device)
+
+    mean, square = corrected(state["exp_avg"], betas[0]), corrected(state["exp_avg_sq"], betas[1])
+    return mean / (square.sqrt() + eps)
 
 
 def check_reset(optimizer: torch.optim.Optimizer, factor: nn.Parameter, reset: Reset, *, whole: bool) -> None:

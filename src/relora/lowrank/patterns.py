@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from relora.errors import UserError
-from relora.messages import shown, shown_line
+from relora.messages import first_line, short_repr
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def compiled(pattern: str, key: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{key}: {shown(pattern)} is not a regular expression: {shown_line(str(error))}") from None
+        raise UserError(f"{key}: {short_repr(pattern)} is not a regular expression: {first_line(str(error))}") from None
 
 
 def at_the_end(pattern: str, key: str) -> re.Pattern[str]:

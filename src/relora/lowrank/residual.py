@@ -17,7 +17,6 @@ The price, in a step where it is due: 4 bytes of gradient a frozen weight, and o
 tokens), that of full-rank training; 8 bytes of moments a weight stay saved.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from relora.lowrank.config import Residual
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
+from relora.lowrank.moments import adam_direction
 
 _MOST = 10.0
 """Times the layer's median, φ at most: a gradient that is nearly zero for a moment makes ‖u‖ / ‖g‖ as large as it
@@ -93,14 +93,7 @@ def _move(layers: Iterable[LowRankLinear], optimizer: torch.optim.Optimizer, sca
 
 def _lengthening(state: Mapping[str, Tensor], group: Mapping[str, Any], gradient: Tensor) -> Tensor:
     """φ [out]: how many times longer than the gradient's AdamW made each row of its update; 0 for rows without one."""
-    (beta_m, beta_v), step = group["betas"], state["step"]
-    mean, square = _corrected(state["exp_avg"], beta_m, step), _corrected(state["exp_avg_sq"], beta_v, step)
-    update = mean / (square.sqrt() + group["eps"])
+    update = adam_direction(state, group["betas"], group["eps"])
     lengths = gradient.norm(dim=1)
     ratios: Tensor = (update.norm(dim=1) / lengths).where(lengths > 0, torch.nan)
     return ratios.clamp(max=_MOST * ratios.nanmedian()).nan_to_num(0.0)
-
-
-def _corrected(moment: Tensor, beta: float, step: Tensor) -> Tensor:
-    """Without the share of zeros that it began with: moment / (1 - beta^step), to fp32's last digits."""
-    return moment / -torch.expm1(step * (math.log(beta) if beta else -math.inf))

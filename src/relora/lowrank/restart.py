@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.errors import NonFinite
-from relora.lowrank.directions import Directions, Frame, gradient_frames, leading_frame, random_frame
+from relora.lowrank.directions import Directions, SingularBasis, gradient_frames, leading_frame, random_frame
 from relora.lowrank.init import DRAWS
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
@@ -114,7 +114,7 @@ def restart(
     parts = _parts(model, how, cycle)
     for name, (layer, ranks) in parts.items():
         _check(name, layer, optimizer, how, cycle, whole=ranks == slice(0, layer.r))
-    frames: dict[str, Frame] = {}
+    frames: dict[str, SingularBasis] = {}
     if how.frames == "gradient-svd":
         if loss_of is None:
             raise ValueError("restart: directions of the gradient need `loss_of`, which makes the loss of a batch")
@@ -122,12 +122,12 @@ def restart(
     merged, cleared = [], 0
     for name, (layer, ranks) in parts.items():
         before = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-        merged.append(_begin_anew(name, layer, ranks, how, frames.get(name), cycle))
+        merged.append(_redraw_factors(name, layer, ranks, how, frames.get(name), cycle))
         cleared += _reset(name, layer, ranks, optimizer, how, before, cycle)
     return RestartReport(cycle, how.optimizer, merged, cleared, time.perf_counter() - started)
 
 
-def begin_along(model: nn.Module, how: RestartConfig, loss_of: Callable[[nn.Module], Tensor]) -> None:
+def initial_directions(model: nn.Module, how: RestartConfig, loss_of: Callable[[nn.Module], Tensor]) -> None:
     """Turn the factors of freshly injected layers (B = 0) into the directions in which restarts will begin."""
     if how.frames is None:
         return
@@ -183,13 +183,13 @@ def _check(
         check_reset(optimizer, factor, how.optimizer, whole=whole)
 
 
-def _begin_anew(
-    name: str, layer: LowRankLinear, ranks: slice, how: RestartConfig, frame: Frame | None, cycle: int
+def _redraw_factors(
+    name: str, layer: LowRankLinear, ranks: slice, how: RestartConfig, frame: SingularBasis | None, cycle: int
 ) -> MergedUpdate:
     """Give a layer its new factors."""
     spectrum = update_spectrum(layer, ranks).cpu()
     weight_norm = layer.base.exact.norm().item()
-    taken = layer.exchange_(*_new_factors(layer, ranks, how, frame, cycle), ranks)
+    taken = layer.replace_factors_(*_new_factors(layer, ranks, how, frame, cycle), ranks)
     return MergedUpdate(
         name=name,
         shape=(layer.out_features, layer.in_features),
@@ -202,7 +202,7 @@ def _begin_anew(
 
 @torch.no_grad()
 def _new_factors(
-    layer: LowRankLinear, ranks: slice, how: RestartConfig, frame: Frame | None, cycle: int
+    layer: LowRankLinear, ranks: slice, how: RestartConfig, frame: SingularBasis | None, cycle: int
 ) -> tuple[Tensor, Tensor | None]:
     """A' [k, in], and B' [out, k] or None for zero."""
     generator, k = keyed_generator(layer.seed, "redraw", cycle, layer.name), ranks.stop - ranks.start

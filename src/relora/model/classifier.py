@@ -22,12 +22,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from relora.errors import UserError
 from relora.files.untrusted import CONFIG_BYTES
-from relora.messages import shown_line
+from relora.messages import first_line
+from relora.model.head import IGNORED
 from relora.model.load import open_model, quiet_transformers
 from relora.seeding import keyed_generator
-
-IGNORED = -100
-"""The label that no loss counts."""
 
 
 def open_classifier(
@@ -124,7 +122,7 @@ def _with_head(model: PreTrainedModel, path: str | Path, trust_remote_code: bool
                 model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # whatever the library raises about a family that it has no classifier for
-        raise UserError(f"{refused}: {shown_line(str(error))}") from None
+        raise UserError(f"{refused}: {first_line(str(error))}") from None
     body, score = model.base_model, getattr(classifier, "score", None)
     has_head = isinstance(score, nn.Linear) and [name for name, _ in score.named_parameters()] == ["weight"]
     if type(classifier.base_model) is not type(body) or not has_head:

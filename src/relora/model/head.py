@@ -11,6 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+IGNORED = -100
+"""The label of a position that no loss scores, as `torch.nn.functional.cross_entropy` has it."""
+
 _REASONS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 """What was found of a model that is alive, so that it is tried only once; no number depends on it."""
 

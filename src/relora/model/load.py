@@ -29,9 +29,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import as_others_are, sync
+from relora.files.atomic import apply_umask, sync
 from relora.files.untrusted import check_model_folder, no_address, remote_code
-from relora.messages import shown_line
+from relora.messages import first_line
 from relora.model.presets import preset_settings
 from relora.seeding import keyed_seed
 
@@ -190,7 +190,7 @@ def save_model(
             tokenizer.save_pretrained(aside)
         _state_dtype(aside / "config.json", dtype)
         for file in aside.glob("*.safetensors"):
-            as_others_are(file)
+            apply_umask(file)
         for file in (*aside.rglob("*"), aside):
             sync(file)
         if folder.exists():
@@ -358,4 +358,4 @@ def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
 def _first_line(error: BaseException) -> str:
     """One line of a library's message: its second where the first only says who complains."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return shown_line(lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0])
+    return first_line(lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0])

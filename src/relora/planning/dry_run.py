@@ -15,7 +15,7 @@ from relora.train.optim import check_optimizer
 
 
 @dataclass(frozen=True)
-class PhasePlan:
+class TimetablePhase:
     """One stretch of the run."""
 
     name: str
@@ -27,11 +27,11 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class Timetable:
     """The whole timetable."""
 
     method: str
-    phases: list[PhasePlan]
+    phases: list[TimetablePhase]
     restarts: list[int]
     """As the configuration says; where the run decides on them, when they come if it always finds cause."""
     most_restarts: int
@@ -46,7 +46,7 @@ class RunPlan:
     """Passes over the training data."""
 
 
-def describe(config: RunConfig) -> RunPlan:
+def describe(config: RunConfig) -> Timetable:
     """The plan of a configuration, from a model without memory (on the meta device); `UserError` as the run's."""
     schedule, adaptive = schedule_of(config), adaptive_of(config)
     choose_device(config.device)
@@ -62,10 +62,10 @@ def describe(config: RunConfig) -> RunPlan:
     if first < schedule.total_steps:
         report = inject(model, lowrank_of(config))
         phases.append(("low_rank", first, schedule.total_steps - first, report.trainable, report.frozen))
-    return RunPlan(
+    return Timetable(
         method=config.method,
         phases=[
-            PhasePlan(name, start, steps, steps * config.batch_tokens, trainable, frozen)
+            TimetablePhase(name, start, steps, steps * config.batch_tokens, trainable, frozen)
             for name, start, steps, trainable, frozen in phases
         ],
         restarts=list(schedule.restarts),

@@ -174,7 +174,7 @@ def fitting(config: RunConfig, limit: int) -> RunConfig:
     )
     if fit is None:
         raise UserError(
-            f"--fit {shown_size(limit)}: nothing fits, the smallest peak is {shown_size(min(peaks))}; "
+            f"--fit {format_bytes(limit)}: nothing fits, the smallest peak is {format_bytes(min(peaks))}; "
             "take a smaller model, shorter sequences or `optimizer.name: adamw-8bit`"
         )
     return _changed(config, fit.candidate)
@@ -365,6 +365,6 @@ def _with(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return parse_config(tree)
 
 
-def shown_size(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes, for a person."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

@@ -20,7 +20,8 @@ import torch
 from relora.config import RunConfig, parse_config
 from relora.device import choose_device, peak_memory_bytes
 from relora.errors import RunStopped
-from relora.files.atomic import user_cache, write_durably
+from relora.files.atomic import write_durably
+from relora.files.cache import user_cache
 from relora.lowrank import inject
 from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss

@@ -28,7 +28,7 @@ from relora.lowrank import merge
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
 from relora.measure import Evaluation
 from relora.model.load import save_model
-from relora.recipes.finetuning_inputs import Material, base_folder, gather_examples, read_records
+from relora.recipes.finetuning_inputs import FinetuningInputs, base_folder, gather_finetuning, read_records
 from relora.recipes.from_settings import factor_parameters, form_of, schedule_for, settled_lowrank
 from relora.recipes.job import Job, RunResult, run_job
 from relora.report.html import write_report
@@ -50,11 +50,11 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, strict: bool = Fals
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
     """
     check_optimizer(config.optimizer.name)
-    return train_on(config, gather_examples(config), fresh=fresh, strict=strict, quiet=quiet)
+    return train_on(config, gather_finetuning(config), fresh=fresh, strict=strict, quiet=quiet)
 
 
 def train_on(
-    config: FinetuneConfig, parts: Material, *, fresh: bool = False, strict: bool = False, quiet: bool = False
+    config: FinetuneConfig, parts: FinetuningInputs, *, fresh: bool = False, strict: bool = False, quiet: bool = False
 ) -> RunResult:
     """As `finetune`, with what it gathered first; `parts.model` is the trained one afterwards."""
     return run_job(
@@ -66,7 +66,7 @@ def train_on(
     )
 
 
-def job_of(config: FinetuneConfig, parts: Material) -> Job:
+def job_of(config: FinetuneConfig, parts: FinetuningInputs) -> Job:
     """What there is to do."""
     model, steps = parts.model, parts.batches.steps_per_epoch
     schedule_for(config, steps)  # refused before anything is written
@@ -125,7 +125,7 @@ def _leaves_model(config: FinetuneConfig) -> bool:
     return config.task == "classification" or config.method in ("relora", "full")
 
 
-def _finish(config: FinetuneConfig, parts: Material, run: Run, folder: Path) -> Evaluation:
+def _finish(config: FinetuneConfig, parts: FinetuningInputs, run: Run, folder: Path) -> Evaluation:
     """What was trained, answers to held-out prompts, and the report."""
     model, reporter = parts.model, run.reporter
     if _leaves_model(config):
@@ -148,7 +148,7 @@ def _finish(config: FinetuneConfig, parts: Material, run: Run, folder: Path) -> 
     return evaluation
 
 
-def _write_answers(config: FinetuneConfig, parts: Material, step: int, folder: Path) -> None:
+def _write_answers(config: FinetuneConfig, parts: FinetuningInputs, step: int, folder: Path) -> None:
     """What the trained model answers to held-out prompts, greedily."""
     settings = config.samples
     records = parts.held_out_records[: settings.examples]
@@ -160,7 +160,7 @@ def _write_answers(config: FinetuneConfig, parts: Material, step: int, folder: P
     write_durably(folder / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
-def _gradient_svd(config: FinetuneConfig, parts: Material) -> Callable[[nn.Module], None]:
+def _gradient_svd(config: FinetuneConfig, parts: FinetuningInputs) -> Callable[[nn.Module], None]:
     """Begins the factors along the gradient of the first micro-batches."""
 
     def mean_loss(batch: Batch) -> Callable[[nn.Module], Tensor]:

@@ -35,7 +35,7 @@ from relora.train.step import Loss
 
 
 @dataclass(frozen=True)
-class Material:
+class FinetuningInputs:
     """Examples and the model that is to learn them, checked against each other."""
 
     device: torch.device
@@ -81,7 +81,7 @@ class Material:
         return Evaluation(loss, perplexity(loss), None, examples, scores)
 
 
-def gather_examples(config: FinetuneConfig) -> Material:
+def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     """Open examples, tokenizer and model, and refuse what does not fit together."""
     check_trackers(config.log.trackers)
     device = choose_device(config.device)
@@ -117,7 +117,7 @@ def gather_examples(config: FinetuneConfig) -> Material:
         "model": fingerprint_of((base / "config.json").read_bytes()),
         "base": fingerprint_of(*(_file_digest(file) for file in sorted(base.glob("*.safetensors")))),
     }
-    return Material(
+    return FinetuningInputs(
         device, base, model, tokenizer, batches, held_out, tuple(held_out_records), layout, tuple(notes), content
     )
 

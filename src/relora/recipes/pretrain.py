@@ -16,7 +16,7 @@ from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.load import save_model
 from relora.recipes.from_settings import autocast_of, factor_parameters, schedule_of, settled_lowrank
 from relora.recipes.job import Job, RunResult, run_job
-from relora.recipes.pretraining_inputs import Ingredients, gather
+from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
 from relora.train.run import Run
@@ -30,7 +30,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
     """
     check_optimizer(config.optimizer.name)
-    parts = gather(config)
+    parts = gather_pretraining(config)
     return run_job(
         job_of(config, parts),
         lambda run, folder: _finish(config, parts, run, folder),
@@ -40,7 +40,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
     )
 
 
-def job_of(config: RunConfig, parts: Ingredients) -> Job:
+def job_of(config: RunConfig, parts: PretrainingInputs) -> Job:
     """What there is to do."""
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     trained = parameters + factor_parameters(config, parts.model)
@@ -67,7 +67,7 @@ def job_of(config: RunConfig, parts: Ingredients) -> Job:
     )
 
 
-def _finish(config: RunConfig, parts: Ingredients, run: Run, folder: Path) -> Evaluation:
+def _finish(config: RunConfig, parts: PretrainingInputs, run: Run, folder: Path) -> Evaluation:
     """The trained run's model, samples and report."""
     merge(parts.model)
     evaluation = run.evaluate(parts.model, lambda: None)
@@ -83,7 +83,7 @@ def _finish(config: RunConfig, parts: Ingredients, run: Run, folder: Path) -> Ev
     return evaluation
 
 
-def _write_samples(config: RunConfig, parts: Ingredients, folder: Path) -> None:
+def _write_samples(config: RunConfig, parts: PretrainingInputs, folder: Path) -> None:
     """Text that the finished model writes, for the report."""
     settings = config.samples
     texts = sample_texts(

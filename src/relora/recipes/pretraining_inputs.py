@@ -22,7 +22,7 @@ from relora.report.trackers import check_trackers
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class PretrainingInputs:
     """Everything a run is made of, opened and checked against each other."""
 
     device: torch.device
@@ -35,7 +35,7 @@ class Ingredients:
     """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`."""
 
 
-def gather(config: RunConfig) -> Ingredients:
+def gather_pretraining(config: RunConfig) -> PretrainingInputs:
     """Open data, tokenizer and model, and refuse what does not fit together."""
     check_trackers(config.log.trackers)
     device = choose_device(config.device)
@@ -50,7 +50,9 @@ def gather(config: RunConfig) -> Ingredients:
     content = {"data": fingerprint_of(*(folder.content.encode() for folder in (*batches.folders, validation)))}
     if config.model.path is not None:
         content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
-    return Ingredients(device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token, content)
+    return PretrainingInputs(
+        device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token, content
+    )
 
 
 def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:

@@ -26,6 +26,7 @@ from relora.errors import NonFinite
 from relora.lowrank import low_rank_layers
 from relora.lowrank.allocation import allocate
 from relora.lowrank.inject import find_targets
+from relora.lowrank.moments import adam_direction
 from relora.lowrank.restart import effective_rank, update_spectrum
 from relora.train.run import CycleEnd, Progress, Run, WarmStartEnd
 from relora.train.state import LossWindow
@@ -56,10 +57,7 @@ def normalised_update(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Te
     state = optimizer.state.get(parameter)
     if not state:
         return torch.zeros_like(parameter)
-    (beta1, beta2), steps = optimizer.defaults["betas"], float(state["step"])
-    mean, square = state["exp_avg"] / (1 - beta1**steps), state["exp_avg_sq"] / (1 - beta2**steps)
-    update: Tensor = mean / (square.sqrt() + optimizer.defaults["eps"])
-    return update
+    return adam_direction(state, optimizer.defaults["betas"], optimizer.defaults["eps"])
 
 
 def energies(matrix: Tensor) -> Tensor:

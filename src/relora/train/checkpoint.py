@@ -34,7 +34,7 @@ from torch import Tensor
 
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import sync, write_durably
-from relora.messages import shown_line
+from relora.messages import first_line
 from relora.train.state import Count, TrainState
 
 FORMAT = 2
@@ -116,7 +116,7 @@ class Checkpoint:
         try:
             return load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name}: cannot be read: {shown_line(str(error))}") from None
+            raise UserError(f"{self.folder / name}: cannot be read: {first_line(str(error))}") from None
 
 
 class Checkpoints:

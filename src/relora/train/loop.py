@@ -22,7 +22,7 @@ from relora.errors import Interrupted, NonFinite
 from relora.lowrank import inject, restart
 from relora.lowrank.allocation import with_ranks
 from relora.lowrank.residual import residual_steps
-from relora.lowrank.restart import begin_along
+from relora.lowrank.restart import initial_directions
 from relora.train.adaptive import decide
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import look_back, recover
@@ -116,7 +116,7 @@ def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
 def _switch(run: Run, progress: Progress) -> None:
     """From full rank to low rank: inject, freeze, and carry over the moments of all that still trains at full rank."""
     report = inject(run.model, with_ranks(run.lowrank, progress.state.decisions.ranks), seed=run.seed)
-    begin_along(run.model, run.restart, lambda model: next_loss(run, progress, model))
+    initial_directions(run.model, run.restart, lambda model: next_loss(run, progress, model))
     if run.initialize is not None:
         run.initialize(run.model)
     full_rank_optimizer = progress.optimizer

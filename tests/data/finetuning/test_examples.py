@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora.data.finetuning.examples import POOL, Example, ExampleBatches, HeldOutExamples, fingerprint
-from relora.data.pretraining.batches import IGNORED
 from relora.errors import UserError
+from relora.model.head import IGNORED
 
 PAD = 9_999
 

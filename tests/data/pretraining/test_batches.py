@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.data.pretraining.batches import IGNORED, HeldOut, TrainBatches, check_same_tokenizer
+from relora.data.pretraining.batches import HeldOut, TrainBatches, check_same_tokenizer
 from relora.data.sampling import BLOCK, permute
 from relora.errors import UserError
+from relora.model.head import IGNORED
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**63 - 1))

@@ -5,10 +5,10 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from relora.planning.dry_run import RunPlan
+from relora.planning.dry_run import Timetable
 
 
-def print_timetable(plan: RunPlan) -> None:
+def print_timetable(plan: Timetable) -> None:
     """The plan as a table."""
     table = Table(
         title=f"{plan.method}: {plan.total_steps:,} steps of {plan.batch_tokens:,} tokens", title_justify="left"
@@ -31,7 +31,7 @@ def print_timetable(plan: RunPlan) -> None:
     console.print(f"tokens: {plan.total_tokens:,} ({epochs} passes over the training data)")
 
 
-def _restarts(plan: RunPlan) -> str:
+def _restarts(plan: Timetable) -> str:
     if plan.adaptive_restarts:
         return f"at most {plan.most_restarts}, when the run decides"
     if plan.adaptive_switch and plan.most_restarts:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from relora.planning import KINDS
-from relora.planning.plan import PhaseCost, Plan, shown_size
+from relora.planning.plan import PhaseCost, Plan, format_bytes
 
 
 def print_plan(plan: Plan) -> None:
@@ -25,13 +25,13 @@ def print_plan(plan: Plan) -> None:
     for kind in KINDS:
         sizes = [p.figures.memory.get(kind, 0) for p in plan.phases]
         if any(size >= 10**5 for size in sizes):
-            table.add_row(kind, *map(shown_size, sizes))
+            table.add_row(kind, *map(format_bytes, sizes))
     for label, shown in _rows(plan):
         table.add_row(label, *(shown(p) for p in plan.phases))
     console.print(table)
     worst = max(plan.phases, key=lambda phase: phase.checkpoint_peak)
     console.print(
-        f"peak: {shown_size(plan.peak)}, in the {worst.name.replace('_', ' ')} phase; {_time(plan.seconds)} of steps"
+        f"peak: {format_bytes(plan.peak)}, in the {worst.name.replace('_', ' ')} phase; {_time(plan.seconds)} of steps"
     )
     if plan.alternatives:
         others = Table(title="with other settings", title_justify="left")
@@ -40,23 +40,26 @@ def print_plan(plan: Plan) -> None:
         for other in plan.alternatives:
             seconds = f"{other.step_seconds:.2f} s"
             checkpointing = other.activation_checkpointing
-            others.add_row(other.method, other.base or "-", checkpointing, shown_size(other.peak), seconds)
+            others.add_row(other.method, other.base or "-", checkpointing, format_bytes(other.peak), seconds)
         console.print(others)
 
 
 def _rows(plan: Plan) -> list[tuple[str, Callable[[PhaseCost], str]]]:
     rows: list[tuple[str, Callable[[PhaseCost], str]]] = [
-        ("process", lambda p: shown_size(p.process)),
-        ("allocator", lambda p: shown_size(p.allocator)),
-        ("peak of a step", lambda p: shown_size(p.predicted_peak)),
-        ("... while a checkpoint is written", lambda p: shown_size(p.checkpoint_peak)),
-        ("between steps (tensors)", lambda p: shown_size(p.figures.resident)),
-        ("restart (tensors)", lambda p: shown_size(p.figures.restart) if p.figures.factors and plan.restarts else "-"),
+        ("process", lambda p: format_bytes(p.process)),
+        ("allocator", lambda p: format_bytes(p.allocator)),
+        ("peak of a step", lambda p: format_bytes(p.predicted_peak)),
+        ("... while a checkpoint is written", lambda p: format_bytes(p.checkpoint_peak)),
+        ("between steps (tensors)", lambda p: format_bytes(p.figures.resident)),
+        (
+            "restart (tensors)",
+            lambda p: format_bytes(p.figures.restart) if p.figures.factors and plan.restarts else "-",
+        ),
         ("a step", lambda p: f"{p.figures.seconds:.2f} s"),
         ("the phase", lambda p: _time(p.seconds)),
     ]
     if any(phase.measured for phase in plan.phases):
-        rows.append(("probed: peak", lambda p: shown_size(p.measured.peak) if p.measured else "-"))
+        rows.append(("probed: peak", lambda p: format_bytes(p.measured.peak) if p.measured else "-"))
         rows.append(("probed: a step", lambda p: f"{p.measured.step_seconds:.2f} s" if p.measured else "-"))
     return rows
 

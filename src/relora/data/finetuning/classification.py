@@ -29,10 +29,10 @@ import tokenizers
 import torch
 
 from relora.data.finetuning.records import Record, column_names
-from relora.data.pretraining.batches import IGNORED
 from relora.data.sampling import Int64Array, permute
 from relora.errors import UserError
-from relora.messages import shown, shown_name
+from relora.messages import short_name, short_repr
+from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _find_columns(record: Record, text_columns: Sequence[str], label_column: str
     there = record.fields.keys()
     for name in (*text_columns, *([label_column] if label_column else [])):
         if name not in there:
-            raise UserError(f"{record.where}: no column `{shown_name(name)}`; there are {column_names(there)}")
+            raise UserError(f"{record.where}: no column `{short_name(name)}`; there are {column_names(there)}")
     texts = tuple(text_columns) or next((names for names in TEXT_COLUMNS if there >= set(names)), ())
     label = label_column or next((name for name in LABEL_COLUMNS if name in there), "")
     for key, found in (("text_columns", texts), ("label_column", label)):
@@ -302,7 +302,7 @@ def _find_columns(record: Record, text_columns: Sequence[str], label_column: str
 
 def _value(record: Record, column: str) -> Any:
     if column not in record.fields:
-        raise UserError(f"{record.where}: no column `{shown_name(column)}`; there are {column_names(record.fields)}")
+        raise UserError(f"{record.where}: no column `{short_name(column)}`; there are {column_names(record.fields)}")
     return record.fields[column]
 
 
@@ -310,14 +310,14 @@ def _texts(record: Record, columns: ClassColumns) -> tuple[str, ...]:
     texts = tuple(_value(record, column) for column in columns.texts)
     for column, text in zip(columns.texts, texts, strict=True):
         if not isinstance(text, str):
-            raise UserError(f"{record.where}: column `{shown_name(column)}` is not text but {type(text).__name__}")
+            raise UserError(f"{record.where}: column `{short_name(column)}` is not text but {type(text).__name__}")
         _check_unicode(text, record, column)
     return texts
 
 
 def _check_unicode(text: str, record: Record, column: str) -> None:
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise UserError(f"{record.where}: half of a surrogate pair in column `{shown_name(column)}`")
+        raise UserError(f"{record.where}: half of a surrogate pair in column `{short_name(column)}`")
 
 
 def _label(record: Record, columns: ClassColumns) -> Label:
@@ -331,7 +331,8 @@ def _label(record: Record, columns: ClassColumns) -> Label:
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise UserError(
-        f"{record.where}: column `{shown_name(columns.label)}` is {shown(value)}, which is neither class nor number"
+        f"{record.where}: column `{short_name(columns.label)}` is {short_repr(value)}, "
+        "which is neither class nor number"
     )
 
 
@@ -354,7 +355,7 @@ def _class_names(labels: Sequence[Label], places: Sequence[str]) -> tuple[str, .
         return ()
     names = [_name(label) for label in sorted(set(labels), key=str if str in kinds else int)]
     if len(names) == 1:
-        raise UserError(f"{places[0]}: every label is {shown(names[0])}; give examples of another class, too")
+        raise UserError(f"{places[0]}: every label is {short_repr(names[0])}; give examples of another class, too")
     return tuple(names)
 
 
@@ -363,7 +364,9 @@ def _numbered(labels: Sequence[Label], names: Sequence[str], places: Sequence[st
     numbers = {name: number for number, name in enumerate(names)}
     for label, place in zip(labels, places, strict=True):
         if _name(label) not in numbers:
-            raise UserError(f"{place}: the label {shown(label)} is none of the training data's: {column_names(names)}")
+            raise UserError(
+                f"{place}: the label {short_repr(label)} is none of the training data's: {column_names(names)}"
+            )
     return np.array([numbers[_name(label)] for label in labels], dtype=np.int64)
 
 
@@ -371,6 +374,6 @@ def _numbers(labels: Sequence[Label], places: Sequence[str]) -> npt.NDArray[np.f
     """What is to be predicted. The number that marks what no loss counts becomes its neighbour."""
     for label, place in zip(labels, places, strict=True):
         if isinstance(label, str) or not abs(label) <= _LARGEST:
-            raise UserError(f"{place}: the label {shown(label)} is no number, as the training data's are")
+            raise UserError(f"{place}: the label {short_repr(label)} is no number, as the training data's are")
     numbers = np.array(labels, dtype=np.float32)
     return np.where(numbers == IGNORED, np.nextafter(numbers, np.float32(0)), numbers)

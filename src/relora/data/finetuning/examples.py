@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 
 from relora.data.finetuning.packing import pack
-from relora.data.pretraining.batches import IGNORED
 from relora.data.sampling import Int64Array, permute
 from relora.errors import UserError
+from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
 
 POOL = 50

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from relora.data.finetuning.records import Record, column_names
 from relora.errors import UserError
-from relora.messages import shown, shown_name
+from relora.messages import short_name, short_repr
 
 LayoutName = Literal["alpaca", "dolly", "chat", "columns", "completion"]
 
@@ -66,7 +66,7 @@ class Layout:
 
     def __str__(self) -> str:
         columns = [column for column in (self.prompt, self.input, self.response) if column is not None]
-        return f"layout {self.name} ({', '.join(map(shown_name, columns))})"
+        return f"layout {self.name} ({', '.join(map(short_name, columns))})"
 
     @property
     def needed(self) -> set[str]:
@@ -79,7 +79,7 @@ class Layout:
         `BadRecord` where a column is missing or not what the layout says.
         """
         if missing := sorted(self.needed - fields.keys()):
-            raise BadRecord(f"no column `{shown_name(missing[0])}`; there are {column_names(fields)}")
+            raise BadRecord(f"no column `{short_name(missing[0])}`; there are {column_names(fields)}")
         messages = _messages(fields, self.response) if self.name == "chat" else self._one_turn(fields)
         if self.name != "completion" and not any(message.role == "system" for message in messages):
             system = next((text for column in SYSTEM_COLUMNS if (text := _text(fields, column))), None)
@@ -122,7 +122,7 @@ def find_layout(
             raise UserError(f"layout {name} has columns of its own; name columns with the layout `columns` only")
         candidates = [Layout("completion", response) if prompt is None else Layout("columns", response, prompt)]
     elif prompt is not None:
-        raise UserError(f"column `{shown_name(prompt)}` holds the prompts; name the responses' column, too")
+        raise UserError(f"column `{short_name(prompt)}` holds the prompts; name the responses' column, too")
     else:
         candidates = [layout for layout in KNOWN if name in ("auto", layout.name)]
     fitting = [layout for layout in candidates if layout.needed <= first.fields.keys()]
@@ -154,7 +154,7 @@ def _messages(fields: Mapping[str, Any], column: str) -> list[Message]:
             raise BadRecord(f"message {number} of `{column}` has neither role and content nor from and value")
         if not isinstance(entry[role], str) or entry[role] not in ROLES:
             raise BadRecord(
-                f"message {number} of `{column}` is from {shown(entry[role])}; known are {', '.join(ROLES)}"
+                f"message {number} of `{column}` is from {short_repr(entry[role])}; known are {', '.join(ROLES)}"
             )
         messages.append(Message(ROLES[entry[role]], _text(entry, content)))
     return messages
@@ -177,11 +177,11 @@ def _text(fields: Mapping[str, Any], column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRecord(f"`{shown_name(column)}` is not text but {type(value).__name__}")
+        raise BadRecord(f"`{short_name(column)}` is not text but {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRecord(f"`{shown_name(column)}` holds half of a surrogate pair") from None
+        raise BadRecord(f"`{short_name(column)}` holds half of a surrogate pair") from None
     if MARK in value:
-        raise BadRecord(f"`{shown_name(column)}` holds U+FDD0, which is no character")
+        raise BadRecord(f"`{short_name(column)}` holds U+FDD0, which is no character")
     return value

@@ -29,7 +29,7 @@ from relora.data.readers import BAD_RECORD, LONGEST_LINE, MOST_NAMES, decompress
 from relora.data.sampling import DRAWS, SplitRule
 from relora.errors import RunStopped, UserError
 from relora.files.untrusted import no_address, regular_file
-from relora.messages import LONGEST_PATH, shown_line, shown_name
+from relora.messages import LONGEST_PATH, first_line, short_name
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
@@ -86,7 +86,7 @@ class Records:
         except UnicodeDecodeError as error:
             self._bad(f"{file}: not UTF-8 text ({error.reason}); convert it, e.g. with iconv")
         except (OSError, pyarrow.ArrowException) as error:
-            self._bad(f"{file}: cannot be read: {getattr(error, 'strerror', None) or shown_line(str(error))}")
+            self._bad(f"{file}: cannot be read: {getattr(error, 'strerror', None) or first_line(str(error))}")
 
     def _bad(self, message: str) -> None:
         if not self._skip_bad:
@@ -122,7 +122,7 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
 
 def column_names(fields: Iterable[str]) -> str:
     """The first few columns, for a message."""
-    some = [f"`{shown_name(str(name))}`" for name in islice(fields, MOST_NAMES + 1)]
+    some = [f"`{short_name(str(name))}`" for name in islice(fields, MOST_NAMES + 1)]
     return ", ".join(some[:MOST_NAMES]) + ", ..." * (len(some) > MOST_NAMES) or "none"
 
 
@@ -186,7 +186,7 @@ def _table(rows: Any, name: str, bad: BAD_RECORD) -> _Rows:
         columns: list[str] = next(rows, [])
         if len(set(columns)) < len(columns):
             twice = next(column for column in columns if columns.count(column) > 1)
-            bad(f"{name}: column `{shown_name(twice)}` is there twice")
+            bad(f"{name}: column `{short_name(twice)}` is there twice")
             return
         for row in rows:
             where = f"{name}, line {rows.line_num}"
@@ -297,10 +297,10 @@ def _resolve(source: str) -> list[Path | Callable[[BAD_RECORD], _Rows]]:
             return [regular_file(path)]
     except (OSError, ValueError) as error:  # ValueError: a NUL
         reason = getattr(error, "strerror", None) or "not a path"
-        raise UserError(f"{shown_name(source, LONGEST_PATH)}: cannot be read: {reason}") from None
+        raise UserError(f"{short_name(source, LONGEST_PATH)}: cannot be read: {reason}") from None
     if (match := HUB_ID.fullmatch(source)) and _format(path) is None:
         return [read_hub(match["id"], match["config"], hub_revision(match["id"]))]
-    raise UserError(f"{shown_name(source, LONGEST_PATH)}: no such file or folder")
+    raise UserError(f"{short_name(source, LONGEST_PATH)}: no such file or folder")
 
 
 def _resolve_folder(path: Path) -> list[Path | Callable[[BAD_RECORD], _Rows]]:
@@ -330,4 +330,4 @@ def _readable() -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return shown_line(str(error)) or type(error).__name__
+    return first_line(str(error)) or type(error).__name__

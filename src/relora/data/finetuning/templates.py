@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from relora.data.finetuning.layouts import MARK, BadRecord, Conversation, Layout, Message
 from relora.errors import UserError
-from relora.messages import shown_line
+from relora.messages import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,7 +118,7 @@ class _Chat:
         try:
             self._source: str = tokenizer.get_chat_template()
         except Exception as error:  # several templates, none of them the default
-            raise UserError(f"{_name(tokenizer)}: {shown_line(str(error))}") from None
+            raise UserError(f"{_name(tokenizer)}: {first_line(str(error))}") from None
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._control_tokens = tuple(sorted(special, key=len, reverse=True))  # the longest first, as it is matched
         self._control = re.compile("|".join(map(re.escape, self._control_tokens)) or "(?!)")
@@ -132,7 +132,7 @@ class _Chat:
         except UserError:
             raise
         except Exception as error:  # whatever somebody's program raises
-            raise BadRecord(f"the chat template refuses it: {shown_line(str(error))}") from None
+            raise BadRecord(f"the chat template refuses it: {first_line(str(error))}") from None
         parts, before = [], 0
         for start, end in spans:
             end = self._end(text, start, end)

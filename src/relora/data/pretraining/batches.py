@@ -23,10 +23,8 @@ import torch
 from relora.data.pretraining.shards import PreparedFolder
 from relora.data.sampling import Int64Array, _block_shares, _spread, permute
 from relora.errors import UserError
+from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
-
-IGNORED = -100
-"""The label that no loss counts."""
 
 
 class Batch(NamedTuple):

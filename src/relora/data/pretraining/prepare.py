@@ -37,7 +37,7 @@ from relora.data.pretraining.shards import (
 from relora.data.pretraining.sources import Corpus
 from relora.data.sampling import DRAWS, SplitRule
 from relora.errors import Interrupted, RunStopped, UserError
-from relora.messages import shown
+from relora.messages import short_repr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -175,7 +175,7 @@ def _check_options(
         if number is not None and not 1 <= number <= most:
             raise UserError(f"--{option} {number}: must be at least 1 and at most {most}")
     if train_tokenizer is not None and train_tokenizer > MOST_IDS:
-        raise UserError(f"--train-tokenizer {shown(train_tokenizer)}: must be at most {MOST_IDS:,}")
+        raise UserError(f"--train-tokenizer {short_repr(train_tokenizer)}: must be at most {MOST_IDS:,}")
     try:
         text_field.encode()
     except UnicodeEncodeError:
@@ -217,7 +217,7 @@ def _refuse_other(out: Path, found: Request, wanted: Request) -> None:
     """`UserError` that names the first thing in which two requests differ."""
     names = [[source.source for source in request.sources] for request in (found, wanted)]
     differences = [
-        f"{key} was {shown(found.options.get(key))} and is now {shown(value)}"
+        f"{key} was {short_repr(found.options.get(key))} and is now {short_repr(value)}"
         for key, value in wanted.options.items()
         if found.options.get(key) != value
     ]

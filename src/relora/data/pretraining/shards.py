@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from relora.errors import UserError
 from relora.files.atomic import write_durably
 from relora.files.untrusted import INDEX_BYTES, inside, regular_file
-from relora.messages import LONGEST_PATH, first_mistake, shown, shown_name
+from relora.messages import LONGEST_PATH, first_mistake, short_name, short_repr
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -98,7 +98,7 @@ class PreparedFolder:
                 file = inside(path, shard.file)
                 size, expected = regular_file(file).stat().st_size, shard.tokens * itemsize
             except OSError as error:
-                name = shown_name(str(path / shard.file), LONGEST_PATH)
+                name = short_name(str(path / shard.file), LONGEST_PATH)
                 raise UserError(f"{name}: {error.strerror}; {PREPARE_AGAIN}") from None
             if size != expected:
                 raise UserError(f"{file}: {size} bytes, the index says {expected}; {PREPARE_AGAIN}")
@@ -200,7 +200,7 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"{file}: not an index written by `relora prepare`") from None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file}: format version {shown(version)}, this release reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
+            f"{file}: format version {short_repr(version)}, this release reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
         )
     try:
         return TypeAdapter(Index).validate_json(text)

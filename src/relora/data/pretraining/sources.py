@@ -27,7 +27,7 @@ from relora.data import readers
 from relora.data.pretraining.shards import Source
 from relora.errors import UserError
 from relora.files.untrusted import no_address
-from relora.messages import LONGEST_PATH, shown_line, shown_name
+from relora.messages import LONGEST_PATH, first_line, short_name
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -159,7 +159,7 @@ class Corpus:
         except UnicodeDecodeError as error:
             self._bad(f"{file}: not UTF-8 text ({error.reason}); convert it, e.g. with iconv")
         except (OSError, pyarrow.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or shown_line(str(error))
+            reason = getattr(error, "strerror", None) or first_line(str(error))
             self._bad(f"{file}: cannot be read: {reason}")
 
     def _read(self, file: Path, raw: BinaryIO) -> Iterator[str]:
@@ -181,7 +181,7 @@ class Corpus:
         try:
             yield from readers.read_saved_dataset(Path(origin.source), self._text_field, self._bad, at)
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            self._bad(f"{origin.source}: cannot be read: {shown_line(str(error))}")
+            self._bad(f"{origin.source}: cannot be read: {first_line(str(error))}")
         self._position = int
         self._read_before += size
 
@@ -201,7 +201,7 @@ def _resolve(source: str, leave_out: Path | None) -> _Origin:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL
         mode = 0
     except OSError as error:
-        raise UserError(f"{shown_name(source, LONGEST_PATH)}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{short_name(source, LONGEST_PATH)}: cannot be read: {error.strerror}") from None
     if S_ISDIR(mode):
         return _resolve_folder(source, path, leave_out)
     if mode:
@@ -212,7 +212,7 @@ def _resolve(source: str, leave_out: Path | None) -> _Origin:
         return _origin(source, [path])
     if (match := HUB_ID.fullmatch(source)) and _format(path) is None:
         return _Origin(source, (), (), (), revision=readers.hub_revision(match["id"]))
-    raise UserError(f"{shown_name(source, LONGEST_PATH)}: no such file or folder")
+    raise UserError(f"{short_name(source, LONGEST_PATH)}: no such file or folder")
 
 
 def _resolve_folder(source: str, path: Path, leave_out: Path | None) -> _Origin:
