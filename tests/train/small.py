@@ -53,7 +53,7 @@ SETTINGS: dict[str, object] = {
     "clip_grad_norm": 1.0,
     "non_finite": "stop",
     "non_finite_limit": 3,
-    "look_every_steps": 1,
+    "sync_every_steps": 1,
     "log_every_steps": 1,
     "evaluate_every_steps": 100,
     "checkpoint_every_steps": 100,

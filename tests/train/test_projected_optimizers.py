@@ -18,7 +18,7 @@ from relora.planning.plan import step_figures
 from relora.recipes.pretrain import pretrain
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state, set_lr
 from relora.train.projected_optimizers import (
-    BASELINES,
+    PROJECTED_OPTIMIZERS,
     ProjectionConfig,
     check_installed,
     projected_matrices,
@@ -41,7 +41,7 @@ NAMES = [
             reason=f"{package.distribution} is not installed (extra `{package.extra}`)",
         ),
     )
-    for name, package in BASELINES.items()
+    for name, package in PROJECTED_OPTIMIZERS.items()
 ]
 installed = pytest.mark.parametrize("name", NAMES)
 
@@ -83,7 +83,7 @@ def test_a_run_by_hand_gives_the_same_weights(name: str) -> None:
     matrices = [block.weight for block in nets[1].blocks]
     vectors = [parameter for parameter in nets[1].parameters() if parameter.ndim == 1]
     kind, settings = BY_HAND[name]
-    by_hand = getattr(importlib.import_module(BASELINES[name].modules[0]), kind)(
+    by_hand = getattr(importlib.import_module(PROJECTED_OPTIMIZERS[name].modules[0]), kind)(
         [
             {"params": [nets[1].embed.weight, nets[1].head.weight], "weight_decay": 0.1},
             {
@@ -194,10 +194,10 @@ def test_moments_of_adamw_are_refused(name: str) -> None:
 # What cannot be
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", PROJECTED_OPTIMIZERS)
 def test_a_missing_package_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, BASELINES[name].modules[0], None)
-    remedy = rf"pip install 'relora\[{BASELINES[name].extra}\]'"
+    monkeypatch.setitem(sys.modules, PROJECTED_OPTIMIZERS[name].modules[0], None)
+    remedy = rf"pip install 'relora\[{PROJECTED_OPTIMIZERS[name].extra}\]'"
     with pytest.raises(UserError, match=rf"^optimizer.name: {name} needs .*{remedy}$"):
         check_installed(name)
 
@@ -270,7 +270,7 @@ def test_too_large_a_rank_is_refused_before_anything_is_created(run_config: RunC
     assert not Path(config.output_dir).exists()
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", PROJECTED_OPTIMIZERS)
 def test_a_plan_counts_their_moments(run_config: RunConfig, name: str) -> None:
     cpu = torch.device("cpu")
     plain = step_figures(changed(run_config, name="adamw"), "full", cpu).memory["moments"]

@@ -26,7 +26,7 @@ from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
-from relora.train.recovery import look_back
+from relora.train.recovery import resolve_pending
 from relora.train.run import Progress, Run, begin
 from relora.train.schedule import Schedule
 from relora.train.state import TrainState
@@ -251,7 +251,7 @@ def test_steps_that_nobody_watched_give_the_same_bytes(
 ) -> None:
     settings = {"non_finite": policy, "log_every_steps": 5, **TIMETABLES[timetable]}
     seen = play(tmp_path / "seen", is_batch(*bad), **settings)
-    unseen = play(tmp_path / "unseen", is_batch(*bad), look_every_steps=7, **settings)
+    unseen = play(tmp_path / "unseen", is_batch(*bad), sync_every_steps=7, **settings)
     assert same(seen, unseen) and unseen.state.incidents == len(bad)
     if timetable == "full" and bad == (7,):
         assert unseen.batches[7:10] == [7, 8, 7]  # it had gone on, and went back
@@ -263,8 +263,8 @@ def test_looking_back_leaves_no_trace_of_what_was_held_back() -> None:
     optimizer.found_inf = torch.tensor(1.0)
     schedule = Schedule(total_steps=12)
     progress = Progress(optimizer, schedule, TrainState(8, 192), unlogged_tokens=96)
-    progress.unseen = [(TrainState(5 + n, 120 + 24 * n), torch.tensor(float(n > 0))) for n in range(3)]
-    look_back(progress)
+    progress.pending = [(TrainState(5 + n, 120 + 24 * n), torch.tensor(float(n > 0))) for n in range(3)]
+    resolve_pending(progress)
     assert progress == Progress(
         optimizer, schedule, TrainState(6, 144), unlogged_tokens=48, evaluated_loss=progress.evaluated_loss
     )
@@ -273,10 +273,10 @@ def test_looking_back_leaves_no_trace_of_what_was_held_back() -> None:
 
 def test_an_unwatched_step_is_named_as_one_that_was_watched(tmp_path: Path) -> None:
     messages = []
-    for look_every_steps in (1, 7):
+    for sync_every_steps in (1, 7):
         with pytest.raises(RunStopped) as caught:
-            changes = {"look_every_steps": look_every_steps, "log_every_steps": 100, **TIMETABLES["full"]}
-            play(tmp_path / str(look_every_steps), is_batch(4), **changes)
+            changes = {"sync_every_steps": sync_every_steps, "log_every_steps": 100, **TIMETABLES["full"]}
+            play(tmp_path / str(sync_every_steps), is_batch(4), **changes)
         messages.append(str(caught.value))
     assert messages[0] == messages[1] and "step 4: loss nan" in messages[0]
 
@@ -289,7 +289,7 @@ def test_a_signal_waits_for_a_step_that_is_seen(
     tmp_path: Path, number: signal.Signals, at: int, bad: int, saved: int
 ) -> None:
     """Steps 7 and 8 are taken unseen. What is saved stands after the bad one of them, and says so."""
-    settings = {"non_finite": "skip", "look_every_steps": 7, "log_every_steps": 5, **TIMETABLES["full"]}
+    settings = {"non_finite": "skip", "sync_every_steps": 7, "log_every_steps": 5, **TIMETABLES["full"]}
     whole = play(tmp_path / "whole", is_batch(bad), **settings)
     with contextlib.suppress(Interrupted):
         play(tmp_path / "cut", is_batch(bad), signals={at: number}, **settings)
@@ -300,7 +300,7 @@ def test_a_signal_waits_for_a_step_that_is_seen(
 
 
 def test_killed_between_two_looks(tmp_path: Path) -> None:
-    settings = {"non_finite": "rewind", "look_every_steps": 7, "log_every_steps": 5, **TIMETABLES["lora"]}
+    settings = {"non_finite": "rewind", "sync_every_steps": 7, "log_every_steps": 5, **TIMETABLES["lora"]}
     whole = play(tmp_path / "whole", is_batch(5), **settings)
     for kill_at in range(1, len(whole.batches)):
         folder = tmp_path / f"killed-{kill_at}"

@@ -20,7 +20,7 @@ from relora.model.blocks import training_blocks
 from relora.model.load import build_model
 from relora.recipes.from_settings import frozen_arithmetic, lowrank_of
 from relora.train.optim import OptimizerConfig, build_optimizer, named_state
-from relora.train.step import release, train_step
+from relora.train.step import clear_nonfinite_flag, train_step
 
 
 def low_rank(residual: Residual, **options: object) -> LowRankConfig:
@@ -183,16 +183,16 @@ def test_a_gradient_of_a_weight_that_is_not_finite_is_named() -> None:
 
 def test_a_step_taken_unseen_is_the_same_step_and_a_bad_one_moves_no_weight() -> None:
     finals = []
-    for look in (True, False):
+    for sync in (True, False):
         model, optimizer = prepared_net(ALWAYS)
         for step in range(3):
-            step_of(model, optimizer, step, ALWAYS, look=look)
+            step_of(model, optimizer, step, ALWAYS, sync=sync)
         finals.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     assert_same_bits(*finals)
-    assert step_of(model, optimizer, 3, ALWAYS, bad=True, look=False).held == 1  # type: ignore[attr-defined]
-    assert step_of(model, optimizer, 4, ALWAYS, look=False).held == 1  # type: ignore[attr-defined]
+    assert step_of(model, optimizer, 3, ALWAYS, bad=True, sync=False).nonfinite_flag == 1  # type: ignore[attr-defined]
+    assert step_of(model, optimizer, 4, ALWAYS, sync=False).nonfinite_flag == 1  # type: ignore[attr-defined]
     assert_same_bits(dict(model.named_parameters()), finals[1])
-    release(optimizer)
+    clear_nonfinite_flag(optimizer)
     step_of(model, optimizer, 3, ALWAYS)
     assert not torch.equal(low_rank_layers(model)["blocks.0"].weight, finals[1]["blocks.0.weight"])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from relora.errors import RunStopped
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
 from relora.train.optim import named_state
-from relora.train.step import dead_tensors, release, train_step
+from relora.train.step import clear_nonfinite_flag, dead_tensors, train_step
 
 
 class Sequences(NamedTuple):
@@ -97,13 +97,13 @@ def test_bad_numbers_stop_the_run_before_anything_moves() -> None:
 
 def test_a_step_taken_unseen_is_the_same_step() -> None:
     weights = []
-    for look in (True, False):
+    for sync in (True, False):
         model = Bigram()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        outcomes = [one_step(model, optimizer, batch(), step=step, look=look, clip_grad_norm=0.1) for step in range(3)]
+        outcomes = [one_step(model, optimizer, batch(), step=step, sync=sync, clip_grad_norm=0.1) for step in range(3)]
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
         assert [outcome.tokens for outcome in outcomes] == [21] * 3
-        assert all(outcome.held is None if look else not outcome.held for outcome in outcomes)
+        assert all(outcome.nonfinite_flag is None if sync else not outcome.nonfinite_flag for outcome in outcomes)
     assert torch.equal(*weights)
 
 
@@ -116,15 +116,15 @@ def test_nothing_moves_after_a_bad_step_that_was_not_seen_until_it_is_released(g
         return {name: t.clone() for name, t in (dict(model.named_parameters()) | named_state(model, optimizer)).items()}
 
     for step in range(good_steps):
-        one_step(model, optimizer, batch(), step=step, look=False)
+        one_step(model, optimizer, batch(), step=step, sync=False)
     before = tensors()
     bad = partial(train_step, loss=lambda *args: (loss(*args)[0] * torch.nan, torch.tensor(0)))
-    assert one_step(model, optimizer, batch(), look=False, take=bad).held == 1
-    assert one_step(model, optimizer, batch(), look=False).held == 1  # good, but after it
-    release(optimizer)
+    assert one_step(model, optimizer, batch(), sync=False, take=bad).nonfinite_flag == 1
+    assert one_step(model, optimizer, batch(), sync=False).nonfinite_flag == 1  # good, but after it
+    clear_nonfinite_flag(optimizer)
     after = tensors()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert one_step(model, optimizer, batch()).held is None
+    assert one_step(model, optimizer, batch()).nonfinite_flag is None
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 

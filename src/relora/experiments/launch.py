@@ -40,7 +40,7 @@ from relora.recipes.pretrain import pretrain
 from relora.report.history import read_history
 from relora.report.metrics import number
 from relora.train.memory import HeldBytes
-from relora.train.projected_optimizers import BASELINES
+from relora.train.projected_optimizers import PROJECTED_OPTIMIZERS
 
 OUTCOME = "outcome.json"
 _UNIMPORTANT = {"output_dir", "log", "checkpoint", "samples"}
@@ -142,7 +142,7 @@ def _fingerprint(config: RunConfig) -> str:
         if config.optimizer.matrix_lr is not None:
             tree["matrices"] = config.lowrank.target_modules
         tree["optimizer"] = {key: value for key, value in tree["optimizer"].items() if "lowrank" not in key}
-    if config.optimizer.name not in BASELINES:
+    if config.optimizer.name not in PROJECTED_OPTIMIZERS:
         del tree["optimizer"]["projection"]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
 

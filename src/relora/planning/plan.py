@@ -32,7 +32,7 @@ from relora.recipes.from_settings import adaptive_of, autocast_of, most_restarts
 from relora.recipes.pretraining_inputs import open_configured_model
 from relora.train.embeddings import rows_added_in_place
 from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES
-from relora.train.projected_optimizers import BASELINES, projected_matrices, state_shapes
+from relora.train.projected_optimizers import PROJECTED_OPTIMIZERS, projected_matrices, state_shapes
 from relora.train.schedule import Phase
 
 HEAP_LOSS = 0.35
@@ -297,7 +297,7 @@ def _moments(config: RunConfig, model: nn.Module) -> Callable[[nn.Parameter], li
         moment, projection = state_shapes(parameter.shape, optimizer.projection.rank)
         return [parameter.data.new_empty(shape) for shape in (moment, moment, projection)]
 
-    if optimizer.name in BASELINES:
+    if optimizer.name in PROJECTED_OPTIMIZERS:
         return projected
     return codes if optimizer.name == "adamw-8bit" else fp32
 

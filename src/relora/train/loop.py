@@ -25,7 +25,7 @@ from relora.lowrank.residual import residual_steps
 from relora.lowrank.restart import initial_directions
 from relora.train.adaptive import decide
 from relora.train.optim import build_optimizer, carry_state, set_lr
-from relora.train.recovery import look_back, recover
+from relora.train.recovery import recover, resolve_pending
 from relora.train.run import Progress, Run, next_loss, save, save_due
 from relora.train.signals import Signals
 from relora.train.step import StepOutcome, train_step
@@ -60,7 +60,7 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
             _stop(run, progress, signals.stop)
 
     run.checkpoints.check()
-    if progress.unseen:
+    if progress.pending:
         return False
     stop_if_asked()
     asked = signals.take_save()
@@ -81,14 +81,14 @@ def _advance(run: Run, progress: Progress, signals: Signals) -> None:
         _switch(run, progress)
     if progress.schedule.restart_due(progress.state.step):
         _restart(run, progress)
-    look = signals.asked or _look_due(run, progress, progress.state.step + 1)
-    _report(run, progress, _take_step(run, progress, look))
+    sync = signals.asked or _sync_due(run, progress, progress.state.step + 1)
+    _report(run, progress, _take_step(run, progress, sync))
 
 
-def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
+def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
     started = time.perf_counter()
-    if look:
-        look_back(progress)
+    if sync:
+        resolve_pending(progress)
     before, step = progress.state, progress.state.step
     set_lr(progress.optimizer, progress.schedule, step)
     with residual_steps(run.model, progress.optimizer, run.lowrank.residual, step):
@@ -103,10 +103,10 @@ def _take_step(run: Run, progress: Progress, look: bool) -> StepOutcome:
             clip_grad_norm=run.clip_grad_norm,
             autocast=run.autocast,
             check_gradients=_check_due(progress, step),
-            look=look,
+            sync=sync,
         )
-    if outcome.held is not None:
-        progress.unseen.append((before, outcome.held))
+    if outcome.nonfinite_flag is not None:
+        progress.pending.append((before, outcome.nonfinite_flag))
     progress.state = before.after(outcome.tokens, outcome.loss if run.adaptive.watches_loss else None)
     progress.unlogged_seconds += time.perf_counter() - started
     progress.unlogged_tokens += outcome.tokens
@@ -185,11 +185,11 @@ def _stop(run: Run, progress: Progress, signal_number: int) -> NoReturn:
     raise Interrupted(message, signal_number)
 
 
-def _look_due(run: Run, progress: Progress, step: int) -> bool:
+def _sync_due(run: Run, progress: Progress, step: int) -> bool:
     """Whether the host must know how the update that leads to `step` went."""
     due = _log_due(run, progress, step) or _check_due(progress, step - 1) or save_due(run, step)
     due = due or _evaluation_due(run, progress, step)
-    return due or step % run.look_every_steps == 0
+    return due or step % run.sync_every_steps == 0
 
 
 def _log_due(run: Run, progress: Progress, step: int) -> bool:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
 from relora.train.projected_optimizers import (
-    BASELINES,
+    PROJECTED_OPTIMIZERS,
     Layout,
     ProjectionConfig,
-    baseline_layout,
-    baseline_of,
-    build_baseline,
+    build_projected_optimizer,
     check_installed,
+    projected_layout,
+    projected_optimizer_name,
     restore_state,
     saved_state,
 )
@@ -67,7 +67,7 @@ def check_optimizer(name: OptimizerName) -> None:
         raise UserError(
             "optimizer.name: adamw-8bit needs bitsandbytes, which is not installed; run: pip install 'relora[quant]'"
         )
-    if name in BASELINES:
+    if name in PROJECTED_OPTIMIZERS:
         check_installed(name)
 
 
@@ -76,8 +76,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = [group for group in (*_full_rank_groups(model, config), *_factor_groups(model, config)) if group["params"]]
     if config.name == "adamw-8bit":
         return _eight_bit(groups, config)
-    if config.name in BASELINES:
-        return build_baseline(model, groups, config.name, config.projection, betas=config.betas, eps=config.eps)
+    if config.name in PROJECTED_OPTIMIZERS:
+        return build_projected_optimizer(
+            model, groups, config.name, config.projection, betas=config.betas, eps=config.eps
+        )
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -121,7 +123,7 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
     parameters = {names[id(parameter)]: parameter for parameter in _parameters(optimizer)}
     for name, state in by_name.items():
         _check_state(name, state, parameters.get(name), optimizer)
-    if baseline_of(optimizer):
+    if projected_optimizer_name(optimizer):
         for name, state in by_name.items():
             restore_state(optimizer, parameters[name], state)
         return
@@ -183,8 +185,8 @@ def _check_state(
     """Those that the optimizer would lay out itself, by name, shape and kind of number."""
     if parameter is None:
         raise UserError(f"the saved optimizer has moments of {name}, which does not train here")
-    if baseline := baseline_of(optimizer):
-        kind, expected = baseline, baseline_layout(optimizer, parameter)
+    if baseline := projected_optimizer_name(optimizer):
+        kind, expected = baseline, projected_layout(optimizer, parameter)
     elif isinstance(optimizer, torch.optim.AdamW):
         kind, expected = "adamw", _layout(parameter)
     else:

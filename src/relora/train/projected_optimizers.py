@@ -59,7 +59,7 @@ class _Package:
     seeded: bool = False
 
 
-BASELINES = {
+PROJECTED_OPTIMIZERS = {
     "galore": _Package(
         distribution="galore-torch",
         modules=("galore_torch", "bitsandbytes"),
@@ -87,7 +87,7 @@ BASELINES = {
 
 def check_installed(name: str) -> None:
     """`UserError` naming the extra where the package, or what it imports, is absent; loads nothing."""
-    package = BASELINES[name]
+    package = PROJECTED_OPTIMIZERS[name]
     for module in package.modules:
         if importlib.util.find_spec(module) is None:
             needed = package.distribution if module == package.modules[0] else module
@@ -123,7 +123,7 @@ def state_shapes(shape: torch.Size, rank: int) -> tuple[torch.Size, torch.Size]:
     return torch.Size([rank, n]), torch.Size([m, rank])
 
 
-def build_baseline(
+def build_projected_optimizer(
     model: nn.Module,
     groups: list[dict[str, Any]],
     name: str,
@@ -133,7 +133,7 @@ def build_baseline(
     eps: float,
 ) -> torch.optim.Optimizer:
     """A package's optimizer over AdamW's groups, the matrices of the blocks projected."""
-    package = BASELINES[name]
+    package = PROJECTED_OPTIMIZERS[name]
     matrices = {id(matrix) for matrix in projected_matrices(model, projection.rank).values()}
     projected = {
         "rank": projection.rank,
@@ -154,10 +154,10 @@ def build_baseline(
     return optimizer
 
 
-def baseline_of(optimizer: torch.optim.Optimizer) -> str | None:
+def projected_optimizer_name(optimizer: torch.optim.Optimizer) -> str | None:
     """The name of a baseline's optimizer, None of any other."""
     module = type(optimizer).__module__.partition(".")[0]
-    return next((name for name, package in BASELINES.items() if package.modules[0] == module), None)
+    return next((name for name, package in PROJECTED_OPTIMIZERS.items() if package.modules[0] == module), None)
 
 
 def saved_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sav
     state["step"] = numbers["step"]
     if "projection" in state:
         group, name = _group_of(optimizer, parameter), _name_of(optimizer)
-        scale_key = BASELINES[name].scale_key
+        scale_key = PROJECTED_OPTIMIZERS[name].scale_key
         _, kind = _classes(name)
         projector = kind(
             group["rank"],
@@ -192,9 +192,9 @@ def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sav
     optimizer.state[parameter].update(state)
 
 
-def baseline_layout(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Layout:
+def projected_layout(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Layout:
     """What a baseline's optimizer has of a parameter that it has stepped, as `saved_state` gives it."""
-    package, group = BASELINES[_name_of(optimizer)], _group_of(optimizer, parameter)
+    package, group = PROJECTED_OPTIMIZERS[_name_of(optimizer)], _group_of(optimizer, parameter)
     step: Layout = {"step": (torch.Size(), False)}
     if "rank" not in group:
         return dict.fromkeys(("exp_avg", "exp_avg_sq"), (parameter.shape, True)) | step
@@ -227,7 +227,7 @@ def _classes(name: str) -> tuple[Any, Any]:
 
 
 def _name_of(optimizer: torch.optim.Optimizer) -> str:
-    name = baseline_of(optimizer)
+    name = projected_optimizer_name(optimizer)
     assert name is not None
     return name
 

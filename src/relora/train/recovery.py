@@ -1,56 +1,58 @@
-"""Numbers that went wrong: stop, leave the step out, or go back past the batches that led there.
+"""Recovery from a loss or gradient that is not finite: stop the run, skip the step, or rewind past the failed batches.
 
-What follows an incident is a function of what is saved, like everything else: a run that is killed after one and
-continued meets the same failure and takes the same way.
+What follows an incident depends only on checkpointed state: a run that is killed after an incident and continued meets
+the same failure again and handles it in the same way.
 """
 
 import torch
 
 from relora.errors import Diverged, NonFinite
 from relora.train.run import Progress, Run, begin
-from relora.train.step import release
+from relora.train.step import clear_nonfinite_flag
 
 
-def look_back(progress: Progress) -> None:
-    """Learn how the steps went that were taken unseen; where one went wrong, stand before it again.
+def resolve_pending(progress: Progress) -> None:
+    """Read the flags of the steps taken without a synchronisation; where one failed, return to the state before it.
 
-    Nothing has moved since then. So that step can be taken once more, seen this time, and fails as it did.
+    No weight and no moment has moved since the first failed step. So that step can be taken once more, this time with
+    a synchronisation, and raises `NonFinite` as it would have done at first.
     """
-    if not progress.unseen:
+    if not progress.pending:
         return
-    held = torch.stack([flag for _, flag in progress.unseen]).tolist()  # the one wait
-    if held[-1]:
-        before, _ = progress.unseen[held.index(1)]
+    flags = torch.stack([flag for _, flag in progress.pending]).tolist()  # the only synchronisation
+    if flags[-1]:
+        before, _ = progress.pending[flags.index(1)]
         progress.unlogged_tokens -= progress.state.tokens - before.tokens
         progress.state = before
-        release(progress.optimizer)
-    progress.unseen = []
+        clear_nonfinite_flag(progress.optimizer)
+    progress.pending = []
 
 
 def recover(run: Run, progress: Progress, failure: NonFinite) -> Progress:
-    """The progress from which the run goes on; no weight and no moment has moved since `failure` was found.
+    """Return the progress from which the run goes on; no weight and no moment has moved since `failure` was found.
 
-    `skip` counts the step and leaves its update out. `rewind` loads the last scheduled checkpoint and goes on with
-    the batch after the failed one, so that none of those in between is seen again.
+    The policy `skip` counts the step and leaves its update out. The policy `rewind` loads the last scheduled
+    checkpoint and goes on with the batch after the failed one, so that none of the batches in between is used again.
 
     Raises:
-        Diverged: the policy is `stop`, the limit is used up, or there is nothing that could be skipped or gone back
-            to.
+        Diverged: the policy is `stop`, the limit of incidents is used up, there is nothing that could be skipped, or
+            there is no checkpoint to rewind to.
     """
     place = run.place_of(progress.state.batch, failure.sequences) if failure.sequences else ""
-    what = f"{failure}{place and f' ({place})'}"
+    what = f"{failure} ({place})" if place else str(failure)
     if run.non_finite == "stop":
         raise Diverged(f"{what}; lower the learning rate, or let the run go on by `non_finite.policy`")
     if progress.state.incidents >= run.non_finite_limit:
         raise Diverged(f"{what}; non_finite.limit ({run.non_finite_limit}) is used up, so lower the learning rate")
     if run.non_finite == "rewind":
         return _rewind(run, progress, what, place)
-    if not failure.sequences:  # weights or factors: no step to leave out would mend them
+    if not failure.sequences:  # a weight or factor is not finite, which skipping a step would not mend
         raise Diverged(f"{what}; nothing to skip, so lower the learning rate or set `non_finite.policy: rewind`")
     return _skip(run, progress, failure, place)
 
 
 def _skip(run: Run, progress: Progress, failure: NonFinite, place: str) -> Progress:
+    """Count the failed step as taken without an update, and record it."""
     taken = progress.state.step
     progress.state = progress.state.skipping()
     figures = {"loss": failure.loss, "grad_norm": failure.grad_norm, "batch": place}
@@ -59,6 +61,7 @@ def _skip(run: Run, progress: Progress, failure: NonFinite, place: str) -> Progr
 
 
 def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
+    """Restore the last scheduled checkpoint, with the data set to the batch after the failed one, and record it."""
     failed = progress.state
     run.checkpoints.wait()
     checkpoint, broken = run.checkpoints.go_back(failed.step)
@@ -66,8 +69,8 @@ def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
         raise Diverged(f"{what}; no sound checkpoint to go back to, so lower the learning rate")
     for line in broken:
         run.reporter.warning(f"{line}; an older checkpoint is used")
-    records = run.reporter.rewinds_to(checkpoint.step)  # they stand after it, and are cut off with what follows it
-    progress.optimizer.state.clear()  # before there are other moments
+    records = run.reporter.rewinds_to(checkpoint.step)  # `begin` truncates the file to before them: written again below
+    progress.optimizer.state.clear()  # frees the old moments before those of the checkpoint are loaded
     earlier = begin(run, checkpoint)
     earlier.state = earlier.state.gone_back_from(failed)
     event = {"kind": "rewind", **earlier.position(max(earlier.state.step - 1, 0))}

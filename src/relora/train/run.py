@@ -101,7 +101,7 @@ class Run:
     clip_grad_norm: float
     non_finite: NonFinitePolicy
     non_finite_limit: int
-    look_every_steps: int
+    sync_every_steps: int
     """The host waits for a step's figures at least so often, and where they are logged or something is due."""
     log_every_steps: int
     evaluate_every_steps: int
@@ -116,7 +116,7 @@ class Progress:
     schedule: Schedule
     """As planned, but for what the run has decided."""
     state: TrainState = field(default_factory=TrainState)
-    unseen: list[tuple[TrainState, Tensor]] = field(default_factory=list)
+    pending: list[tuple[TrainState, Tensor]] = field(default_factory=list)
     """The steps since the host last looked: where each began, and its flag (see `train_step`)."""
     unlogged_tokens: int = 0
     unlogged_seconds: float = 0.0

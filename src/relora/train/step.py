@@ -1,9 +1,11 @@
-"""One optimizer step: micro-batches, loss per valid token, clip, and a finite check before any weight moves.
+"""One optimizer step: micro-batches, mean loss, clipping, and a check that all is finite before any weight moves.
 
-The check costs a wait: the host learns a loss only when the device has computed it. So a step may be taken unseen.
-Then the check is the device's: a flag that goes up with the first loss or gradient that is not finite and stays up
-holds back that update and all that follow (`found_inf` of the fused kernels). When the host looks at last, weights and
-moments are as they were before the step that went wrong.
+    loss of the step = sum of the micro-batches' summed losses / valid tokens of the whole step
+
+Checking on the host forces a synchronisation: the host learns a loss only when the device has computed it. Therefore a
+step can also be taken without one (`sync=False`). A flag on the device then makes the optimizer skip the update: it is
+1 from the first loss or gradient norm that is not finite until `clear_nonfinite_flag`, and torch's fused kernels read
+it as `found_inf`. When the host synchronises later, weights and moments are still as they were before the failed step.
 """
 
 import math
@@ -20,8 +22,9 @@ from relora.seeding import keyed_seed
 from relora.train.embeddings import rows_added_in_place
 
 Batch = tuple[Tensor, ...]
-"""The sequences of one step: input_ids, labels (IGNORED where nothing is scored), and what else the loss takes; each
-[sequences, ...] and split alike."""
+"""Sequences of one step: input_ids, labels (IGNORED where a token is not scored), then further inputs of the loss.
+
+Every tensor is [sequences, ...], and all are split into micro-batches alike."""
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 """(model, *batch) -> (loss summed over valid labels, their number)."""
@@ -29,15 +32,17 @@ Loss = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step measured; of one taken unseen, loss and norm are NaN and `held` is the flag on the device."""
+    """Figures of one step; loss and gradient norm are NaN where the step was taken without a synchronisation."""
 
     loss: float
     """Mean over the step's valid tokens, before the update; nats."""
     grad_norm: float
     """Norm over all trainable parameters, before clipping."""
     tokens: int
-    held: Tensor | None = None
-    """1 where this step or one before it, since the last look, was not finite: then nothing has moved."""
+    """Valid tokens of the step."""
+    nonfinite_flag: Tensor | None = None
+    """Scalar on the device, only of a step without a synchronisation: 1 where this step, or one before it since the
+    flag was last cleared, was not finite. Then no weight and no moment has moved in this step."""
 
 
 def train_step(
@@ -52,25 +57,30 @@ def train_step(
     clip_grad_norm: float,
     autocast: torch.dtype | None,
     check_gradients: bool,
-    look: bool = True,
+    sync: bool = True,
 ) -> StepOutcome:
-    """Accumulate over micro-batches and update once.
+    """Accumulate gradients over micro-batches and update once.
 
-    The loss is a sum divided by the valid tokens of the whole step, so that unequal micro-batches weigh right.
-    Dropout draws from the global stream, reseeded here by (seed, step): a resumed run draws the same.
+    The loss is a sum divided by the valid tokens of the whole step, so that every token weighs the same, however the
+    tokens are spread over the micro-batches. Dropout draws from torch's global generator, which is reseeded here by
+    (seed, step), so that a resumed run draws the same.
 
     Args:
-        look: wait for loss and gradient before anything moves. Without, `optimizer` must be a fused one.
+        micro_sequences: sequences of one micro-batch.
+        clip_grad_norm: largest norm of the gradient; 0 for no clipping.
+        autocast: dtype of matrix products, where it is not that of the weights.
+        check_gradients: whether to raise where a trainable tensor has no gradient; only with `sync`.
+        sync: wait for loss and gradient norm before anything moves. Without, `optimizer` must be a fused one.
 
     Raises:
-        NonFinite: loss or gradient is not finite. RunStopped: a trainable tensor is dead. No weight and no moment has
-            moved. Neither is raised by a step that is taken unseen.
+        NonFinite: loss or gradient is not finite, and `sync` is set. No weight and no moment has moved.
+        RunStopped: a trainable tensor has no gradient, and `sync` is set. No weight and no moment has moved.
     """
     torch.manual_seed(keyed_seed(seed, "step", step))
     device = next(model.parameters()).device
-    valid_tokens = int((batch[1] != IGNORED).sum())  # of the host's copy: nothing to wait for
+    valid_tokens = int((batch[1] != IGNORED).sum())  # counted in the host's copy, so it forces no synchronisation
     micro_losses = []
-    parts = (torch.split(_sent(tensor, device), micro_sequences) for tensor in batch)
+    parts = (torch.split(_to_device(tensor, device), micro_sequences) for tensor in batch)
     with rows_added_in_place(model):
         for micro_batch in zip(*parts, strict=True):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -80,7 +90,7 @@ def train_step(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     grad_norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
     figures = torch.stack([torch.stack(micro_losses).sum() / valid_tokens, grad_norm])
-    if look:
+    if sync:
         mean_loss, norm = figures.tolist()
         outcome = StepOutcome(mean_loss, norm, valid_tokens)
         if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
@@ -88,9 +98,9 @@ def train_step(
             optimizer.zero_grad()
             raise failure
         if check_gradients:
-            _stop_on_dead(model, step)
+            _stop_if_dead(model, step)
     else:
-        outcome = StepOutcome(math.nan, math.nan, valid_tokens, _hold_if_bad(optimizer, figures))
+        outcome = StepOutcome(math.nan, math.nan, valid_tokens, _update_nonfinite_flag(optimizer, figures))
     if clip_grad_norm:
         nn.utils.clip_grads_with_norm_(trainable, clip_grad_norm, grad_norm)
     optimizer.step()
@@ -98,18 +108,19 @@ def train_step(
     return outcome
 
 
-def release(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer move again, once it is known which update was held back first."""
+def clear_nonfinite_flag(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer update again, once the host knows which step was the first that failed."""
     del optimizer.found_inf  # type: ignore[attr-defined]
     for parameter, state in list(optimizer.state.items()):
-        if not state["step"]:  # laid out for a first update that was not taken
+        if not state["step"]:  # allocated by a first update that was then skipped
             del optimizer.state[parameter]
 
 
 def dead_tensors(model: nn.Module) -> list[str]:
-    """Trainable tensors without a gradient, but for those whose gradient comes later.
+    """Name the trainable tensors whose gradient is absent or all zero, except where zero is right at this moment.
 
-    So do lora_A and a trained scale beside B = 0, and what is said to be `zero_until` another tensor is not all zero.
+    While lora_B is zero, it is right for lora_A and a trained scale of the same layer. It is right for a parameter
+    with the attribute `zero_until`, a tensor, for as long as that tensor is all zero.
     """
     excused = {
         id(parameter)
@@ -128,23 +139,24 @@ def dead_tensors(model: nn.Module) -> list[str]:
     ]
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; the host goes on at once, and where they are one nothing is copied."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting for the copy; a tensor that is there already is not copied."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
-def _hold_if_bad(optimizer: torch.optim.Optimizer, figures: Tensor) -> Tensor:
-    """Raise the flag that the optimizer's kernels read, if a figure is not finite; it stays up until `release`."""
-    held = 1 - figures.isfinite().all().float()
-    held = torch.maximum(held, getattr(optimizer, "found_inf", held))
-    optimizer.found_inf = held  # type: ignore[attr-defined]
-    return held
+def _update_nonfinite_flag(optimizer: torch.optim.Optimizer, figures: Tensor) -> Tensor:
+    """Set the flag that the optimizer's kernels read if a figure is not finite or it was set before; return it."""
+    flag = 1 - figures.isfinite().all().float()
+    flag = torch.maximum(flag, getattr(optimizer, "found_inf", flag))
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
+    return flag
 
 
 def _non_finite(
     model: nn.Module, outcome: StepOutcome, micro_losses: list[Tensor], step: int, micro_sequences: int
 ) -> NonFinite:
-    """Names the micro-batch whose loss is at fault, else the first tensor whose gradient is."""
+    """Build the error, which names the micro-batch whose loss is not finite, or else the first such gradient."""
     where, sequences = "", range(len(micro_losses) * micro_sequences)
     at_fault = [index for index, loss in enumerate(micro_losses) if not torch.isfinite(loss)]
     if at_fault:
@@ -161,7 +173,7 @@ def _non_finite(
     )
 
 
-def _stop_on_dead(model: nn.Module, step: int) -> None:
+def _stop_if_dead(model: nn.Module, step: int) -> None:
     dead = dead_tensors(model)
     if dead:
         others = f" (and {len(dead) - 1} more tensors)" if len(dead) > 1 else ""
