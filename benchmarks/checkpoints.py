@@ -35,11 +35,12 @@ from relora.recipes.from_settings import lowrank_of
 from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of
 from relora.recipes.pretraining_inputs import gather_pretraining
+from relora.recipes.resume import Start
 from relora.report.console import Console
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import FROZEN, Checkpoints, SavedState, Tensors
 from relora.train.loop import train
-from relora.train.run import Run, begin
+from relora.train.run import Run, restore
 from relora.train.step import Batch
 
 PREPARED = Path("prepared/quickstart")
@@ -162,8 +163,8 @@ def measure(config: RunConfig) -> list[Block]:
     parts = gather_pretraining(config)
     print(f"\n{config.model.preset}, {sum(p.numel() for p in parts.model.parameters()) / MB:.1f} million parameters")
     with Clock(turns.folder, turns) as reporter:
-        run = assemble(job_of(config, parts), lowrank_of(config), reporter, turns, {})
-        train(run, begin(run, None))
+        run = assemble(job_of(config, parts), Start(None, lowrank_of(config), {}, []), reporter, turns)
+        train(run, restore(run, None))
     return [block for block in turns.blocks if block.steps]
 
 
@@ -198,8 +199,9 @@ def print_way_back(config: RunConfig) -> None:
     checkpoint = checkpoints.open(max(step for step in checkpoints.steps() if step < config.total_steps))
     times.append(time.perf_counter())
     with Reporter(Path(config.output_dir), 0, [], Console(quiet=True)) as reporter:
-        run = stopping(assemble(job_of(config, parts), lowrank_of(config), reporter, checkpoints, {}), checkpoint.step)
-        progress = begin(run, checkpoint)
+        start = Start(checkpoint, lowrank_of(config), {}, [])
+        run = stopping(assemble(job_of(config, parts), start, reporter, checkpoints), checkpoint.step)
+        progress = restore(run, checkpoint)
         times.append(time.perf_counter())
         try:
             train(run, progress)

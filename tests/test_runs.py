@@ -22,13 +22,14 @@ from relora.recipes.from_settings import settled_lowrank
 from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of, pretrain
 from relora.recipes.pretraining_inputs import gather_pretraining
+from relora.recipes.resume import Start
 from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.runs.folder import claim, describe_run
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
-from relora.train.run import Run, begin
+from relora.train.run import Run, restore
 
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
 """What differs between two runs of the same numbers."""
@@ -92,9 +93,9 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
             Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
         ):
             lowrank = settled_lowrank(config, parts.model, parts.device, ANY)
-            run = change(assemble(job_of(config, parts), lowrank, reporter, checkpoints, {}))
+            run = change(assemble(job_of(config, parts), Start(None, lowrank, {}, []), reporter, checkpoints))
             with deterministic(parts.device):
-                train(run, begin(run, checkpoints.latest()[0]))
+                train(run, restore(run, checkpoints.latest()[0]))
     return folder
 
 

@@ -136,14 +136,14 @@ def test_every_method_learns_and_is_continued_to_the_same_bytes(
 
     def killed(*arguments: Any) -> Any:
         job = job_of(*arguments)
-        batch_at = job.batch_at
+        batch_at = job.task.batch_at
 
         def batch(number: int) -> Any:
             if number == 5:
                 raise Killed
             return batch_at(number)
 
-        return dataclasses.replace(job, batch_at=batch)
+        return dataclasses.replace(job, task=dataclasses.replace(job.task, batch_at=batch))
 
     config = configure("killed", **overrides)
     with monkeypatch.context() as patched:

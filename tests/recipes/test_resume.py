@@ -8,7 +8,7 @@ import pytest
 from relora.config import RunConfig, parse_config, parse_finetune_config, to_yaml
 from relora.errors import UserError
 from relora.recipes.from_settings import schedule_of
-from relora.recipes.resume import ALLOWED, FREE, _flat, _in, changes_since, check_settings, newest
+from relora.recipes.resume import ALLOWED, FREE, changes_since, check_settings, covered_by, flat_settings, newest
 from relora.train.checkpoint import Checkpoints, SavedState
 
 Configure = Callable[..., RunConfig]
@@ -144,9 +144,9 @@ def test_a_run_cannot_become_shorter_than_it_is(configure: Configure, folder: Pa
 
 def test_every_class_names_keys_that_exist(configure: Configure) -> None:
     finetuning = {"output_dir": "o", "task": "instruct", "model": {"path": "m"}, "data": {"train": "t"}}
-    keys = _flat(configure()) | _flat(parse_finetune_config(finetuning))
+    keys = flat_settings(configure()) | flat_settings(parse_finetune_config(finetuning))
     for name in (*FREE, *ALLOWED):
-        assert any(_in(key, (name,)) for key in keys), name
+        assert any(covered_by(key, (name,)) for key in keys), name
 
 
 def test_a_configuration_cut_short_is_refused_by_name(configure: Configure, folder: Path) -> None:

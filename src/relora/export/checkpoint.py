@@ -7,13 +7,13 @@ from pathlib import Path
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.export.gguf import check_gguf, write_gguf
-from relora.lowrank import inject, load_exact_tensors, merge
-from relora.lowrank.allocation import with_ranks
+from relora.lowrank import merge
 from relora.model.load import dtype_named, model_folder, save_model
 from relora.recipes.from_settings import lowrank_of, schedule_of
 from relora.recipes.pretraining_inputs import open_configured_model
 from relora.runs.folder import open_run
 from relora.train.checkpoint import Checkpoints
+from relora.train.run import restore_weights
 
 _log = logging.getLogger(__name__)
 
@@ -46,11 +46,7 @@ def export(
         _log.warning("warning: %s; step %d is used", line, checkpoint.step)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id, trust_remote_code=trust_remote_code)
-    decisions = checkpoint.state.decisions
-    schedule = decisions.applied_to(schedule_of(config))
-    if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
-        inject(model, with_ranks(lowrank_of(config), decisions.ranks), seed=config.seed)
-    load_exact_tensors(model, checkpoint.weights())
+    restore_weights(model, checkpoint, schedule_of(config), lowrank_of(config), seed=config.seed)
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Fine-tuning: a trained model and examples -> an adapter of a few MB, or a model.
+"""Fine-tuning: from a trained model and examples to an adapter of a few MB, or to a model.
 
     lora, llama-adapter     RUN/adapter, in PEFT's format
-    relora, full            RUN/model, a plain Hugging Face folder; so is every classifier
+    relora, full            RUN/model, a plain Hugging Face folder; a classifier is always written so
 
-This file assembles; the loop is that of pretraining.
+This file assembles the run; the loop is that of pretraining.
 """
 
 import json
@@ -29,21 +29,21 @@ from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
 from relora.measure import Evaluation
 from relora.model.load import save_model
 from relora.recipes.finetuning_inputs import FinetuningInputs, base_folder, gather_finetuning, read_records
-from relora.recipes.from_settings import factor_parameters, form_of, schedule_for, settled_lowrank
+from relora.recipes.from_settings import factor_parameters, form_of, schedule_of, settled_lowrank
 from relora.recipes.job import Job, RunResult, run_job
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
-from relora.train.run import Run
+from relora.train.run import Run, Task
 from relora.train.step import Batch
 
-MOVES_BASE = ("pissa", "gradient-svd")
-"""Beginnings that take from the frozen weight what they put into the factors."""
+CHANGES_BASE = ("pissa", "gradient-svd")
+"""Initialisations that subtract from the frozen weight what they put into the factors."""
 GRADIENT_BATCHES = 8
-"""Micro-batches whose gradient `gradient-svd` begins with (LoRA-GA, arXiv 2407.05000, section 4)."""
+"""Micro-batches over which `gradient-svd` averages the gradient (LoRA-GA, arXiv 2407.05000, section 4)."""
 
 
 def finetune(config: FinetuneConfig, *, fresh: bool = False, strict: bool = False, quiet: bool = False) -> RunResult:
-    """Run a configuration to its end, continuing what its run folder holds; see `run_job` for what is raised.
+    """Fine-tune by a configuration to its end, continuing what its run folder holds; raises what `run_job` raises.
 
     Args:
         fresh: move what is in the run folder aside and start over.
@@ -54,49 +54,52 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, strict: bool = Fals
 
 
 def train_on(
-    config: FinetuneConfig, parts: FinetuningInputs, *, fresh: bool = False, strict: bool = False, quiet: bool = False
+    config: FinetuneConfig, inputs: FinetuningInputs, *, fresh: bool = False, strict: bool = False, quiet: bool = False
 ) -> RunResult:
-    """As `finetune`, with what it gathered first; `parts.model` is the trained one afterwards."""
+    """Fine-tune on inputs that `gather_finetuning` has opened; afterwards `inputs.model` is the trained model."""
     return run_job(
-        job_of(config, parts),
-        lambda run, folder: _finish(config, parts, run, folder),
+        job_of(config, inputs),
+        lambda run, folder: _finish(config, inputs, run, folder),
         fresh=fresh,
         strict=strict,
         quiet=quiet,
     )
 
 
-def job_of(config: FinetuneConfig, parts: FinetuningInputs) -> Job:
-    """What there is to do."""
-    model, steps = parts.model, parts.batches.steps_per_epoch
-    schedule_for(config, steps)  # refused before anything is written
-    moves_base = config.method == "relora" or config.lowrank.init in MOVES_BASE
+def job_of(config: FinetuneConfig, inputs: FinetuningInputs) -> Job:
+    """Build the job of a configuration from its opened inputs."""
+    model, steps = inputs.model, inputs.batches.steps_per_epoch
+    schedule_of(config, steps)  # raises before anything is written
+    changes_base = config.method == "relora" or config.lowrank.init in CHANGES_BASE
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if config.method in ("lora", "relora"):
-        trained = factor_parameters(config, model) + (parameters if moves_base else 0)
+        trained = factor_parameters(config, model) + (parameters if changes_base else 0)
+    model_bytes = parameters * 4 if _leaves_model(config) else 0
     return Job(
         config=config,
-        device=parts.device,
-        model=model,
-        write_tokenizer=lambda folder: save_tokenizer(parts.tokenizer, folder),
-        schedule_of=lambda one: schedule_for(one, steps),
-        lowrank_of=lambda kept: settled_lowrank(config, model, parts.device, kept),
-        batch_at=parts.batches.batch,
-        place_of=parts.batches.place,
-        loss=parts.loss,
-        evaluate=lambda trained, each_batch: parts.evaluate(config, trained, each_batch),
-        content=parts.content,
-        # weights, m and v in fp32, in every checkpoint and in one more; and the model, should it be written
-        needed_bytes=trained * 12 * (config.checkpoint.keep_last + 1) + parameters * 4 * _leaves_model(config),
-        saves_frozen=config.method in ("lora", "relora") and moves_base,
-        initialize=_gradient_svd(config, parts) if config.lowrank.init == "gradient-svd" else None,
-        notes=parts.notes,
+        device=inputs.device,
+        task=Task(
+            model=model,
+            batch_at=inputs.batches.batch,
+            place_of=inputs.batches.place,
+            loss=inputs.loss,
+            evaluate=lambda trained, each_batch: inputs.evaluate(config, trained, each_batch),
+            initialize=_gradient_svd(config, inputs) if config.lowrank.init == "gradient-svd" else None,
+            saves_frozen=config.method in ("lora", "relora") and changes_base,
+        ),
+        schedule_of=lambda one: schedule_of(one, steps),
+        lowrank_of=lambda kept: settled_lowrank(config, model, inputs.device, kept),
+        content=inputs.content,
+        # A checkpoint holds weights, m and v in fp32; while one is written there is one more than is kept.
+        needed_bytes=trained * 12 * (config.checkpoint.keep_last + 1) + model_bytes,
+        write_tokenizer=lambda folder: save_tokenizer(inputs.tokenizer, folder),
+        notes=inputs.notes,
     )
 
 
 def show_examples(config: FinetuneConfig, number: int) -> str:
-    """The first training examples as the model will see them, for a person."""
+    """Render the first training examples as text, as the model will see them and with what is scored."""
     tokenizer = load_tokenizer(str(base_folder(config)), trust_remote_code=config.model.trust_remote_code)
     records, _ = read_records(config)
     data = config.data
@@ -121,51 +124,51 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
 
 
 def _leaves_model(config: FinetuneConfig) -> bool:
-    """Else an adapter."""
+    """Whether the run writes a whole model; otherwise it writes an adapter."""
     return config.task == "classification" or config.method in ("relora", "full")
 
 
-def _finish(config: FinetuneConfig, parts: FinetuningInputs, run: Run, folder: Path) -> Evaluation:
-    """What was trained, answers to held-out prompts, and the report."""
-    model, reporter = parts.model, run.reporter
+def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: Path) -> Evaluation:
+    """Write the adapter or model, answers to held-out prompts and the report; return the held-out loss."""
+    model, reporter = inputs.model, run.reporter
     if _leaves_model(config):
         merge(model)
-        left = save_model(model, folder / "model", parts.tokenizer)
+        left = save_model(model, folder / "model", inputs.tokenizer)
     elif config.method == "lora":
-        left = save_adapter(model, folder / "adapter", base=str(parts.base), overwrite=True)
+        left = save_adapter(model, folder / "adapter", base=str(inputs.base), overwrite=True)
     else:
-        shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a shorter run
-        left = save_prompts(model, folder / "adapter", base=str(parts.base))
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # may be there from an earlier, shorter run
+        left = save_prompts(model, folder / "adapter", base=str(inputs.base))
     evaluation = run.evaluate(model, lambda: None)
-    if parts.asks:
-        _write_answers(config, parts, run.schedule.total_steps, folder)
+    if inputs.asks:
+        _write_answers(config, inputs, run.schedule.total_steps, folder)
     figures = {"loss": evaluation.loss, **(evaluation.scores or {"perplexity": evaluation.perplexity})}
     reporter.message(f"held-out {', '.join(f'{name} {figure:.4g}' for name, figure in figures.items())}; {left}")
     try:
         reporter.message(f"report in {write_report(folder)}")
-    except UserError as error:  # figures that cannot be read any more: the training is not touched by that
+    except UserError as error:  # damaged metric files; the trained model does not depend on them
         reporter.warning(f"no report: {error}")
     return evaluation
 
 
-def _write_answers(config: FinetuneConfig, parts: FinetuningInputs, step: int, folder: Path) -> None:
-    """What the trained model answers to held-out prompts, greedily."""
+def _write_answers(config: FinetuneConfig, inputs: FinetuningInputs, step: int, folder: Path) -> None:
+    """Write samples.json for the report: greedy answers of the trained model to held-out prompts."""
     settings = config.samples
-    records = parts.held_out_records[: settings.examples]
+    records = inputs.held_out_records[: settings.examples]
     sampling = Sampling(max_new_tokens=settings.max_new_tokens, do_sample=False)
     samples = []
-    for prompt in prompts(records, parts.tokenizer, form_of(config), skip_bad=config.data.skip_bad):
-        answer = continue_prompt(parts.model, parts.tokenizer, prompt.input_ids, sampling, config.seed)
+    for prompt in prompts(records, inputs.tokenizer, form_of(config), skip_bad=config.data.skip_bad):
+        answer = continue_prompt(inputs.model, inputs.tokenizer, prompt.input_ids, sampling, config.seed)
         samples.append({"step": step, "prompt": answer.prompt, "text": answer.text, "reference": prompt.response})
     write_durably(folder / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
-def _gradient_svd(config: FinetuneConfig, parts: FinetuningInputs) -> Callable[[nn.Module], None]:
-    """Begins the factors along the gradient of the first micro-batches."""
+def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[[nn.Module], None]:
+    """Make the function that initialises the factors along the mean gradient of the first micro-batches."""
 
     def mean_loss(batch: Batch) -> Callable[[nn.Module], Tensor]:
         def of(model: nn.Module) -> Tensor:
-            loss, number = parts.loss(model, *(tensor.to(parts.device) for tensor in batch))
+            loss, number = inputs.loss(model, *(tensor.to(inputs.device) for tensor in batch))
             return loss / number
 
         return of
@@ -174,7 +177,7 @@ def _gradient_svd(config: FinetuneConfig, parts: FinetuningInputs) -> Callable[[
         size, number = config.batch.micro_sequences, 0
         micro_batches: list[Batch] = []
         while len(micro_batches) < GRADIENT_BATCHES:
-            rows = (torch.split(tensor, size) for tensor in parts.batches.batch(number))
+            rows = (torch.split(tensor, size) for tensor in inputs.batches.batch(number))
             micro_batches += zip(*rows, strict=True)
             number += 1
         gradient_svd_(model, weight_gradients(model, map(mean_loss, micro_batches[:GRADIENT_BATCHES])))

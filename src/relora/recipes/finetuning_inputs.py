@@ -1,4 +1,4 @@
-"""From a fine-tuning configuration to the parts of a run: examples, model, timetable, each checked against the others.
+"""Inputs of a fine-tuning run: examples, tokenizer, model and device, opened and checked against each other.
 
 Nothing is written here.
 """
@@ -31,12 +31,13 @@ from relora.model.load import check_fit, model_folder, open_model
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
 from relora.recipes.pretraining_inputs import fingerprint_of
 from relora.report.trackers import check_trackers
+from relora.runs.settings import is_run
 from relora.train.step import Loss
 
 
 @dataclass(frozen=True)
 class FinetuningInputs:
-    """Examples and the model that is to learn them, checked against each other."""
+    """Everything that a fine-tuning run opens before it starts."""
 
     device: torch.device
     base: Path
@@ -47,33 +48,33 @@ class FinetuningInputs:
     held_out: HeldOutExamples | HeldOutClasses
     held_out_records: tuple[Record, ...]
     layout: str | None
-    """Of instructions."""
+    """Layout of the instruction records; None for classification."""
     notes: tuple[str, ...]
-    """What became of the records, and of the model, for a person."""
+    """Lines for the console: counts of the examples, and what was added to the model."""
     content: dict[str, str]
     """Fingerprints of the examples and of the base."""
 
     @property
     def is_classifier(self) -> bool:
-        """Else a language model."""
+        """Whether the model classifies; otherwise it is a language model."""
         return isinstance(self.batches, ClassBatches)
 
     @property
     def asks(self) -> bool:
-        """Whether the examples have prompts that a model can be asked."""
+        """Whether the examples have prompts that the trained model can answer."""
         return self.layout is not None and self.layout != "completion"
 
     @property
     def loss(self) -> Loss:
-        """Of a batch."""
+        """Loss function of a batch."""
         return class_loss if self.is_classifier else token_loss
 
     def evaluate(self, config: FinetuneConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
-        """Held-out loss, and a classifier's scores."""
+        """Measure the held-out loss, and a classifier's scores; `each_batch` is called before each batch."""
         autocast = autocast_of(config)
         if not isinstance(self.held_out, HeldOutClasses):
             return evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch)
-        assert isinstance(model, PreTrainedModel)  # that of `model`
+        assert isinstance(model, PreTrainedModel)  # `self.model`, whose type the loop does not know
         found = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch)
         figures = asdict(found)
         loss, examples = figures.pop("loss"), figures.pop("examples")
@@ -82,7 +83,11 @@ class FinetuningInputs:
 
 
 def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
-    """Open examples, tokenizer and model, and refuse what does not fit together."""
+    """Open examples, tokenizer and model of a configuration.
+
+    Raises:
+        UserError: one of them cannot be used, or they do not fit together.
+    """
     check_trackers(config.log.trackers)
     device = choose_device(config.device)
     base, trust = base_folder(config), config.model.trust_remote_code
@@ -123,10 +128,10 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
 
 
 def base_folder(config: FinetuneConfig) -> Path:
-    """The folder of the model that is fine-tuned: given itself, as a hub id, or as the run that left it."""
-    assert config.model.path is not None  # FinetuneConfig sees to it
+    """Folder of the model that is fine-tuned; `model.path` names it, a hub id, or the run that trained it."""
+    assert config.model.path is not None  # checked by FinetuneConfig
     folder = Path(config.model.path)
-    if not (folder / "config.yaml").is_file():
+    if not is_run(folder):
         return model_folder(config.model.path, trust_remote_code=config.model.trust_remote_code)
     check_folder(folder)
     if not (folder / "model").is_dir():
@@ -135,7 +140,7 @@ def base_folder(config: FinetuneConfig) -> Path:
 
 
 def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
-    """The records to train on, and those held out."""
+    """Read the records to train on, and the held-out ones."""
     data = config.data
     train = list(Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad))
     if data.validation is not None:
@@ -146,12 +151,14 @@ def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
 def _instructions(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
 ) -> tuple[ExampleBatches, HeldOutExamples, str, list[str]]:
+    """Encode instruction records: training batches, held-out examples, the layout's name, lines for the console."""
     data, form = config.data, form_of(config)
-    # a sequence of n positions takes an example of n + 1 tokens, whose last is only a label
+    # A sequence of n positions takes an example of n + 1 tokens: the first is only an input, the last only a label.
     length, skip = data.sequence_length + 1, data.skip_bad
-    sets = [encode(records, tokenizer, form, sequence_length=length, skip_bad=skip) for records in (train, held_out)]
+    encoded = encode(train, tokenizer, form, sequence_length=length, skip_bad=skip)
+    encoded_held_out = encode(held_out, tokenizer, form, sequence_length=length, skip_bad=skip)
     batches = ExampleBatches(
-        sets[0].examples,
+        encoded.examples,
         sequences=config.batch.sequences,
         sequence_length=data.sequence_length,
         pad_id=tokenizer.eos_token_id,
@@ -160,17 +167,19 @@ def _instructions(
         seed=config.seed,
     )
     held_out_examples = HeldOutExamples(
-        sets[1].examples,
+        encoded_held_out.examples,
         micro_sequences=config.batch.micro_sequences,
         pad_id=tokenizer.eos_token_id,
         tokens=config.evaluate.tokens,
     )
-    return batches, held_out_examples, sets[0].layout.name, [f"train: {sets[0]}", f"held out: {sets[1].counts}"]
+    notes = [f"train: {encoded}", f"held out: {encoded_held_out.counts}"]
+    return batches, held_out_examples, encoded.layout.name, notes
 
 
 def _classes(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
 ) -> tuple[ClassBatches, HeldOutClasses, list[str]]:
+    """Encode labelled records: training batches, held-out examples, lines for the console."""
     data = config.data
     settle_padding(tokenizer)
     examples = encode_classes(
@@ -180,18 +189,20 @@ def _classes(
         text_columns=data.text_columns,
         label_column=data.label_column,
     )
-    others = encode_classes(held_out, tokenizer, sequence_length=data.sequence_length, like=examples)
+    held_out_examples = encode_classes(held_out, tokenizer, sequence_length=data.sequence_length, like=examples)
     kinds = f"{len(examples.names)} classes" if examples.names else "a number"
     cut = f", {examples.cut:,} cut" if examples.cut else ""
-    note = f"train: {len(examples):,} examples of {kinds}{cut}; held out: {len(others):,}"
+    note = f"train: {len(examples):,} examples of {kinds}{cut}; held out: {len(held_out_examples):,}"
     batches = ClassBatches(examples, sequences=config.batch.sequences, seed=config.seed)
-    return batches, HeldOutClasses(others, sequences=config.batch.micro_sequences), [note]
+    return batches, HeldOutClasses(held_out_examples, sequences=config.batch.micro_sequences), [note]
 
 
 def _content(held_out: HeldOutExamples | HeldOutClasses) -> str:
+    """Fingerprint of held-out examples."""
     return held_out.examples.content if isinstance(held_out, HeldOutClasses) else held_out.content
 
 
 def _file_digest(file: Path) -> bytes:
+    """Hash of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").digest()

@@ -1,4 +1,7 @@
-"""From a configuration to objects: schedule, restart, low-rank layers, optimizer, autocast."""
+"""Objects from a configuration: schedule, restarts, low-rank layers, optimizer, precision.
+
+Every "settings -> object" of a run stands here once, so that the run, its plan, its probe and its export agree.
+"""
 
 import math
 from dataclasses import replace
@@ -11,57 +14,63 @@ from transformers import PreTrainedModel
 from relora.config import FinetuneConfig, RunConfig, TrainingConfig
 from relora.data.finetuning.instruct import InstructionForm
 from relora.errors import UserError
-from relora.lowrank import LowRankConfig, RestartConfig
+from relora.lowrank import LowRankConfig
 from relora.lowrank.calibrate import calibrated
 from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates, layer_seconds
 from relora.lowrank.inject import find_targets
 from relora.lowrank.kernel import Arithmetic
+from relora.lowrank.restart import RestartConfig
 from relora.train.optim import OptimizerConfig
 from relora.train.projected_optimizers import ProjectionConfig
 from relora.train.run import Adaptive, CycleEnd, WarmStartEnd
 from relora.train.schedule import Schedule
 
-_CLEARLY_FASTER = 0.9
-"""Of the low-rank layers' predicted time: what int8 must save at least to be worth its rounding."""
+FINETUNING_EPOCHS = 3.0
+"""Epochs of a fine-tuning run whose configuration gives neither epochs nor steps."""
+FINETUNING_WARMUP_SHARE = 0.03
+"""Warm-up of a fine-tuning run whose configuration gives none, as a share of its steps."""
+_INT8_TIME_SHARE = 0.9
+"""Int8 products are chosen only if they take at most this share of the predicted time: their rounding must pay."""
 
 
-def factor_parameters(config: RunConfig | FinetuneConfig, model: PreTrainedModel) -> int:
-    """How many parameters the factors will have beside those of `model`."""
-    if config.method == "full":
-        return 0
-    lowrank = lowrank_of(config)
-    targets = find_targets(model, lowrank)
-    return sum(lowrank.of_layer(name).r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
+def schedule_of(config: TrainingConfig, steps_per_epoch: int | None = None) -> Schedule:
+    """Build the schedule of a run.
 
+    Args:
+        steps_per_epoch: optimizer steps of one pass over the examples; needed for fine-tuning.
 
-def schedule_of(config: RunConfig) -> Schedule:
-    """The timetable of a configuration."""
+    Raises:
+        UserError: the warm-up is as long as the run.
+    """
+    if isinstance(config, RunConfig):
+        total, warmup = config.total_steps, config.schedule.warmup_steps
+        warm_start = total if config.method == "full" else config.warm_start.steps
+    else:
+        assert isinstance(config, FinetuneConfig) and steps_per_epoch is not None
+        given = config.schedule
+        total = given.total_steps or math.ceil((given.epochs or FINETUNING_EPOCHS) * steps_per_epoch)
+        warmup = round(FINETUNING_WARMUP_SHARE * total) if given.warmup_steps is None else given.warmup_steps
+        if warmup >= total:
+            raise UserError(f"schedule.warmup_steps ({warmup}) must be shorter than the run ({total} steps)")
+        warm_start = 0 if config.method in ("lora", "relora") else total
     return Schedule(
-        total_steps=config.total_steps,
-        warmup_steps=config.schedule.warmup_steps,
-        warm_start_steps=config.total_steps if config.method == "full" else config.warm_start.steps,
-        **restart_times(config),
+        total_steps=total,
+        warmup_steps=warmup,
+        warm_start_steps=warm_start,
         min_lr_ratio=config.schedule.min_lr_ratio,
+        **_restart_times(config),
     )
 
 
-def restart_times(config: TrainingConfig) -> dict[str, Any]:
-    """What a timetable wants to know of restarts, by its own names."""
-    restart = config.restart
-    return {
-        "restart_every_steps": restart.every_steps if config.method == "relora" else None,
-        "restart_growth": restart.growth,
-        "restart_turns": restart_of(config).turns,
-        "restart_until": restart.until,
-        "restart_warmup_steps": restart.warmup_steps,
-        "restart_ramp": restart.ramp,
-        "switch_warmup_steps": config.switch_warmup_steps if isinstance(config, RunConfig) else None,
-    }
+def most_restarts(config: RunConfig) -> int:
+    """Upper bound of the number of restarts: a run may decide itself when it switches to low rank or restarts."""
+    switch = None if config.method == "full" else config.earliest_switch
+    return len(schedule_of(config).decided(switch, None).restarts)
 
 
 def restart_of(config: TrainingConfig) -> RestartConfig:
-    """How factors begin anew; without restarts, as the paper's do."""
+    """Settings of the restart; for a method without restarts, the defaults."""
     restart = config.restart
     if config.method != "relora":
         return RestartConfig()
@@ -76,7 +85,7 @@ def restart_of(config: TrainingConfig) -> RestartConfig:
 
 
 def adaptive_of(config: TrainingConfig) -> Adaptive:
-    """What the run decides on its way."""
+    """Rules by which the run itself decides on the end of the warm start, on restarts and on ranks."""
     warm_start: WarmStartEnd | None = None
     cycle: CycleEnd | None = None
     switching = config if isinstance(config, RunConfig) and config.method != "full" else None
@@ -85,104 +94,75 @@ def adaptive_of(config: TrainingConfig) -> Adaptive:
         warm_start = WarmStartEnd(window_steps=start.window_steps, slope=start.slope, energy=start.energy)
     restart = config.restart
     if config.method == "relora" and restart.adaptive:
-        # balanced factors have their full rank from the first step of a cycle
+        # Balanced factors have full rank from a cycle's first step on, so their rank tells nothing.
         cycle = CycleEnd(slope=restart.slope, rank_share=None if restart.init == "balanced" else restart.rank_share)
     return Adaptive(warm_start=warm_start, cycle=cycle, ranks=switching.lowrank.ranks if switching else "uniform")
 
 
-def most_restarts(config: RunConfig) -> int:
-    """As many as there can be, where the run decides when it switches to low rank, or when it restarts."""
-    switch = None if config.method == "full" else config.earliest_switch
-    return len(schedule_of(config).decided(switch, None).restarts)
-
-
 def lowrank_of(config: TrainingConfig) -> LowRankConfig:
-    """What the switch to low rank injects; with `base: auto`, precision bf16 stores frozen weights in bf16."""
+    """Settings of the low-rank layers; with `base: auto`, precision bf16 stores frozen weights in bf16."""
     settings = config.lowrank.model_dump(exclude={"ranks", "warmup_steps"})
     if isinstance(config, FinetuneConfig):
-        # what is not trained is the base's to the end, and the base is there: nothing needs a copy of its own
+        # The base model stays on disk and frozen weights never change, so they need no master copy unless merged.
         settings |= {"rest": "frozen", "master": config.method == "relora"}
-        if config.task == "classification":
-            settings["trained_modules"] = (*settings["trained_modules"], "score")  # its head is new
+        if config.task == "classification":  # The classification head is new, so it trains in full.
+            settings["trained_modules"] = (*settings["trained_modules"], "score")
     if config.lowrank.base == "auto":
         settings["base"] = "bf16" if config.precision.dtype == "bf16" else "auto"
     if isinstance(config, RunConfig):
-        on = config.method != "full"
-        settings["residual"] = Residual(**config.lowrank.residual.model_dump()) if on else Residual()
+        residual = config.lowrank.residual.model_dump()
+        settings["residual"] = Residual() if config.method == "full" else Residual(**residual)
     return LowRankConfig(**settings)
 
 
-def autocast_of(config: TrainingConfig) -> torch.dtype | None:
-    """Dtype of the products, where it is not the weights'."""
-    return None if config.precision.dtype == "fp32" else torch.bfloat16
-
-
 def settled_lowrank(
-    config: RunConfig | FinetuneConfig, model: PreTrainedModel, device: torch.device, kept: Rates | None = None
+    config: TrainingConfig, model: PreTrainedModel, device: torch.device, kept: Rates | None = None
 ) -> LowRankConfig:
-    """`lowrank_of`, computed in the ways that pay on this device.
+    """Settings of the low-rank layers with the arithmetic that is fastest on this device.
 
     Args:
-        kept: the rates by which a run chose that is now continued, and computed as it began.
+        kept: rates that a continued run was begun with; it must go on computing in the same way. None: measure.
     """
+    lowrank = lowrank_of(config)
     if config.method not in ("lora", "relora"):
-        return lowrank_of(config)
+        return lowrank
     rates = kept or calibrated(device)
-    return replace(lowrank_of(config), frozen=frozen_arithmetic(config, model, rates), rates=rates)
+    return replace(lowrank, frozen=frozen_arithmetic(config, model, rates), rates=rates)
 
 
-def frozen_arithmetic(config: RunConfig | FinetuneConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
-    """Of the products with frozen weights: what the configuration says, or int8 where that is clearly faster."""
+def frozen_arithmetic(config: TrainingConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
+    """Arithmetic of the products with frozen weights: as configured, or with `auto` int8 where it is clearly faster."""
     if config.method not in ("lora", "relora") or config.precision.frozen == "fp32":
         return "native"
     if config.precision.frozen != "auto":
         return config.precision.frozen
-    lowrank, tokens = lowrank_of(config), config.batch.micro_sequences * config.data.sequence_length
-    if lowrank.base == "nf4":  # has no int8 codes, and what is dequantized is in the dtype of the rest
+    lowrank = lowrank_of(config)
+    if lowrank.base == "nf4":  # NF4 has no int8 codes; its dequantized weight has the dtype of the other tensors.
         return "native"
-    found = find_targets(model, lowrank)
-    layers = [(*model.get_parameter(f"{name}.weight").shape, lowrank.of_layer(name).r) for name in found]
-    native: Arithmetic = "native" if config.precision.dtype == "fp32" else "bf16"
+    assert isinstance(config, RunConfig | FinetuneConfig)
+    tokens = config.batch.micro_sequences * config.data.sequence_length
+    targets = find_targets(model, lowrank)
+    layers = [(*model.get_parameter(f"{name}.weight").shape, lowrank.of_layer(name).r) for name in targets]
+    moved_share = 1 / lowrank.residual.every_steps if lowrank.residual.scale else 0.0
 
     def seconds(arithmetic: Arithmetic) -> float:
-        moved = 1 / lowrank.residual.every_steps if lowrank.residual.scale else 0.0
-        return sum(layer_seconds(rates, tokens, out, inn, r, arithmetic, moved) for out, inn, r in layers)
+        return sum(layer_seconds(rates, tokens, out, inn, r, arithmetic, moved_share) for out, inn, r in layers)
 
-    return "int8" if seconds("int8") < _CLEARLY_FASTER * seconds(native) else "native"
-
-
-EPOCHS = 3.0
-"""Where neither epochs nor steps are given."""
+    native: Arithmetic = "native" if config.precision.dtype == "fp32" else "bf16"
+    return "int8" if seconds("int8") < _INT8_TIME_SHARE * seconds(native) else "native"
 
 
-WARMUP_SHARE = 0.03
-"""Of the run, where no warm-up is given."""
-
-
-def schedule_for(config: FinetuneConfig, steps_per_epoch: int) -> Schedule:
-    """The timetable of a configuration on examples of which an epoch takes so many steps."""
-    schedule = config.schedule
-    total = schedule.total_steps or math.ceil((schedule.epochs or EPOCHS) * steps_per_epoch)
-    warmup = round(WARMUP_SHARE * total) if schedule.warmup_steps is None else schedule.warmup_steps
-    if warmup >= total:
-        raise UserError(f"schedule.warmup_steps ({warmup}) must be shorter than the run ({total} steps)")
-    return Schedule(
-        total_steps=total,
-        warmup_steps=warmup,
-        warm_start_steps=0 if config.method in ("lora", "relora") else total,
-        min_lr_ratio=schedule.min_lr_ratio,
-        **restart_times(config),
-    )
-
-
-def form_of(config: FinetuneConfig) -> InstructionForm:
-    """How records become examples."""
-    data = config.data
-    return InstructionForm(data.layout, data.template, data.loss_on, data.prompt_column, data.response_column)
+def factor_parameters(config: TrainingConfig, model: PreTrainedModel) -> int:
+    """Count the parameters that the factors will add to `model`."""
+    if config.method == "full":
+        return 0
+    lowrank = lowrank_of(config)
+    targets = find_targets(model, lowrank)
+    return sum(lowrank.of_layer(name).r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
 
 
 def optimizer_of(config: TrainingConfig, model: nn.Module, lowrank: LowRankConfig) -> OptimizerConfig:
-    """Settings of the optimizer; which layers `matrix_lr` is for is told by the model and the low-rank targets."""
+    """Settings of the optimizer; `optimizer.matrix_lr` is for the layers that `lowrank` targets in `model`."""
     settings, restart = config.optimizer, restart_of(config)
     return OptimizerConfig(
         name=settings.name,
@@ -199,7 +179,32 @@ def optimizer_of(config: TrainingConfig, model: nn.Module, lowrank: LowRankConfi
     )
 
 
+def autocast_of(config: TrainingConfig) -> torch.dtype | None:
+    """Dtype that autocast computes products in; None where they are computed in the dtype of the weights."""
+    return None if config.precision.dtype == "fp32" else torch.bfloat16
+
+
+def form_of(config: FinetuneConfig) -> InstructionForm:
+    """Layout, template and columns by which records become examples."""
+    data = config.data
+    return InstructionForm(data.layout, data.template, data.loss_on, data.prompt_column, data.response_column)
+
+
+def _restart_times(config: TrainingConfig) -> dict[str, Any]:
+    """Arguments of `Schedule` that say when restarts and their warm-ups are."""
+    restart = config.restart
+    return {
+        "restart_every_steps": restart.every_steps if config.method == "relora" else None,
+        "restart_growth": restart.growth,
+        "restart_turns": restart_of(config).turns,
+        "restart_until": restart.until,
+        "restart_warmup_steps": restart.warmup_steps,
+        "restart_ramp": restart.ramp,
+        "switch_warmup_steps": config.switch_warmup_steps if isinstance(config, RunConfig) else None,
+    }
+
+
 def _block_matrices(model: nn.Module, lowrank: LowRankConfig) -> frozenset[str]:
-    """The layers that `matrix_lr` is for: those that low rank is for, whatever its rank."""
-    whole = replace(lowrank, r=1, rank_pattern={}, alpha_pattern={})
-    return frozenset(find_targets(model, whole))
+    """Paths of the layers that `lowrank` targets; rank 1 finds also those that its rank does not fit."""
+    rank_one = replace(lowrank, r=1, rank_pattern={}, alpha_pattern={})
+    return frozenset(find_targets(model, rank_one))

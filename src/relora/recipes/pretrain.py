@@ -1,6 +1,6 @@
-"""Pretraining: raw settings -> a run folder with a plain Hugging Face model in it.
+"""Pretraining: from a configuration to a run folder with a plain Hugging Face model in it.
 
-This file assembles; the loop is in `train/loop.py`, the method in `lowrank/`.
+This file assembles the run; the loop is in `train/loop.py`, the method in `lowrank/`.
 """
 
 import json
@@ -12,83 +12,79 @@ from relora.errors import RunStopped, UserError
 from relora.files.atomic import write_durably
 from relora.inference.generate import sample_texts
 from relora.lowrank import merge
-from relora.measure import Evaluation, evaluate, token_loss
+from relora.measure import Evaluation, token_loss
 from relora.model.load import save_model
-from relora.recipes.from_settings import autocast_of, factor_parameters, schedule_of, settled_lowrank
+from relora.recipes.from_settings import factor_parameters, schedule_of, settled_lowrank
 from relora.recipes.job import Job, RunResult, run_job
 from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
-from relora.train.run import Run
+from relora.train.run import Run, Task
 
 
 def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, quiet: bool = False) -> RunResult:
-    """Run a configuration to its end, continuing what its run folder holds; see `run_job` for what is raised.
+    """Pretrain by a configuration to its end, continuing what its run folder holds; raises what `run_job` raises.
 
     Args:
         fresh: move what is in the run folder aside and start over.
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
     """
     check_optimizer(config.optimizer.name)
-    parts = gather_pretraining(config)
+    inputs = gather_pretraining(config)
     return run_job(
-        job_of(config, parts),
-        lambda run, folder: _finish(config, parts, run, folder),
+        job_of(config, inputs),
+        lambda run, folder: _finish(config, inputs, run, folder),
         fresh=fresh,
         strict=strict,
         quiet=quiet,
     )
 
 
-def job_of(config: RunConfig, parts: PretrainingInputs) -> Job:
-    """What there is to do."""
-    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
-    trained = parameters + factor_parameters(config, parts.model)
+def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
+    """Build the job of a configuration from its opened inputs."""
+    parameters = sum(parameter.numel() for parameter in inputs.model.parameters())
+    trained = parameters + factor_parameters(config, inputs.model)
     return Job(
         config=config,
-        device=parts.device,
-        model=parts.model,
-        write_tokenizer=lambda folder: copy_tokenizer(parts.held_out.folder.tokenizer_path, folder),
-        schedule_of=schedule_of,
-        lowrank_of=lambda kept: settled_lowrank(config, parts.model, parts.device, kept),
-        batch_at=parts.batches.batch,
-        place_of=parts.batches.place,
-        loss=token_loss,
-        evaluate=lambda model, each_batch: evaluate(
-            model,
-            parts.held_out,
-            bytes_per_token=parts.bytes_per_token,
-            autocast=autocast_of(config),
-            each_batch=each_batch,
+        device=inputs.device,
+        task=Task(
+            model=inputs.model,
+            batch_at=inputs.batches.batch,
+            place_of=inputs.batches.place,
+            loss=token_loss,
+            evaluate=lambda model, each_batch: inputs.evaluate(config, model, each_batch),
         ),
-        content=parts.content,
-        # a checkpoint holds at most weights, m and v in fp32; one more than is kept while it is written, and the model
+        schedule_of=schedule_of,
+        lowrank_of=lambda kept: settled_lowrank(config, inputs.model, inputs.device, kept),
+        content=inputs.content,
+        # A checkpoint holds weights, m and v in fp32 at most; while one is written there is one more than is kept.
         needed_bytes=trained * 12 * (config.checkpoint.keep_last + 1) + parameters * 4,
+        write_tokenizer=lambda folder: copy_tokenizer(inputs.held_out.folder.tokenizer_path, folder),
     )
 
 
-def _finish(config: RunConfig, parts: PretrainingInputs, run: Run, folder: Path) -> Evaluation:
-    """The trained run's model, samples and report."""
-    merge(parts.model)
-    evaluation = run.evaluate(parts.model, lambda: None)
-    save_model(parts.model, folder / "model", parts.tokenizer)
-    _write_samples(config, parts, folder)
+def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path) -> Evaluation:
+    """Write the trained model, sampled texts and the report; return the held-out loss of the written model."""
+    merge(inputs.model)
+    evaluation = run.evaluate(inputs.model, lambda: None)
+    save_model(inputs.model, folder / "model", inputs.tokenizer)
+    _write_samples(config, inputs, folder)
     run.reporter.message(f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}")
     if not (folder / "metrics.jsonl").exists():
         raise RunStopped(f"{folder}: somebody removed it while the run wrote it; only what came last is there")
     try:
         run.reporter.message(f"report in {write_report(folder)}")
-    except UserError as error:  # figures that cannot be read any more: the training is not touched by that
+    except UserError as error:  # damaged metric files; the trained model does not depend on them
         run.reporter.warning(f"no report: {error}")
     return evaluation
 
 
-def _write_samples(config: RunConfig, parts: PretrainingInputs, folder: Path) -> None:
-    """Text that the finished model writes, for the report."""
+def _write_samples(config: RunConfig, inputs: PretrainingInputs, folder: Path) -> None:
+    """Write samples.json for the report: text with which the finished model continues the configured prompts."""
     settings = config.samples
     texts = sample_texts(
-        parts.model,
-        parts.tokenizer,
+        inputs.model,
+        inputs.tokenizer,
         settings.prompts,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -1,12 +1,14 @@
-"""From a configuration to the parts of a run: data, model, timetable, each checked against the others.
+"""Inputs of a pretraining run: data, tokenizer, model and device, opened and checked against each other.
 
 Nothing is written here.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from relora.config import RunConfig
@@ -16,14 +18,15 @@ from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.lowrank.inject import find_targets
+from relora.measure import Evaluation, evaluate
 from relora.model.load import build_model, check_fit, model_folder, open_model
-from relora.recipes.from_settings import lowrank_of
+from relora.recipes.from_settings import autocast_of, lowrank_of
 from relora.report.trackers import check_trackers
 
 
 @dataclass(frozen=True)
 class PretrainingInputs:
-    """Everything a run is made of, opened and checked against each other."""
+    """Everything that a pretraining run opens before it starts."""
 
     device: torch.device
     model: PreTrainedModel
@@ -34,9 +37,23 @@ class PretrainingInputs:
     content: dict[str, str]
     """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`."""
 
+    def evaluate(self, config: RunConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
+        """Measure the held-out loss of a model; `each_batch` is called before each batch."""
+        return evaluate(
+            model,
+            self.held_out,
+            bytes_per_token=self.bytes_per_token,
+            autocast=autocast_of(config),
+            each_batch=each_batch,
+        )
+
 
 def gather_pretraining(config: RunConfig) -> PretrainingInputs:
-    """Open data, tokenizer and model, and refuse what does not fit together."""
+    """Open data, tokenizer and model of a configuration.
+
+    Raises:
+        UserError: one of them cannot be used, or they do not fit together.
+    """
     check_trackers(config.log.trackers)
     device = choose_device(config.device)
     batches, held_out = open_data(config)
@@ -56,7 +73,7 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
 
 
 def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
-    """The prepared folders of a configuration, of one tokenizer and large enough."""
+    """Open the prepared folders of a configuration; `UserError` if their tokenizers differ or they are too small."""
     sources = [(PreparedFolder.open(source.path), source.weight) for source in config.data.sources]
     validation = PreparedFolder.open(config.data.validation)
     check_same_tokenizer([*(folder for folder, _ in sources), validation])
@@ -66,7 +83,7 @@ def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
 
 
 def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
-    """The model of a configuration, once it is sure that the data and the low-rank settings fit it."""
+    """Open the model of a configuration; `UserError` if the data or the low-rank settings do not fit it."""
     model = open_configured_model(
         config, eos_token_id=validation.index.eos_token_id, trust_remote_code=config.model.trust_remote_code
     )
@@ -79,14 +96,15 @@ def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrai
 def open_configured_model(
     config: RunConfig, *, eos_token_id: int | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of the `model` section, on the CPU, before any training.
+    """Build or open the model of the `model` section, untrained, on the current default device.
 
-    `trust_remote_code` is the caller's to say: the configuration of a run folder may be somebody else's.
+    Args:
+        trust_remote_code: given by the caller, because the configuration in a run folder may be another person's.
     """
     model = config.model
     if model.preset is not None:
         return build_model(model.preset, model.overrides, seed=config.seed, eos_token_id=eos_token_id)
-    assert model.path is not None  # ModelSettings sees to it
+    assert model.path is not None  # checked by ModelSettings
     return open_model(
         model.path,
         from_scratch=model.from_scratch,
@@ -98,5 +116,5 @@ def open_configured_model(
 
 
 def fingerprint_of(*parts: bytes) -> str:
-    """A hash of what a run is made of, for its checkpoints."""
+    """Hash of the contents that a run depends on; saved with its checkpoints."""
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()

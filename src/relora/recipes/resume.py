@@ -1,26 +1,35 @@
-"""Continuing a run: what may have changed since, what follows from it, and from which checkpoint it goes on.
+"""Continuing a run: what may have changed since it began, and from which checkpoint it goes on.
 
-Every key of the configuration is in one of three classes:
+Everything here is looked up and refused before anything is written. Each key of the configuration is in one of three
+classes:
 
-    free       changes nothing that is trained or measured: not spoken of
-    allowed    changes what comes; said in one line each
-    refused    makes another run of it: named, and nothing is touched
+    free       changes nothing that is trained or measured: not mentioned
+    allowed    changes what is still to come: one line for each
+    refused    makes it another run: named, and nothing is touched
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from relora.config import RunConfig, TrainingConfig, load_any_config
 from relora.errors import UserError
+from relora.lowrank import LowRankConfig
+from relora.lowrank.calibrate import from_json, to_json
+from relora.lowrank.costs import Rates
 from relora.recipes.from_settings import adaptive_of
+from relora.runs.settings import is_run
 from relora.train.checkpoint import Checkpoint, Checkpoints
 from relora.train.schedule import Schedule
+from relora.train.state import numeric_environment
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
 FREE = ("output_dir", "log", "checkpoint", "samples")
-"""Keys and sections."""
+"""Keys and sections that may change without a word."""
 ALLOWED = {
     "schedule.total_steps": "",
     "schedule.total_tokens": "",
@@ -38,33 +47,90 @@ ALLOWED = {
     "data.train.path": "the same tokens",
     "data.validation": "the same tokens",
 }
-"""Keys and sections, with what is to be said of a change."""
+"""Keys and sections that may change, with a remark on what the change does (empty: none needed)."""
 FIXED = {
     "data": "data: the prepared folders hold other tokens",
     "model": "model.path: its config.json is another",
     "base": "model.path: its weights are others",
 }
-"""What must be what it was, though the configuration cannot tell, with the line to be said otherwise."""
+"""Fingerprints that must stay the same though the configuration does not show them, with the start of the refusal."""
 
-UNNOTED = {"compile": "none", "frozen": "native", "sums": "in any order"}
-"""What was so before it was noted."""
+DEFAULT_SETTINGS = {"compile": "none", "frozen": "native", "sums": "in any order"}
+"""Settings of checkpoints that were written before these were recorded."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The place from which a job trains, and how it computes from there."""
+
+    checkpoint: Checkpoint | None
+    """None: from step 0."""
+    lowrank: LowRankConfig
+    settings: dict[str, str | int]
+    """Everything beside the configuration that changes numbers; saved with every checkpoint."""
+    warnings: list[str]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def find_start(
+    folder: Path,
+    checkpoints: Checkpoints,
+    config: Config,
+    device: torch.device,
+    content: Mapping[str, str],
+    schedule_of: Callable[[Config], Schedule],
+    lowrank_of: Callable[[Rates | None], LowRankConfig],
+    *,
+    strict: bool,
+) -> Start:
+    """Find the checkpoint to continue from in a run folder, and check that this configuration continues that run.
+
+    Args:
+        content: fingerprints of the data and the model, under keys of `FIXED`.
+        schedule_of, lowrank_of: see `relora.recipes.job.Job`.
+        strict: see `relora.recipes.job.run_job`.
+
+    Raises:
+        UserError: the folder holds another run, no sound checkpoint, or one of other data; nothing was written.
+    """
+    warnings = changes_since(folder, config, schedule_of)
+    checkpoint, damaged = newest(checkpoints, strict=strict)
+    warnings += damaged
+    # A continued run computes by the rates that it was begun with, whatever this machine measures today.
+    kept = from_json(str(checkpoint.manifest.settings.get("rates"))) if checkpoint else None
+    lowrank = lowrank_of(kept)
+    settings = {**numeric_environment(device, config.precision.dtype), **content}
+    settings["compile"] = "inductor" if config.compile else "none"
+    if device.type == "cuda":
+        settings["sums"] = "in one order" if config.deterministic else "in any order"
+    settings["frozen"] = lowrank.frozen
+    if checkpoint:
+        warnings += check_settings(checkpoint.manifest.settings, settings, strict=strict)
+    if lowrank.rates:
+        settings["rates"] = to_json(lowrank.rates)
+    return Start(checkpoint, lowrank, settings, warnings)
 
 
 def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], Schedule]) -> list[str]:
-    """What differs between the run in `folder`, if there is one, and `config`: a line for every allowed change.
+    """List the allowed changes between the run in `folder`, if there is one, and `config`: a line for each.
 
     Raises:
-        UserError: a key of the third class differs, or the run is longer already than `config` wants it.
+        UserError: a refused key differs, or the run has done more steps than `config` wants.
     """
-    if not (folder / "config.yaml").is_file():
+    if not is_run(folder):
         return []
     there = load_any_config(folder / "config.yaml")
     if type(there) is not type(config):
         raise UserError(f"output_dir: {folder} holds a run of another verb; choose another output_dir")
-    old, new = _flat(there), _flat(config)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _in(key, FREE)]
-    # what a method or a variant fills in comes after what was written
-    refused = sorted((key for key in changed if not _in(key, ALLOWED)), key=lambda key: key.count("."))
+    old, new = flat_settings(there), flat_settings(config)
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in differing if not covered_by(key, FREE)]
+    # Keys near the top come first: those below may only have been filled in by a method or a variant.
+    refused = sorted((key for key in changed if not covered_by(key, ALLOWED)), key=lambda key: key.count("."))
     if refused:
         shown = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in refused[:3])
         raise UserError(
@@ -80,16 +146,16 @@ def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], 
         )
     lines = [f"{key}: {old.get(key)} -> {new.get(key)}{_remark(key)}" for key in changed]
     if before.total_steps != now.total_steps and done:
-        lines.append(_longer(before, now, done, by_itself=adaptive_of(config).watches_loss))
+        lines.append(_new_length(before, now, done, by_itself=adaptive_of(config).watches_loss))
     return lines
 
 
 def newest(checkpoints: Checkpoints, *, strict: bool) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, None where there is none yet, and a line for every damaged one passed over.
+    """Find the checkpoint to continue from (None: there is none yet), and a line for every damaged one passed over.
 
     Raises:
-        UserError: there are checkpoints but none is sound, or none any more though the run has a model, or with
-            `strict` the newest is not sound.
+        UserError: there are checkpoints but none is sound; or there is a model but no checkpoint any more; or with
+            `strict` the newest is damaged.
     """
     checkpoint, broken = checkpoints.latest()
     if checkpoint is None:
@@ -107,7 +173,10 @@ def newest(checkpoints: Checkpoints, *, strict: bool) -> tuple[Checkpoint | None
 
 
 def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, strict: bool) -> list[str]:
-    """Lines on what changed around the run: it goes on, but its last bits are not those of an uninterrupted one.
+    """List changed circumstances: the run goes on, but its last bits are not those of an uninterrupted one.
+
+    Args:
+        then, now: settings beside the configuration, as a checkpoint has them and as they are.
 
     Raises:
         UserError: the prepared data holds other tokens, or the model is another; or with `strict` anything differs.
@@ -118,7 +187,7 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     changed = [
         f"{key} was {then.get(key, 'not noted')}, is {value}"
         for key, value in now.items()
-        if key not in FIXED and then.get(key, UNNOTED.get(key)) != value
+        if key not in FIXED and then.get(key, DEFAULT_SETTINGS.get(key)) != value
     ]
     lines = []
     if changed:
@@ -130,11 +199,12 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     return lines
 
 
-def _longer(old: Schedule, new: Schedule, done: int, *, by_itself: bool) -> str:
-    if by_itself:  # the checkpoint knows when it restarted, and the run when it will
+def _new_length(old: Schedule, new: Schedule, done: int, *, by_itself: bool) -> str:
+    """Describe how another total of steps changes the schedule; `by_itself`: the run decides on its restarts."""
+    if by_itself:  # The checkpoint holds the restarts so far, and later ones are not known yet.
         old, new, counted = old.decided(None, ()), new.decided(None, ()), "restarts as the run decides"
     else:
-        # one that the old schedule left out, for being too near to its end, is not made up for
+        # A restart that the old schedule left out, as too near to its end, is not done later.
         restarts = sum(step < done for step in old.restarts) + sum(step >= done for step in new.restarts)
         counted = f"{restarts} restarts in all instead of {len(old.restarts)}"
     return (
@@ -146,16 +216,18 @@ def _longer(old: Schedule, new: Schedule, done: int, *, by_itself: bool) -> str:
 
 
 def _remark(key: str) -> str:
-    remark = next(remark for name, remark in ALLOWED.items() if _in(key, (name,)))
+    """The remark of `ALLOWED` on a changed key, in brackets; empty where there is none."""
+    remark = next(remark for name, remark in ALLOWED.items() if covered_by(key, (name,)))
     return f" ({remark})" if remark else ""
 
 
-def _in(key: str, names: Sequence[str] | dict[str, str]) -> bool:
+def covered_by(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names`, or lies in one of those sections."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _flat(config: TrainingConfig) -> dict[str, object]:
-    """The settings as dotted keys, with paths and weights of the training data apart."""
+def flat_settings(config: TrainingConfig) -> dict[str, object]:
+    """The settings by dotted key; paths and weights of the training data are separate keys."""
     tree = config.model_dump(mode="json")
     tree["data"]["train"] = {"path": tree["data"]["train"]}
     if isinstance(config, RunConfig):
@@ -165,6 +237,7 @@ def _flat(config: TrainingConfig) -> dict[str, object]:
 
 
 def _dotted(tree: object, prefix: str = "") -> dict[str, object]:
+    """The leaves of nested sections by dotted key."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     parts = [_dotted(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]

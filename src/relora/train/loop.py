@@ -1,14 +1,14 @@
-"""The training loop. Pretraining, LoRA, ReLoRA and fine-tuning are assemblies over it.
+"""The training loop. Pretraining, LoRA, ReLoRA and fine-tuning all run through it.
 
-    until the last step: save and measure what is due, cross a boundary if one is due, step, report
+    until the last step: save and evaluate if due, switch or restart if due, take a step, report it
 
-All that time decides is asked of the `Schedule`; all that is drawn is keyed by the step. So the loop holds no counters
-of its own, and a run continued from any checkpoint takes the same steps, bit for bit. A checkpoint of step t is taken
-before anything else that is due at t, what the run decides about its own timetable included; a continued run does that
-again.
+Learning rates, the switch and restarts are functions of the step (`Schedule`), and every random draw is keyed by the
+step. So the loop keeps no counters of its own, and a run continued from any checkpoint takes the same steps, bit for
+bit. The checkpoint of step t is written before anything else that is due at t, the run's own decisions included, so a
+continued run does all of that again.
 
-On a GPU the host runs ahead: most steps are taken unseen. It looks in time for all that needs the truth, so the only
-thing that can come in between is a signal, and that waits for one more step.
+On CUDA the host runs ahead of the device and synchronises only before logging, saving and evaluating. A signal that
+arrives in between waits for one more step.
 """
 
 import signal
@@ -32,15 +32,16 @@ from relora.train.step import StepOutcome, train_step
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Train to the last step of the schedule, and say where that is.
+    """Train to the last step of the schedule and return the progress at its end.
 
     Raises:
-        Interrupted: after a stop signal, with a checkpoint written; RunStopped: numbers or the disk went wrong.
+        Interrupted: a signal asked to stop; a checkpoint was written.
+        RunStopped: numbers stopped being finite, a tensor does not train, or the disk failed.
     """
     with Signals() as signals:
         while True:
             try:
-                if _settle(run, progress, signals):
+                if _save_and_evaluate(run, progress, signals):
                     break
                 _advance(run, progress, signals)
             except NonFinite as failure:
@@ -51,8 +52,8 @@ def train(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
-    """Save and measure, whichever is due at this step; returns whether it is the last."""
+def _save_and_evaluate(run: Run, progress: Progress, signals: Signals) -> bool:
+    """Do what is due before the next step: save, decide, evaluate. Returns whether the last step is done."""
     step = progress.state.step
 
     def stop_if_asked() -> None:
@@ -60,7 +61,7 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
             _stop(run, progress, signals.stop)
 
     run.checkpoints.check()
-    if progress.pending:
+    if progress.pending:  # nothing is due before the host has read the figures of all steps
         return False
     stop_if_asked()
     asked = signals.take_save()
@@ -76,7 +77,7 @@ def _settle(run: Run, progress: Progress, signals: Signals) -> bool:
 
 
 def _advance(run: Run, progress: Progress, signals: Signals) -> None:
-    """Cross the boundary that is due, take a step, report it."""
+    """Switch or restart if it is due, take one step, report it."""
     if progress.schedule.switch_due(progress.state.step):
         _switch(run, progress)
     if progress.schedule.restart_due(progress.state.step):
@@ -86,6 +87,7 @@ def _advance(run: Run, progress: Progress, signals: Signals) -> None:
 
 
 def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
+    """Take one optimizer step and move the state past it; `sync`: wait for the device and check its figures."""
     started = time.perf_counter()
     if sync:
         resolve_pending(progress)
@@ -114,7 +116,7 @@ def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
 
 
 def _switch(run: Run, progress: Progress) -> None:
-    """From full rank to low rank: inject, freeze, and carry over the moments of all that still trains at full rank."""
+    """Switch from full rank to low rank: inject factors, freeze, keep the moments of what stays trainable."""
     report = inject(run.model, with_ranks(run.lowrank, progress.state.decisions.ranks), seed=run.seed)
     initial_directions(run.model, run.restart, lambda model: next_loss(run, progress, model))
     if run.initialize is not None:
@@ -126,7 +128,7 @@ def _switch(run: Run, progress: Progress) -> None:
 
 
 def _restart(run: Run, progress: Progress) -> None:
-    """The ReLoRA event, with the held-out loss on both sides of it: the function must not have moved."""
+    """Restart the factors, and record the held-out loss before and after: the model's function must not change."""
     step = progress.state.step
     report = restart(
         run.model,
@@ -135,13 +137,13 @@ def _restart(run: Run, progress: Progress) -> None:
         cycle=progress.schedule.cycle(step),
         loss_of=lambda model: next_loss(run, progress, model),
     )
-    # not cut short by a signal: between the merge and the next step there is nothing that could be saved
+    # A signal does not interrupt this evaluation: between a restart and the next step no checkpoint can be written.
     losses = {"loss_before": progress.evaluated_loss, "loss_after": run.evaluate(run.model, lambda: None).loss}
     run.reporter.restart({"step": step, "tokens": progress.state.tokens, **losses, **asdict(report)})
 
 
 def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
-    """A line of metrics every so often, at the end, and for the first step of every cycle; the live line always."""
+    """Update the progress line; write a metric record if one is due."""
     state, schedule, taken = progress.state, progress.schedule, progress.state.step - 1
     run.reporter.progress(state.step)
     if not _log_due(run, progress, state.step):
@@ -159,9 +161,10 @@ def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
 
 
 def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -> None:
+    """Measure the held-out loss and write its record; a stop signal ends the measurement."""
     started, state = time.perf_counter(), progress.state
     result = run.evaluate(run.model, stop_if_asked)
-    stop_if_asked()  # not after the record: a checkpoint of this step is one from before it
+    stop_if_asked()  # before the record is written: the checkpoint of this step must not contain it
     progress.evaluated_loss = result.loss
     run.reporter.evaluation(
         {
@@ -178,6 +181,7 @@ def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -
 
 
 def _stop(run: Run, progress: Progress, signal_number: int) -> NoReturn:
+    """Write a checkpoint and raise `Interrupted`."""
     save(run, progress)
     run.checkpoints.wait()
     name, step = signal.Signals(signal_number).name, progress.state.step
@@ -186,24 +190,27 @@ def _stop(run: Run, progress: Progress, signal_number: int) -> NoReturn:
 
 
 def _sync_due(run: Run, progress: Progress, step: int) -> bool:
-    """Whether the host must know how the update that leads to `step` went."""
+    """Whether the host must synchronise after the update that leads to `step`, for anything due there."""
     due = _log_due(run, progress, step) or _check_due(progress, step - 1) or save_due(run, step)
     due = due or _evaluation_due(run, progress, step)
     return due or step % run.sync_every_steps == 0
 
 
 def _log_due(run: Run, progress: Progress, step: int) -> bool:
-    """Every so often, at the end, and after the first step of every cycle."""
+    """Whether to log: every so many steps, at the end, and after the first step of every cycle."""
     first_of_cycle = step - 1 == progress.schedule.cycle_start(step - 1)
     return first_of_cycle or step == run.schedule.total_steps or step % run.log_every_steps == 0
 
 
 def _check_due(progress: Progress, step: int) -> bool:
-    """At once for all but lora_A, whose gradient comes to life when lora_B has moved, two steps into a cycle."""
+    """Whether to check that every tensor has a gradient: at a cycle's first step, and at its third for lora_A.
+
+    lora_A has a zero gradient while lora_B is zero; lora_B first moves in the step whose learning rate is not zero.
+    """
     return step - progress.schedule.cycle_start(step) in (0, 2)
 
 
 def _evaluation_due(run: Run, progress: Progress, step: int) -> bool:
-    """Every so often, at the start and the end, and before every boundary."""
+    """Whether to evaluate: every so many steps, at the start and the end, before the switch and every restart."""
     boundary = progress.schedule.switch_due(step) or progress.schedule.restart_due(step)
     return boundary or step == run.schedule.total_steps or step % run.evaluate_every_steps == 0

@@ -1,7 +1,7 @@
-"""What a run is made of, how it is saved, and how it is brought back.
+"""A run's parts, how its state is saved, and how it is restored.
 
-`begin` is the inverse of `save`: from a checkpoint it makes the model, the optimizer and the metric files what they
-were. What cannot be told from the step alone is saved; there is nothing else.
+`restore` is the inverse of `save`: it brings model, optimizer and metric files back to a checkpoint. Saved is only what
+the step does not determine: weights, moments, and what the run has decided or met on its way.
 """
 
 import math
@@ -30,29 +30,29 @@ NonFinitePolicy = Literal["stop", "skip", "rewind"]
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStartEnd:
-    """When a run ends its warm start before the bound."""
+    """Rule by which a run ends its warm start before the configured bound."""
 
     window_steps: int
-    """Between two looks at it."""
+    """Steps between two checks of the rule."""
     slope: float
-    """The loss falls by less than this share of itself from window to window."""
+    """The loss must fall by less than this share of itself from one window to the next."""
     energy: float
-    """Share of the update that its r largest directions hold."""
+    """The r largest directions must hold at least this share of the update's energy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CycleEnd:
-    """When a run restarts; looked at as often as restarts would be due."""
+    """Rule by which a run restarts; checked at the steps at which the schedule has restarts."""
 
     slope: float
-    """As of the warm start."""
+    """The loss must fall by less than this share of itself from one check to the next."""
     rank_share: float | None
-    """Effective rank of the update over r; None: the loss alone decides."""
+    """The update's effective rank must reach this share of r; None: the loss alone decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive:
-    """What is left to the run itself, see `train.decisions`; what is None goes by the schedule."""
+    """Decisions that are left to the run itself (see `train.adaptive`); where a rule is None, the schedule decides."""
 
     warm_start: WarmStartEnd | None = None
     cycle: CycleEnd | None = None
@@ -60,49 +60,56 @@ class Adaptive:
 
     @property
     def watches_loss(self) -> bool:
-        """Whether the loss of every step counts: then the host looks at every one."""
+        """Whether a rule uses the loss of every step, so that the host must synchronise at every step."""
         return self.warm_start is not None or self.cycle is not None
 
     def at_start(self) -> TrainState:
-        """Step 0, with nothing decided."""
+        """State of a run at step 0, with nothing decided."""
         return TrainState(decisions=Decisions(restart_steps=() if self.cycle else None))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a recipe hands to the loop."""
+class Task:
+    """A model and the data that it learns: the part of a run that a recipe gathers."""
 
     model: nn.Module
-    schedule: Schedule
-    """As planned; in force is that of `Progress`."""
-    adaptive: Adaptive = Adaptive()
     batch_at: Callable[[int], Batch]
-    """Number -> batch: a pure function."""
+    """Batch by its number: a pure function."""
     place_of: Callable[[int, range], str]
-    """(number of a batch, sequences in it) -> where these lie in the data, for a person."""
+    """Text for a person that says where sequences of a batch, given by number and range, lie in the data."""
     loss: Loss
     evaluate: Callable[[nn.Module, Callable[[], None]], Evaluation]
-    """(model, called before each batch) -> held-out loss; leaves weights, modes and random streams as they are."""
+    """Held-out loss of a model; calls its second argument before each batch, and leaves weights, modes and random
+    streams as they are."""
+    initialize: Callable[[nn.Module], None] | None = None
+    """Called after the factors have been injected, before the first step that trains them."""
+    saves_frozen: bool = True
+    """False where the frozen weights never change from those that the model was opened with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Task):
+    """A task, and everything that decides how the loop trains it."""
+
+    schedule: Schedule
+    """The planned schedule; `Progress` has the one in force."""
+    adaptive: Adaptive = Adaptive()
     optimizer: OptimizerConfig
     lowrank: LowRankConfig
-    initialize: Callable[[nn.Module], None] | None = None
-    """Called when the factors have been put in, before the first step that trains them."""
-    saves_frozen: bool = True
-    """False where the frozen weights are those that the model came with, from beginning to end."""
     restart: RestartConfig
     reporter: Reporter
     checkpoints: Checkpoints
     settings: dict[str, str | int]
-    """Saved with every checkpoint: what changes numbers though the configuration is the same."""
+    """Everything beside the configuration that changes numbers; saved with every checkpoint."""
     autocast: torch.dtype | None
-    """Dtype of the products, where it is not the weights'."""
+    """Dtype that autocast computes products in; None: that of the weights."""
     seed: int
     micro_sequences: int
     clip_grad_norm: float
     non_finite: NonFinitePolicy
     non_finite_limit: int
     sync_every_steps: int
-    """The host waits for a step's figures at least so often, and where they are logged or something is due."""
+    """The host waits for the device's figures at least so often, and before logging, saving and evaluating."""
     log_every_steps: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
@@ -110,44 +117,46 @@ class Run:
 
 @dataclass
 class Progress:
-    """Where the loop stands: all that changes while it runs, beside the weights."""
+    """Everything that changes while the loop runs, beside the weights."""
 
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    """As planned, but for what the run has decided."""
+    """The schedule in force: as planned, with the run's own decisions applied."""
     state: TrainState = field(default_factory=TrainState)
     pending: list[tuple[TrainState, Tensor]] = field(default_factory=list)
-    """The steps since the host last looked: where each began, and its flag (see `train_step`)."""
+    """Steps whose figures the host has not read yet: the state before each, and its non-finite flag (`train_step`)."""
     unlogged_tokens: int = 0
     unlogged_seconds: float = 0.0
     evaluated_loss: float = math.nan
-    """Of the last held-out measurement."""
+    """Loss of the last held-out measurement."""
 
     def position(self, taken: int) -> dict[str, str | int]:
-        """Where a record belongs; phase and cycle are those of the step `taken` last."""
+        """Step, tokens, phase and cycle of a metric record; phase and cycle are those of step `taken`, the last one."""
         phase, cycle = self.schedule.phase(taken), self.schedule.cycle(taken)
         return {"step": self.state.step, "tokens": self.state.tokens, "phase": phase, "cycle": cycle}
 
     def settle(self, planned: Schedule, decisions: Decisions) -> None:
-        """From here on the timetable is that of these decisions, and the loss is watched anew."""
+        """Adopt decisions: they change the schedule in force, and the loss is watched from here anew."""
         self.state = replace(self.state, decisions=decisions, window=LossWindow())
         self.schedule = decisions.applied_to(planned)
 
 
-def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
-    """The progress at a checkpoint, model, optimizer and metric files brought back to it; without one, at step 0."""
-    state = checkpoint.state.progress if checkpoint else run.adaptive.at_start()
-    strip(run.model)  # what a part of the run that does not count left in it
+def restore(run: Run, checkpoint: Checkpoint | None) -> Progress:
+    """Bring model, optimizer and metric files to the state of a checkpoint, or of step 0 without one.
+
+    Raises:
+        UserError: the checkpoint does not fit the run or holds a tensor that is not finite; it names the file.
+    """
+    strip(run.model)  # removes factors of a part of the run that is gone back from
     run.model.train()
     if checkpoint is None:
+        state = run.adaptive.at_start()
         run.reporter.rewind({"metrics.jsonl": 0, "restarts.jsonl": 0})
         return Progress(build_optimizer(run.model, run.optimizer), state.decisions.applied_to(run.schedule), state)
     try:
-        schedule = state.decisions.applied_to(run.schedule)
-        if schedule.phase(state.step) == "low_rank" and not schedule.switch_due(state.step):
-            inject(run.model, with_ranks(run.lowrank, state.decisions.ranks), seed=run.seed)
-        kept = {} if run.saves_frozen else _frozen(run)
-        load_exact_tensors(run.model, kept | checkpoint.weights())
+        schedule = restore_weights(
+            run.model, checkpoint, run.schedule, run.lowrank, seed=run.seed, has_frozen=run.saves_frozen
+        )
         optimizer = build_optimizer(run.model, run.optimizer)
         load_named_state(run.model, optimizer, checkpoint.optimizer())
     except UserError as error:
@@ -157,11 +166,40 @@ def begin(run: Run, checkpoint: Checkpoint | None) -> Progress:
     if name := _first_non_finite(run.model, optimizer):
         raise UserError(f"{checkpoint.folder}: {name} is not finite; delete this checkpoint to use an older one")
     run.reporter.rewind(checkpoint.state.positions)
-    return Progress(optimizer, schedule, state)
+    return Progress(optimizer, schedule, checkpoint.state.progress)
+
+
+def restore_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    planned: Schedule,
+    lowrank: LowRankConfig,
+    *,
+    seed: int,
+    has_frozen: bool = True,
+) -> Schedule:
+    """Bring a model without factors to a checkpoint: inject factors if it is of the low-rank phase, load all weights.
+
+    Args:
+        has_frozen: whether the checkpoint holds the frozen weights; else those of `model` stay.
+
+    Returns:
+        The schedule in force: `planned` with the run's decisions applied.
+
+    Raises:
+        UserError: the checkpoint does not fit the model or the schedule.
+    """
+    decisions = checkpoint.state.decisions
+    schedule = decisions.applied_to(planned)
+    if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
+        inject(model, with_ranks(lowrank, decisions.ranks), seed=seed)
+    kept = {} if has_frozen else _frozen_tensors(model, lowrank)
+    load_exact_tensors(model, kept | checkpoint.weights())
+    return schedule
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Begin to write a checkpoint of where the run stands; no-op where the newest is of this step.
+    """Start writing a checkpoint of the run's present state; do nothing if the newest is of this step.
 
     Raises:
         NonFinite: a tensor is not finite; nothing is written, so no checkpoint ever holds one.
@@ -170,7 +208,7 @@ def save(run: Run, progress: Progress) -> None:
     state = progress.state
     if name := _first_non_finite(run.model, progress.optimizer):
         raise NonFinite(f"after step {state.step}: {name} is not finite; no checkpoint was written")
-    tensors, frozen = exact_tensors(run.model), _frozen(run)
+    tensors, frozen = exact_tensors(run.model), _frozen_tensors(run.model, run.lowrank)
     run.checkpoints.save(
         SavedState(
             **vars(state),
@@ -186,8 +224,8 @@ def save(run: Run, progress: Progress) -> None:
 
 
 def next_loss(run: Run, progress: Progress, model: nn.Module) -> Tensor:
-    """Mean loss of the first micro-batch of the next step: what a restart takes gradients of."""
-    torch.manual_seed(keyed_seed(run.seed, "next loss", progress.state.step))  # of dropout
+    """Mean loss of the next step's first micro-batch; restarts along a gradient take it of this loss."""
+    torch.manual_seed(keyed_seed(run.seed, "next loss", progress.state.step))  # keys the dropout
     device = next(model.parameters()).device
     micro_batch = (tensor[: run.micro_sequences].to(device) for tensor in run.batch_at(progress.state.batch))
     with torch.autocast(device.type, dtype=run.autocast, enabled=run.autocast is not None):
@@ -196,26 +234,26 @@ def next_loss(run: Run, progress: Progress, model: nn.Module) -> Tensor:
 
 
 def save_due(run: Run, step: int) -> bool:
-    """Every so often and at the end; at the start, too, where a run may have to go back to it."""
+    """Whether a checkpoint is due: every so many steps and at the end; at the start only if a run may rewind to it."""
     if step == 0:
         return run.non_finite == "rewind"
     return step == run.schedule.total_steps or step % run.checkpoint_every_steps == 0
 
 
-def _frozen(run: Run) -> dict[str, Tensor]:
-    """What stays as it is through a cycle, exact, by name."""
-    names = {name for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
-    if run.lowrank.residual.scale:
-        names -= {f"{path}.weight" for path in low_rank_layers(run.model)}
-    return {name: tensor for name, tensor in exact_tensors(run.model).items() if name in names}
+def _frozen_tensors(model: nn.Module, lowrank: LowRankConfig) -> dict[str, Tensor]:
+    """The exact weights, by name, that do not change within a cycle; weights that follow a residual do change."""
+    names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if lowrank.residual.scale:
+        names -= {f"{path}.weight" for path in low_rank_layers(model)}
+    return {name: tensor for name, tensor in exact_tensors(model).items() if name in names}
 
 
 def _first_non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """The first tensor that holds a NaN or, unless it is a buffer (a mask may), an infinity."""
+    """Name of the first tensor that holds a NaN, or an infinity; buffers such as masks may hold infinities."""
     buffers = {name for name, _ in model.named_buffers()}
     for name, tensor in (exact_tensors(model) | named_state(model, optimizer)).items():
         if tensor.is_floating_point():
-            total = tensor.sum()  # tells of any, without a mask of the tensor's size
+            total = tensor.sum()  # is not finite if any entry is not; cheaper than a mask of the tensor's size
             if torch.isnan(total) or (torch.isinf(total) and name not in buffers):
                 return name
     return None

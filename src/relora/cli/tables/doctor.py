@@ -2,8 +2,8 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from relora.config.values import Text
 from relora.planning.doctor import EXTRAS, GB, Diagnosis, DtypeSpeed
 
 
