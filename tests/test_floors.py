@@ -16,8 +16,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "config": set(),
     "device": set(),
+    "processes": set(),
     "data": {"model"},
-    "model": set(),
+    "model": {"lowrank"},
     "lowrank": set(),
     "report": set(),
     "measure": {"model"},
@@ -31,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("report", "runs", "train"),
     },
     "export": {"data", "lowrank", "model", "recipes", "runs", "train"},
-    "planning": {"config", "device", "lowrank", "measure", "model", "recipes", "train"},
+    "planning": {"config", "device", "lowrank", "measure", "model", "processes", "recipes", "train"},
     "experiments": {
-        *("config", "data", "device", "evaluation", "lowrank", "measure", "planning", "recipes", "report", "train"),
+        *("config", "data", "device", "evaluation", "lowrank", "measure", "planning", "processes", "recipes"),
+        *("report", "train"),
     },
     "cli": {
         *("adapters", "config", "data", "evaluation", "experiments", "export", "inference", "planning", "recipes"),

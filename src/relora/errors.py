@@ -46,3 +46,7 @@ class Interrupted(ReloraError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
+        """Let the error be pickled, to come back from a process of its own: `Exception` would keep the message only."""
+        return Interrupted, (str(self), self.exit_status - 128)

@@ -48,6 +48,7 @@ def test_time_counts_steps_evaluations_and_restarts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
     (tmp_path / "restarts.jsonl").write_text(json.dumps({"step": 10, "seconds": 0.5, **where}) + "\n")
     assert read_history(tmp_path).seconds == pytest.approx(20 + 4 + 5 + 0.5)
+    assert read_history(tmp_path).step_seconds == pytest.approx(20 + 4)
 
 
 def test_files_other_than_metrics_may_be_missing(tmp_path: Path, make_run: MakeRun) -> None:

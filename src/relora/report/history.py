@@ -82,13 +82,22 @@ class History:
         return max((record["step"], record["tokens"]) for record in records)
 
     @property
-    def seconds(self) -> float:
-        """Time at work: the logged step times, evaluations and restarts; pauses between the parts do not count."""
+    def step_seconds(self) -> float:
+        """Seconds of all training steps, without evaluations, restarts, checkpoints and the start.
+
+        The `step_seconds` of a record is the mean over the steps since the record before it.
+        """
         total, done = 0.0, 0
         for record in self.train:
             total += (record["step"] - done) * (number(record, "step_seconds") or 0.0)
             done = record["step"]
-        return total + sum(number(record, "seconds") or 0.0 for record in self.evaluations + self.restarts)
+        return total
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training steps, evaluations and restarts; pauses between two parts of a run do not count."""
+        other = sum(number(record, "seconds") or 0.0 for record in self.evaluations + self.restarts)
+        return self.step_seconds + other
 
     def setting(self, *keys: str) -> Any:
         """A value of the configuration, None where it is not given: `setting("lowrank", "r")`."""
