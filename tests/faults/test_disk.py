@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 from tests.faults import disk
-from tests.faults.disk import Calls, can_mount, raising
+from tests.faults.disk import Calls, raising
+from tests.faults.mounted import can_mount
 from tests.faults.tiny import TinyRun, complaints
 
 needs_mount = pytest.mark.skipif(not can_mount(), reason="this process may not mount a file system")
