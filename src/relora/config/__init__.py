@@ -1,4 +1,4 @@
-"""The configuration of a run: YAML plus `key.sub=value` overrides -> frozen, typed settings.
+"""Configuration of a run: YAML and `key.sub=value` overrides, as frozen, typed settings.
 
 Each section is one class; the string under a field is its documentation (and its text in the JSON schema).
 Unknown keys, impossible values and impossible combinations are a `UserError` of one line that names the key, before

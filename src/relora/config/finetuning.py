@@ -1,4 +1,4 @@
-"""What `relora finetune` reads: examples instead of a stream of tokens, and defaults for a trained model."""
+"""Configuration of `relora finetune`: examples instead of a stream of tokens, and defaults for a trained model."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,36 +15,43 @@ from relora.config.training import TrainingConfig
 from relora.config.values import NonNegativeInt, Place, PositiveFloat, PositiveInt, Ratio, Settings, Text
 
 PROMPT_LR = 5.0e-3
-"""A gate moves by about the rate in a step and must reach one: published runs have rate x steps of about 9."""
+"""Default learning rate of LLaMA-Adapter's prompts and gates.
+
+A gate moves by about the learning rate in a step and has to reach 1; published runs have rate x steps of about 9.
+"""
 
 
 class ExampleSettings(Settings):
     """Records with a prompt and a response each, or with a text and its class."""
 
     train: Place | Annotated[tuple[Place, ...], Field(min_length=1)]
-    """A file or folder (.json, .jsonl, .csv, .parquet) or a hub dataset id, or a list of these."""
+    """File or folder (.json, .jsonl, .csv, .parquet), hub dataset id, or a list of these."""
     validation: Place | None = None
-    """As `train`; unless given, `validation_share` of the training records."""
+    """Held-out records, given like `train`; unless given, `validation_share` of the training records."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the training records that is held out."""
     sequence_length: PositiveInt = 512
-    """Tokens of an example at most; of longer ones the prompt is cut first."""
+    """Largest number of tokens of an example; a longer one loses tokens of its prompt first."""
     layout: Literal["auto", "alpaca", "dolly", "chat", "completion", "columns"] = "auto"
-    """The names of the records' columns; `columns` takes those of `prompt_column` and `response_column`."""
+    """Columns of the records; `columns`: those that `prompt_column` and `response_column` name."""
     prompt_column: Text | None = None
+    """Column of the prompt, with `layout: columns`."""
     response_column: Text | None = None
+    """Column of the response, with `layout: columns`."""
     template: Literal["auto", "alpaca", "chat", "plain"] = "auto"
-    """How prompt and response become one text; auto: the tokenizer's chat template, else Alpaca's."""
+    """Form in which prompt and response become one text; `auto`: the tokenizer's chat template, else Alpaca's."""
     skip_bad: bool = False
-    """Leave records out that cannot be used, and count them, instead of refusing the file."""
+    """Leave out records that cannot be used, and count them, instead of refusing the file."""
     loss_on: Literal["response", "all"] = "response"
+    """Tokens that the loss is taken on: those of the response, or all."""
     packing: bool = False
-    """Several examples in one sequence, none of which sees another."""
+    """Put several examples into one sequence, in which none attends to another."""
     group_by_length: bool = True
-    """Batches of examples of like length: less padding."""
+    """Make batches of examples of similar length, for less padding."""
     text_columns: Annotated[tuple[Text, ...], Field(max_length=2)] = ()
-    """Classification: the column of the text, or of both texts; found by its usual names unless given."""
+    """Classification: one or two columns of text; unless given, found by their usual names."""
     label_column: Text | None = None
-    """Classification: the column of the class, or of the number to predict."""
+    """Classification: column of the class, or of the number to predict; found likewise."""
 
     @model_validator(mode="after")
     def _columns(self) -> "ExampleSettings":
@@ -56,42 +63,47 @@ class ExampleSettings(Settings):
 
 
 class FinetuneLowRankSettings(LowRankSettings):
-    """The two factors beside every frozen weight (see `relora.LowRankConfig`); everything else is frozen."""
+    """Factors lora_A and lora_B beside each frozen weight; everything but them and `trained_modules` is frozen."""
 
     r: PositiveInt = 8
+    """Rank of the factors; at most the smaller side of every target module."""
     lora_alpha: PositiveFloat = 16.0
+    """Numerator of the scale of the update, lora_alpha / r."""
     rank_pattern: dict[Text, PositiveInt] = Field(default_factory=dict)
-    """Regular expression for the end of a layer's path -> its r."""
+    """Ranks of single layers: regular expression for the end of a layer's path -> its r."""
     alpha_pattern: dict[Text, PositiveFloat] = Field(default_factory=dict)
-    """Regular expression for the end of a layer's path -> its lora_alpha."""
+    """Scales of single layers: regular expression for the end of a layer's path -> its lora_alpha."""
     dora: bool = False
-    """Train each row's norm apart from its direction (DoRA)."""
+    """Train the norm of each row apart from its direction (DoRA)."""
     trained_modules: tuple[Text, ...] = ()
-    """Modules that train in full, by name or regular expression, e.g. lm_head."""
+    """Modules that train in full beside the factors, by name or regular expression, e.g. `lm_head`."""
     init: Literal["kaiming", "orthogonal", "pissa", "gradient-svd"] = "kaiming"
+    """Method by which the factors are drawn at the start; `gradient-svd` is LoRA-GA."""
     base: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"  # type: ignore[assignment]
-    """How frozen weights are stored; auto follows precision.dtype. nf4 is QLoRA's (needs the extra `quant`)."""
+    """Format in which the frozen weights are stored; `auto` follows `precision.dtype`. `nf4` is QLoRA's (extra
+    `quant`)."""
 
 
 class PromptSettings(Settings):
-    """LLaMA-Adapter: learned prompts in the attention of the upper layers."""
+    """Prompts of `method: llama-adapter`, learned in the attention of the upper layers."""
 
     length: PositiveInt = 10
     """Prompt tokens of a layer."""
     layers: PositiveInt = 30
-    """Upper layers that get them; all, where the model has fewer."""
+    """Number of upper layers that get prompts; all, where the model has fewer."""
 
 
 class FinetuneScheduleSettings(Settings):
-    """How long, and the learning rate's shape: linear warm-up, then cosine to min_lr_ratio over the whole run."""
+    """Length of the run and shape of the learning rate: linear warm-up, then a cosine over the rest of the run."""
 
     epochs: PositiveFloat | None = None
-    """Passes over the training examples; 3 unless `total_steps` is given."""
+    """Passes over the training examples; unless this or `total_steps` is given, 3."""
     total_steps: PositiveInt | None = None
-    """Optimizer steps."""
+    """Optimizer steps of the whole run, instead of `epochs`."""
     warmup_steps: NonNegativeInt | None = None
-    """3% of the run unless given."""
+    """Steps of the linear warm-up at the start of the run; unless given, 3% of the run."""
     min_lr_ratio: Ratio = 0.1
+    """Learning rate at the end of the cosine, relative to its peak; 1 for a constant rate after the warm-up."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "FinetuneScheduleSettings":
@@ -101,48 +113,56 @@ class FinetuneScheduleSettings(Settings):
 
 
 class FinetuneOptimizerSettings(OptimizerSettings):
-    """AdamW."""
+    """Optimizer and its peak learning rates."""
 
     lr: PositiveFloat = 2.0e-5
-    """Of what trains in full; of the prompts of llama-adapter 5e-3 unless given."""
+    """Peak learning rate of all that trains in full; unless given, 5e-3 with `method: llama-adapter`."""
     lowrank_lr: PositiveFloat = 2.0e-4
-    """Of the factors."""
+    """Peak learning rate of the factors."""
 
 
 class FinetuneRestartSettings(RestartSettings):
-    """Merge, redraw, clear, dip: one period drives all four."""
+    """Restarts of the factors, with `method: relora`: one timetable for merge, redraw, moments and learning rate."""
 
     every_steps: PositiveInt = 100
+    """Length of the first cycle in steps, counted from the start of the run."""
     warmup_steps: NonNegativeInt = 10
+    """Warm-up of the learning rate from 0 after a restart, in steps; 0 for none."""
 
 
 class FinetuneBatchSettings(BatchSettings):
-    """Examples (with packing: sequences) per optimizer step, and per forward pass."""
+    """Batch of an optimizer step, and its micro-batches."""
 
     sequences: PositiveInt = 32
+    """Examples of an optimizer step; with `data.packing`, sequences."""
     micro_sequences: PositiveInt = 4
+    """Examples (or sequences) of a micro-batch, that is one forward pass; divides `sequences`."""
 
 
 class FinetuneEvaluateSettings(EvaluateSettings):
-    """Held-out loss in the loop, and before and after every restart."""
+    """Held-out loss: measured in the loop, at the start, around every restart, and at the end."""
 
     every_steps: PositiveInt = 100
+    """Steps from one measurement of the held-out loss to the next."""
 
 
 class AnswerSettings(Settings):
-    """Answers to held-out prompts at the end of the run, greedy."""
+    """Answers to held-out prompts that the finished model gives for the report, by greedy decoding."""
 
     examples: NonNegativeInt = 3
+    """Held-out prompts that are answered."""
     max_new_tokens: PositiveInt = 128
+    """Largest number of tokens of an answer."""
 
 
 class FinetuneConfig(TrainingConfig):
-    """Everything that `relora finetune` reads."""
+    """All keys of `relora finetune`."""
 
     task: Literal["instruct", "classification"]
-    """Answer instructions, or tell classes of texts (or numbers) apart."""
+    """Task: answering instructions, or telling classes of texts (or numbers) apart."""
     data: ExampleSettings
     method: Literal["lora", "relora", "llama-adapter", "full"] = "lora"
+    """Training method: factors without or with restarts, learned prompts, or all weights."""
     lowrank: FinetuneLowRankSettings = FinetuneLowRankSettings()
     prompts: PromptSettings = PromptSettings()
     schedule: FinetuneScheduleSettings = FinetuneScheduleSettings()
@@ -155,7 +175,7 @@ class FinetuneConfig(TrainingConfig):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_prompts(cls, tree: Any) -> Any:
-        """LLaMA-Adapter's prompts want a far higher rate than a model's own weights."""
+        """Give LLaMA-Adapter its own default rate: prompts need a far higher one than the weights of a model."""
         if not (isinstance(tree, dict) and tree.get("method") == "llama-adapter"):
             return tree
         given = tree.get("optimizer", {})

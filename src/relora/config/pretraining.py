@@ -1,4 +1,4 @@
-"""What `relora pretrain` reads."""
+"""Configuration of `relora pretrain`."""
 
 from typing import Any, Literal
 
@@ -25,19 +25,22 @@ RESTARTS = {
         "stagger": "none",
     },
 }
-"""By variant: what `restart` has unless it says otherwise. Balanced factors begin where the old ones were in size, so
-their moments fit, and there is nothing to warm up (docs/results.md). The paper's are Algorithm 1's: all layers at once,
-Kaiming A beside B = 0, every rate dips and climbs; its pruning of moments is a true reset here (`optimizer: magnitude`
-with a small `keep_ratio` prunes)."""
+"""Variant -> the defaults that it gives to keys of `restart`.
+
+`default`: balanced factors start at the norms that the old ones had reached, so the moments still fit and no warm-up is
+needed (docs/results.md). `paper`: Algorithm 1 of the ReLoRA paper (arXiv 2307.05695): all layers restart at once, with
+Kaiming lora_A and lora_B = 0, and every learning rate warms up from 0. The paper prunes moments; here they are cleared
+(`optimizer: magnitude` with a small `keep_ratio` prunes)."""
 
 
 class RunConfig(TrainingConfig):
-    """Everything that `relora pretrain` reads."""
+    """All keys of `relora pretrain`."""
 
     data: DataSettings
     method: Literal["full", "lora", "relora"] = "relora"
+    """Training method: full rank throughout, or factors after a warm start, without or with restarts."""
     variant: Literal["default", "paper"] = "default"
-    """Whose defaults `restart` has: what cost least in docs/results.md, or Algorithm 1 of the ReLoRA paper."""
+    """Defaults of `restart`: those that cost least in docs/results.md, or Algorithm 1 of the ReLoRA paper."""
     lowrank: PretrainingLowRankSettings = PretrainingLowRankSettings()
     warm_start: WarmStart = WarmStartSettings()
     schedule: ScheduleSettings
@@ -63,19 +66,19 @@ class RunConfig(TrainingConfig):
         """Optimizer steps of the whole run."""
         if self.schedule.total_steps is not None:
             return self.schedule.total_steps
-        assert self.schedule.total_tokens is not None  # ScheduleSettings sees to it
+        assert self.schedule.total_tokens is not None  # ScheduleSettings has checked that one of the two is given
         return -(-self.schedule.total_tokens // self.batch_tokens)
 
     @property
     def switch_warmup_steps(self) -> int | None:
-        """Of the factors' climb after the warm start; None where the switch is as a restart, as the paper has it."""
+        """Warm-up of the factors after the switch, in steps; None for that of a restart, as in the paper."""
         if self.method == "relora" and self.variant == "paper":
             return self.lowrank.warmup_steps
         return self.schedule.warmup_steps if self.lowrank.warmup_steps is None else self.lowrank.warmup_steps
 
     @property
     def earliest_switch(self) -> int:
-        """Where the warm start can end: with `auto`, when two windows after the warm-up have passed."""
+        """First step at which the warm start can end: with `auto`, two whole windows after the warm-up."""
         start = self.warm_start
         windows = -(-self.schedule.warmup_steps // start.window_steps) + 2
         return windows * start.window_steps if start.auto else start.steps

@@ -1,4 +1,7 @@
-"""YAML plus `key.sub=value` overrides -> settings, or one line for the first mistake; and back."""
+"""Read settings from YAML and `key.sub=value` overrides, and write them as YAML.
+
+The first mistake becomes a `UserError` of one line that names the file and the key.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,36 +22,36 @@ T = TypeVar("T", bound=TrainingConfig)
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `key.sub=value` overrides in order and check the whole; `UserError` on anything wrong."""
-    return parse_config(_overridden(path, overrides), source=str(path))
+    return parse_config(_read_with_overrides(path, overrides), source=str(path))
 
 
 def load_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """As `load_config`, for fine-tuning."""
-    return parse_finetune_config(_overridden(path, overrides), source=str(path))
+    """Read and check a configuration for fine-tuning; otherwise like `load_config`."""
+    return parse_finetune_config(_read_with_overrides(path, overrides), source=str(path))
 
 
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | FinetuneConfig:
-    """As `load_config`, of either kind: one with a `task` is for fine-tuning."""
-    tree = _overridden(path, overrides)
+    """Read a configuration of either kind, like `load_config`; one that has a `task` is for fine-tuning."""
+    tree = _read_with_overrides(path, overrides)
     return parse_finetune_config(tree, str(path)) if "task" in tree else parse_config(tree, str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
-    """A plain dictionary -> checked settings; `source` names its file in messages."""
+    """Check a plain dictionary and return it as settings; `source` names its file in messages."""
     if "task" in tree:
         raise UserError(f"{source}: has a `task`, so it is for `relora finetune`; pretraining has none")
     return _parse(tree, RunConfig, source)
 
 
 def parse_finetune_config(tree: dict[str, Any], source: str = "config") -> FinetuneConfig:
-    """As `parse_config`, for fine-tuning."""
+    """Check a plain dictionary and return it as settings for fine-tuning; otherwise like `parse_config`."""
     if "task" not in tree:
         raise UserError(f"{source}: `task` is missing; fine-tuning wants `task: instruct` or `task: classification`")
     return _parse(tree, FinetuneConfig, source)
 
 
 def to_yaml(config: TrainingConfig) -> str:
-    """The resolved configuration as YAML that reads back to an equal one."""
+    """Write the configuration as YAML, with every default but no key that is None; it reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
@@ -59,7 +62,7 @@ def _parse(tree: dict[str, Any], kind: type[T], source: str) -> T:
         raise UserError(f"{source}: {first_mistake(error, kind)}") from None
 
 
-def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _read_with_overrides(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)

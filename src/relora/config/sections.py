@@ -1,4 +1,8 @@
-"""The sections of a configuration, one class each; the string under a field is its documentation."""
+"""The sections of a configuration, one class each.
+
+The string under a field documents its key: `relora config --schema` prints it, and its first sentence stands in
+docs/configuration.md (written by docs/generate_configuration.py), so that sentence is short and complete in itself.
+"""
 
 from typing import Annotated, Literal
 
@@ -19,28 +23,39 @@ from relora.config.values import (
 
 
 class ModelSettings(Settings):
-    """Which model: a preset to build, or a Hugging Face causal LM to open. Shape keys override a preset's."""
+    """Model to train: a preset to build, or a Hugging Face causal LM to open.
+
+    The shape keys, `vocab_size` to `tie_word_embeddings`, are those of the preset or of `path` unless given.
+    """
 
     preset: Text | None = None
-    """A LLaMA shape of the ReLoRA paper: llama-9m ... llama-7b."""
+    """LLaMA shape of the ReLoRA paper to build, llama-9m to llama-7b; give this or `path`."""
     path: Place | None = None
-    """A Hugging Face model folder or hub id."""
+    """Folder or hub id of a Hugging Face causal LM; give this or `preset`."""
     from_scratch: bool = False
-    """With `path`: take the architecture only and draw the weights anew."""
+    """Take only the architecture of `path`, and draw new weights from `seed`."""
     trust_remote_code: bool = False
-    """With `path`: run code that comes with the model. Only for a model whose code you have read."""
+    """Run Python code that comes with the model at `path`; only for a model whose code you have read."""
     vocab_size: PositiveInt | None = None
+    """Rows of the embedding; at least as many as the tokenizer has ids."""
     hidden_size: PositiveInt | None = None
+    """Width of the hidden states; a multiple of `num_attention_heads`."""
     intermediate_size: PositiveInt | None = None
+    """Width of the MLP."""
     num_hidden_layers: Annotated[int, Number, Field(gt=0, le=10_000)] | None = None
+    """Number of decoder blocks."""
     num_attention_heads: PositiveInt | None = None
+    """Number of attention heads; a multiple of `num_key_value_heads`."""
     num_key_value_heads: PositiveInt | None = None
+    """Number of key and value heads; follows `num_attention_heads` where the model has as many of both."""
     max_position_embeddings: PositiveInt | None = None
+    """Length of the longest sequence in tokens; at least `data.sequence_length`."""
     tie_word_embeddings: bool | None = None
+    """Use one matrix for the embedding and the head."""
 
     @property
     def overrides(self) -> dict[str, int | bool]:
-        """The shape keys that were given, under the names of `transformers`."""
+        """Shape keys that were given, under the names of `transformers`, with their values."""
         return self.model_dump(exclude={"preset", "path", "from_scratch", "trust_remote_code"}, exclude_none=True)
 
     @model_validator(mode="after")
@@ -58,59 +73,68 @@ class WeightedSource(Settings):
     """One prepared folder of a mixture."""
 
     path: Place
+    """Folder written by `relora prepare`."""
     weight: PositiveFloat = 1.0
-    """Share of the sequences, relative to the other weights."""
+    """Share of the sequences that come from this folder, relative to the other weights."""
 
 
 class DataSettings(Settings):
-    """Folders written by `relora prepare`."""
+    """Folders of tokens, written by `relora prepare`."""
 
     train: Place | Annotated[tuple[WeightedSource, ...], Field(min_length=1)]
-    """A folder, or a list of {path, weight} to mix."""
+    """Prepared folder with the training text, or a list of `{path, weight}` to mix."""
     validation: Place
+    """Prepared folder with the held-out text."""
     sequence_length: PositiveInt = 256
     """Tokens per sequence."""
 
     @property
     def sources(self) -> tuple[WeightedSource, ...]:
-        """`train` as a list of weighted folders."""
+        """Training folders with their weights, also where `train` is a single folder."""
         return (WeightedSource(path=self.train),) if isinstance(self.train, str) else self.train
 
 
 class LowRankSettings(Settings):
-    """The two factors beside every frozen weight (see `relora.LowRankConfig`)."""
+    """Factors lora_A and lora_B beside each frozen weight; in the library they are those of `relora.LowRankConfig`."""
 
     r: PositiveInt = 128
+    """Rank of the factors; at most the smaller side of every target module."""
     lora_alpha: PositiveFloat = 32.0
+    """Numerator of the scale of the update, lora_alpha / r."""
     lora_dropout: Share = 0.0
+    """Dropout probability on the input of the factors, in training."""
     target_modules: Text | tuple[Text, ...] = "all-linear"
-    """`all-linear` (every linear layer of the decoder blocks), a list of names, or a regular expression."""
+    """Layers that get factors: `all-linear`, a list of names, or one regular expression. `all-linear` is every linear
+    layer of the decoder blocks; a name matches the end of a layer's path, an expression the whole path."""
     rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
+    """Scale the update by lora_alpha / sqrt(r) instead of lora_alpha / r (rsLoRA)."""
     trainable_scaling: bool = False
-    """Train one scale per layer; a restart sets it back to its start, so it never dies."""
+    """Train one scale for each layer. A restart sets it back to its initial value, so that it cannot stay at zero."""
     base: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """How frozen weights are stored; auto follows precision.dtype. bf16, int8: an fp32 master is in main memory."""
+    """Format in which the frozen weights are stored; `auto` follows `precision.dtype`. With `bf16` and `int8` main
+    memory holds an fp32 master copy of them, into which the factors are merged."""
 
 
 class ResidualSettings(Settings):
-    """A full-rank path: the frozen weights follow that part of their gradient which the factors cannot express."""
+    """Full-rank update of the frozen weights by that part of their gradient which the factors cannot express."""
 
     scale: NonNegativeFloat = 0.0
-    """Of their learning rate: 1 is that of the factors, 0 leaves them where they are."""
+    """Learning rate of the frozen weights, relative to that of the factors; 0 leaves them as they are."""
     every_steps: PositiveInt = 1
-    """Only at steps that are a multiple of this; the others cost what they do without."""
+    """Update the frozen weights only at multiples of this step. The other steps cost what they cost without it."""
 
 
 class PretrainingLowRankSettings(LowRankSettings):
-    """The two factors beside every frozen weight (see `relora.LowRankConfig`)."""
+    """Factors lora_A and lora_B beside each frozen weight; in the library they are those of `relora.LowRankConfig`."""
 
     warmup_steps: NonNegativeInt | None = None
-    """Of the climb of the factors' rate from 0 after a warm start; schedule.warmup_steps unless given. With `variant:
-    paper` everything dips there as at a restart, unless this is given."""
+    """Warm-up of the factors after a warm start, in steps; unless given, `schedule.warmup_steps`. Their learning rate
+    rises from 0 while everything else trains on. With `variant: paper`, unless this is given, all learning rates warm
+    up after the switch as they do after a restart."""
     ranks: Literal["uniform", "spectrum"] = "uniform"
-    """spectrum: from r/4 to 2r by layer, more where the update has more directions when the warm start ends; in all no
-    more parameters than r for every layer has."""
+    """Ranks of the layers: `r` in all, or by `spectrum`, chosen for each when the warm start ends. Such a rank is from
+    r/4 to 2r, higher where the update has more directions; all factors together have no more parameters than with `r`
+    in all layers."""
     residual: ResidualSettings = ResidualSettings()
 
 
@@ -118,59 +142,65 @@ class WarmStartSettings(Settings):
     """Full-rank training before the low-rank phase, in the same run."""
 
     steps: NonNegativeInt = 1000
-    """How long; with `auto` at most."""
+    """Full-rank steps before the switch to low rank; 0 for low rank from the first step. With `auto`, the most."""
     auto: bool = False
-    """End it when the loss has flattened and the update is of low rank."""
+    """End the warm start earlier, when the loss has flattened and the update is of low rank. `warm_start: auto` is
+    short for `warm_start: {auto: true}`."""
     window_steps: PositiveInt = 50
-    """With auto: how often to look, and the steps whose mean losses are compared."""
+    """Steps from one check of `auto` to the next; each averages the losses of these steps."""
     slope: Share = 0.02
-    """With auto: flattened is a loss that falls by less than this share of itself from window to window."""
+    """Relative decrease of the mean loss between two windows below which `auto` takes it as flat."""
     energy: Ratio = 0.5
-    """With auto: share of the update (of the squared norm of the step that Adam takes) in its r largest directions."""
+    """Share of the update in its r largest directions from which `auto` takes it as of low rank. The update is the step
+    that Adam would take; the share is that of its squared norm, averaged over the target modules."""
 
 
-def _auto(value: object) -> object:
-    """`warm_start: auto` in one word."""
+def _expand_auto(value: object) -> object:
+    """Turn the one word of `warm_start: auto` into the section that it stands for."""
     return {"auto": True} if value == "auto" else value
 
 
 WarmStart = Annotated[
-    WarmStartSettings, BeforeValidator(_auto, json_schema_input_type=WarmStartSettings | Literal["auto"])
+    WarmStartSettings, BeforeValidator(_expand_auto, json_schema_input_type=WarmStartSettings | Literal["auto"])
 ]
 
 
 class RestartSettings(Settings):
-    """Merge, redraw, clear, ramp: one timetable drives all four."""
+    """Restarts of the factors: one timetable for merge, redraw, optimizer state and learning rate."""
 
     every_steps: PositiveInt = 1000
+    """Length of the first cycle in steps, counted from the end of the warm start."""
     growth: Annotated[float, Number, Field(ge=1, le=10)] = 1.0
-    """Every cycle is so many times as long as the one before."""
+    """Length of each cycle relative to the one before."""
     until: Ratio = 1.0
-    """No restart after this share of the run."""
+    """Share of the run after which nothing restarts."""
     warmup_steps: NonNegativeInt = 50
-    """Of the climb of the learning rate from 0 after a restart; 0 for no dip."""
+    """Warm-up of the learning rate from 0 after a restart, in steps; 0 for none."""
     ramp: Literal["all", "factors"] = "all"
-    """Whose rate dips: that of all that trains (the paper's), or of the factors that were drawn anew."""
+    """Parameters whose learning rate warms up after a restart: all that train, or only the redrawn factors."""
     optimizer: Literal["zero", "random", "magnitude", "keep", "project"] = "zero"
-    """The factors' optimizer state: zero all of it (m, v and step), prune m and v by one mask, keep it, or project it
-    into the new factors' space."""
+    """Treatment of the factors' optimizer state at a restart. `zero` clears m, v and the step count; `random` and
+    `magnitude` prune m and v by one mask and keep the step count; `keep` changes nothing; `project` carries m and v
+    over into the space of the new factors."""
     keep_ratio: Annotated[float, Number, Field(gt=0, lt=1)] = 0.1
-    """For random and magnitude: the share of the entries that stays."""
+    """Share of the entries of m and v that `optimizer: random` and `magnitude` keep."""
     init: Literal["kaiming", "orthogonal", "gradient-svd", "weight-svd", "balanced"] = "kaiming"
-    """lora_A drawn at random, or along the leading singular vectors of the gradient or the weight, beside lora_B = 0;
-    balanced: both non-zero at the norms that they had reached, and the weight gives up their product."""
+    """Method by which a restart redraws the factors. `kaiming`, `orthogonal`, `gradient-svd` and `weight-svd` set
+    lora_B to 0 and draw lora_A at random, orthonormal, or along the leading singular vectors of the gradient or of the
+    weight. `balanced` gives both the norms that they had reached, and subtracts their product from the weight."""
     directions: Literal["orthogonal", "gradient-svd", "weight-svd"] = "orthogonal"
-    """Of balanced factors."""
+    """Directions of the factors that `init: balanced` draws."""
     stagger: Literal["none", "layers", "ranks"] = "none"
-    """Restart all at once, or a part of the layers or of every layer's ranks in turn."""
+    """Parts that restart in turn: groups of layers, or groups of ranks in every layer; `none` restarts all at once."""
     turns: Annotated[int, Number, Field(ge=2, le=1000)] = 4
-    """With stagger: in so many parts; each comes once in every_steps."""
+    """Number of parts with `stagger`; each restarts once in a cycle."""
     adaptive: bool = False
-    """Restart when the update is full or the loss has flattened; looked at every `every_steps`."""
+    """Restart only when the update is full or the loss has flattened, checked every `every_steps`."""
     rank_share: Ratio = 0.9
-    """With adaptive: full is an effective rank of this share of r; balanced factors go by the loss alone."""
+    """Effective rank, as a share of r, at which `adaptive` takes the update as full. It is the mean over the layers;
+    balanced factors, whose rank is full from the first step, are judged by the loss alone."""
     slope: Share = 0.01
-    """With adaptive: flattened is a loss that falls by less than this share of itself between two looks."""
+    """Relative decrease of the mean loss between two checks below which `adaptive` takes it as flat."""
 
     @model_validator(mode="after")
     def _parts_can_restart_alone(self) -> "RestartSettings":
@@ -187,14 +217,16 @@ class RestartSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """How long, and the learning rate's shape: linear warm-up, then cosine to min_lr_ratio over the whole run."""
+    """Length of the run and shape of the learning rate: linear warm-up, then a cosine over the rest of the run."""
 
     total_steps: PositiveInt | None = None
-    """Optimizer steps."""
+    """Optimizer steps of the whole run, warm start included; give this or `total_tokens`."""
     total_tokens: PositiveInt | None = None
-    """Stands in for total_steps; tokens, rounded up to whole steps."""
+    """Tokens of the whole run, rounded up to whole steps; give this or `total_steps`."""
     warmup_steps: NonNegativeInt = 500
+    """Steps of the linear warm-up at the start of the run."""
     min_lr_ratio: Ratio = 0.1
+    """Learning rate at the end of the cosine, relative to its peak; 1 for a constant rate after the warm-up."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "ScheduleSettings":
@@ -204,43 +236,49 @@ class ScheduleSettings(Settings):
 
 
 class ProjectionSettings(Settings):
-    """The space in which galore, apollo and fira keep the moments of a matrix."""
+    """Space in which `galore`, `apollo` and `fira` keep the moments of a matrix."""
 
     rank: PositiveInt = 128
+    """Rank of the space."""
     every_steps: PositiveInt = 200
-    """Steps from one space to the next."""
+    """Steps after which the space is computed anew."""
     scale: PositiveFloat | None = None
-    """Of the update, as the package takes it; 0.25 for galore and fira, 1 for apollo unless given."""
+    """Scale of the update, as the authors' package takes it; unless given, 0.25, with apollo 1."""
 
 
 class OptimizerSettings(Settings):
-    """AdamW, or what others train matrices with at full rank."""
+    """Optimizer and its peak learning rates."""
 
     name: Literal["adamw", "adamw-8bit", "galore", "apollo", "fira"] = "adamw"
-    """adamw-8bit keeps its moments in 8 bits (needs the extra `quant`); galore, apollo and fira keep those of the
-    blocks' matrices at a low rank (with `method: full`; they need the extra `baselines`)."""
+    """Optimizer; `galore`, `apollo` and `fira` want `method: full`. `adamw-8bit` keeps its moments in 8 bits (extra
+    `quant`). `galore`, `apollo` and `fira` keep the moments of the blocks' matrices at a low rank (extra `baselines`;
+    `apollo` for apollo)."""
     lr: PositiveFloat = 1.0e-3
-    """Of everything trained at full rank."""
+    """Peak learning rate of all that trains at full rank."""
     matrix_lr: PositiveFloat | None = None
-    """Of the matrices in the blocks while they train at full rank; lr unless given."""
+    """Peak learning rate of the blocks' matrices while they train at full rank; unless given, `lr`."""
     lowrank_lr: PositiveFloat | None = None
-    """Of the factors; 2 x matrix_lr unless given (the ReLoRA authors' rule)."""
+    """Peak learning rate of the factors; unless given, 2 x `matrix_lr` (the ReLoRA authors' rule)."""
     lowrank_b_lr_ratio: PositiveFloat = 1.0
-    """Learning rate of lora_B over that of lora_A (LoRA+)."""
+    """Learning rate of lora_B relative to that of lora_A (LoRA+)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of the first and the second moment."""
     eps: PositiveFloat = 1.0e-8
+    """Number added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """On matrices; norms and biases are not decayed."""
+    """Weight decay of the matrices that train; norms, biases and scales have none."""
     clip_grad_norm: NonNegativeFloat = 1.0
-    """0 turns clipping off."""
+    """Largest norm of the whole gradient; 0 turns clipping off."""
     projection: ProjectionSettings = ProjectionSettings()
 
 
 class BatchSettings(Settings):
-    """Sequences per optimizer step, and per forward pass."""
+    """Batch of an optimizer step, and its micro-batches."""
 
     sequences: PositiveInt = 64
+    """Sequences of an optimizer step."""
     micro_sequences: PositiveInt = 8
+    """Sequences of a micro-batch (one forward pass), in training and evaluation; divides `sequences`."""
 
     @model_validator(mode="after")
     def _whole(self) -> "BatchSettings":
@@ -252,11 +290,14 @@ class BatchSettings(Settings):
 
 
 class PrecisionSettings(Settings):
-    """fp32; bf16-mixed (fp32 weights, bf16 products); bf16 (bf16-mixed, and frozen weights stored in bf16)."""
+    """Number formats of products and of frozen weights; what trains, and its optimizer state, is fp32."""
 
     dtype: Literal["fp32", "bf16", "bf16-mixed"] = "fp32"
+    """Format of products: `bf16-mixed` and `bf16` compute them in bf16. `bf16-mixed` keeps all weights in fp32; `bf16`
+    stores the frozen ones in bf16."""
     frozen: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """Arithmetic of the products with frozen weights; auto: int8 where it is faster here, else that of dtype."""
+    """Format of products with frozen weights in training; `auto`: int8 where it is faster, else that of `dtype`. Faster
+    means by the rates that were measured on this machine."""
 
     @model_validator(mode="after")
     def _not_finer_than_the_rest(self) -> "PrecisionSettings":
@@ -266,50 +307,60 @@ class PrecisionSettings(Settings):
 
 
 class MemorySettings(Settings):
-    """What is kept for the backward pass, and what is computed again."""
+    """Memory of the backward pass."""
 
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """selective keeps the results of matrix products and attention, full only what enters each block."""
+    """Activations that the backward pass computes again instead of keeping them. `none` keeps all; `selective` keeps
+    the results of matrix products and of attention; `full` keeps only the input of each block."""
 
 
 class CheckpointSettings(Settings):
-    """When to save, and how many checkpoints to keep."""
+    """Checkpoints: when they are written, and how many are kept."""
 
     every_steps: PositiveInt = 500
+    """Steps from one checkpoint to the next; the last step always has one."""
     keep_last: PositiveInt = 2
-    """One more is kept where these share one copy of the frozen weights."""
+    """Checkpoints that are kept; one more where these share one copy of the frozen weights."""
     background: bool = True
-    """Write from a copy in main memory while training goes on; false saves that memory and waits for the disk."""
+    """Write from a copy in main memory while training goes on; `false` saves that memory and waits for the disk."""
 
 
 class NonFiniteSettings(Settings):
-    """What to do when a loss, a gradient or a weight is not finite."""
+    """Reaction to a loss, a gradient or a weight that is not finite."""
 
     policy: Literal["stop", "skip", "rewind"] = "stop"
-    """Stop; leave the step out; or go back to the last checkpoint and past the batches that led there."""
+    """Stop the run, skip the step, or rewind to the last checkpoint. A run that was rewound leaves out the batches that
+    led to the incident."""
     limit: PositiveInt = 3
-    """Stop after so many incidents in one run."""
+    """Incidents in one run after which it stops in any case."""
 
 
 class EvaluateSettings(Settings):
-    """Held-out loss in the loop, and before and after every restart."""
+    """Held-out loss: measured in the loop, at the start, around the switch and every restart, and at the end."""
 
     every_steps: PositiveInt = 500
+    """Steps from one measurement of the held-out loss to the next."""
     tokens: PositiveInt = 200_000
-    """Held-out tokens per evaluation, the same ones every time."""
+    """Held-out tokens of a measurement, the same ones every time; all there are, if there are fewer."""
 
 
 class LogSettings(Settings):
-    """metrics.jsonl is always written; trackers come on top."""
+    """Figures of the run: metrics.jsonl, which is always written, and trackers."""
 
     every_steps: PositiveInt = 10
+    """Steps from one line of metrics.jsonl to the next; the last step always has one."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Trackers that get the figures, too; `wandb` and `trackio` need the extra of that name."""
 
 
 class SampleSettings(Settings):
-    """Text generated at the end of the run."""
+    """Text that the finished model generates for the report."""
 
     prompts: tuple[Text, ...] = ("The",)
+    """Texts that the model continues."""
     max_new_tokens: PositiveInt = 80
+    """Tokens of a continuation; fewer where the model has no room."""
     temperature: PositiveFloat = 0.8
+    """Sampling temperature."""
     top_p: Ratio = 0.95
+    """Nucleus sampling: least total probability of the tokens that are drawn from."""

@@ -1,4 +1,4 @@
-"""What every run that trains reads: the settings that pretraining and fine-tuning share."""
+"""Settings that pretraining and fine-tuning share."""
 
 from pydantic import model_validator
 
@@ -19,16 +19,18 @@ from relora.config.values import Place, Seed, Settings, Text
 
 
 class TrainingConfig(Settings):
-    """A run; what it trains on is said by those that stand on this."""
+    """Base class of a run's configuration; the subclasses declare data, methods and schedule."""
 
     output_dir: Place
-    """The run folder."""
+    """Run folder, relative to the current folder."""
     seed: Seed = 0
+    """Seed of every random draw: weights, factors, data order, dropout, samples."""
     device: Text = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N or mps."""
+    """Device: auto (the first CUDA GPU, else MPS, else the CPU), cpu, cuda, cuda:N or mps."""
     model: ModelSettings
     data: Settings
     method: Text
+    """Training method, one of those of the subclass."""
     lowrank: LowRankSettings = LowRankSettings()
     restart: RestartSettings = RestartSettings()
     schedule: Settings
@@ -37,9 +39,10 @@ class TrainingConfig(Settings):
     precision: PrecisionSettings = PrecisionSettings()
     memory: MemorySettings = MemorySettings()
     deterministic: bool = True
-    """On a GPU, take every sum in the same order each time, so that a continued run ends in the same bits."""
+    """Take every sum on a GPU in the same order each time, so that a continued run ends in the same bits. `false` is
+    somewhat faster; a CPU does so anyway."""
     compile: bool = False
-    """Compile the repeated blocks (torch.compile); needs a C++ compiler on a CPU."""
+    """Compile the repeated blocks with torch.compile; on a CPU this needs a C++ compiler."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     non_finite: NonFiniteSettings = NonFiniteSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -48,7 +51,7 @@ class TrainingConfig(Settings):
 
     @property
     def lowrank_lr(self) -> float:
-        """Learning rate of lora_A; unless given, twice that of the matrices which the factors stand for."""
+        """Peak learning rate of lora_A; unless given, twice that of the blocks' matrices at full rank."""
         optimizer = self.optimizer
         return optimizer.lowrank_lr or 2 * (optimizer.matrix_lr or optimizer.lr)
 

@@ -1,4 +1,4 @@
-"""The kinds of values that settings take, and what all sections have in common."""
+"""Types of the values that settings take, and the base class of all sections."""
 
 from typing import Annotated
 
@@ -8,20 +8,21 @@ from relora.files.untrusted import no_address
 
 
 def _no_bool(value: object) -> object:
-    """YAML reads `yes` and `on` as true, and Python takes true for 1."""
+    """Refuse a boolean: YAML reads `yes` and `on` as true, and Python would take true for 1."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {str(value).lower()}")
     return value
 
 
 def _is_text(value: str) -> str:
-    """What YAML can spell in quotes and no file name or UTF-8 file can hold."""
+    """Refuse characters that YAML can spell in quotes, but that no file name or no UTF-8 file can hold."""
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError("must be text, without NUL characters and halves of surrogate pairs")
     return value
 
 
 Number = BeforeValidator(_no_bool)
+"""Mark of a numeric field: no boolean passes."""
 PositiveInt = Annotated[int, Number, Field(gt=0, le=10**15)]
 NonNegativeInt = Annotated[int, Number, Field(ge=0, le=10**15)]
 Seed = Annotated[int, Number, Field(ge=0, lt=2**64)]
@@ -31,10 +32,10 @@ Share = Annotated[float, Number, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Number, Field(gt=0, le=1)]
 Text = Annotated[str, AfterValidator(_is_text)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_is_text), AfterValidator(no_address)]
-"""A path, or a hub id."""
+"""A path or a hub id, never a web address."""
 
 
 class Settings(BaseModel):
-    """A section: frozen, and strict about unknown keys."""
+    """Base class of a section: frozen, and strict about unknown keys; the string under a field documents it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
