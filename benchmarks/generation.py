@@ -43,15 +43,15 @@ def main() -> None:
 
 
 def in_one_process(model: str, tokens: int, rounds: int, sampled: bool) -> None:
-    finished = load_model_or_run(model, device="cpu")
+    loaded = load_model_or_run(model, device="cpu")
     theirs = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = finished.encode(PROMPT)
+    ids = loaded.encode(PROMPT)
     prompt = torch.tensor([ids])
     sampling = Sampling(max_new_tokens=tokens, do_sample=sampled)
 
     def ours() -> int:
-        return continue_prompt(finished.model, finished.tokenizer, ids, sampling, 0, write=lambda text: None).tokens
+        return continue_prompt(loaded.model, loaded.tokenizer, ids, sampling, 0, write=lambda text: None).tokens
 
     def plain() -> int:
         settings = {"do_sample": True, **SAMPLED} if sampled else {"do_sample": False}

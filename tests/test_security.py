@@ -140,9 +140,9 @@ def test_a_models_own_code_runs_only_when_it_is_trusted(own_code: World, caplog:
             open_model(own_code.model, from_scratch=from_scratch)
     assert not own_code.marker.exists()
     with caplog.at_level(logging.WARNING):
-        finished = load_model_or_run(own_code.model, trust_remote_code=True)
+        loaded = load_model_or_run(own_code.model, trust_remote_code=True)
     assert own_code.marker.exists()
-    assert type(finished.model).__name__ == "OwnModel"
+    assert type(loaded.model).__name__ == "OwnModel"
     assert [record.message for record in caplog.records if record.name.startswith("relora")] == [
         f"warning: {own_code.model}: runs code that came with the model: modeling_own.py"
     ]

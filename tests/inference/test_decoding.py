@@ -1,4 +1,4 @@
-"""A text ends where it should, and what is streamed of it is what it is, however its tokens fall."""
+"""A text ends where it should and is streamed as it is returned, however it is split into tokens."""
 
 from pathlib import Path
 
@@ -10,7 +10,14 @@ from tests.adapters.adapted import DATA, STORIES, needs_data
 from transformers import AutoTokenizer
 
 from relora.errors import UserError
-from relora.inference.decoding import Continuation, GrowingText, Sampling, check_stop, continue_prompt, held_back
+from relora.inference.decoding import (
+    Continuation,
+    GrowingText,
+    Sampling,
+    check_stop,
+    continue_prompt,
+    possible_stop_chars,
+)
 from relora.inference.loading import load_model_or_run
 
 pytestmark = needs_data
@@ -19,7 +26,7 @@ GREEDY = Sampling(max_new_tokens=40, do_sample=False)
 
 
 @pytest.fixture(scope="module")
-def finished():
+def loaded():
     return load_model_or_run(STORIES, device="cpu")
 
 
@@ -28,25 +35,25 @@ def tokenizer(request: pytest.FixtureRequest):
     return AutoTokenizer.from_pretrained(STORIES if request.param == "STORIES" else DATA / "tokenizers" / request.param)
 
 
-def written(finished, **settings) -> tuple[Continuation, list[str]]:
+def continued(loaded, **settings) -> tuple[Continuation, list[str]]:
     pieces: list[str] = []
-    model, tokenizer = finished.model, finished.tokenizer
-    return continue_prompt(model, tokenizer, finished.encode(PROMPT), GREEDY, 0, pieces.append, **settings), pieces
+    model, tokenizer = loaded.model, loaded.tokenizer
+    return continue_prompt(model, tokenizer, loaded.encode(PROMPT), GREEDY, 0, pieces.append, **settings), pieces
 
 
 @pytest.mark.parametrize(
     ("text", "stop", "held"),
     [
         ("a EN", ["END"], 2),
-        ("a END", ["END"], 0),  # it is there: nothing to wait for
+        ("a END", ["END"], 0),  # complete, so nothing is held back
         ("a", ["END"], 0),
         ("ababa", ["abac", "bab"], 3),
         ("\n", ["\n\n"], 1),
         ("x", [], 0),
     ],
 )
-def test_what_may_become_a_stop_string_waits(text: str, stop: list[str], held: int) -> None:
-    assert held_back(text, stop) == held
+def test_a_possible_beginning_of_a_stop_string_is_counted(text: str, stop: list[str], held: int) -> None:
+    assert possible_stop_chars(text, stop) == held
 
 
 @given(
@@ -54,8 +61,8 @@ def test_what_may_become_a_stop_string_waits(text: str, stop: list[str], held: i
     stop=st.lists(st.text("ab \n", min_size=1, max_size=4), max_size=2),
     stream_seconds=st.sampled_from([0.0, 60.0]),
 )
-def test_text_is_streamed_as_it_reads(tokenizer, text: str, stop: list[str], stream_seconds: float) -> None:
-    """Token after token: the pieces make up the text, which ends at the token that completes a stop string."""
+def test_streamed_text_is_the_decoded_text(tokenizer, text: str, stop: list[str], stream_seconds: float) -> None:
+    """The pieces join up to the text, which ends at the token that completes a stop string."""
     prompt = tokenizer("x\n", add_special_tokens=False).input_ids
     ids = tokenizer(text, add_special_tokens=False).input_ids
 
@@ -73,32 +80,32 @@ def test_text_is_streamed_as_it_reads(tokenizer, text: str, stop: list[str], str
     assert growing.close(prompt + taken) == "".join(pieces) == read(taken)[: min(starts, default=None)]
 
 
-def test_a_stop_string_ends_the_text_and_is_no_part_of_it(finished) -> None:
-    plain, _ = written(finished)
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(loaded) -> None:
+    plain, _ = continued(loaded)
     at = plain.text.index("girl")
     for stop in ("girl", "irl nam", plain.text[at : at + 12]):
-        result, pieces = written(finished, stop=[stop, "never"])
+        result, pieces = continued(loaded, stop=[stop, "never"])
         assert result.text == plain.text[: plain.text.index(stop)]
         assert "".join(pieces) == result.prompt + result.text
         assert result.tokens < plain.tokens
-    assert written(finished, stop=["never"])[0].text == plain.text
+    assert continued(loaded, stop=["never"])[0].text == plain.text
 
 
-def test_a_stop_string_in_the_prompt_does_not_count(finished) -> None:
-    plain, _ = written(finished)
+def test_a_stop_string_in_the_prompt_does_not_count(loaded) -> None:
+    plain, _ = continued(loaded)
     across = PROMPT[-4:] + plain.text[:2]
     assert across in PROMPT + plain.text
-    assert written(finished, stop=["Once", across])[0].text == plain.text
+    assert continued(loaded, stop=["Once", across])[0].text == plain.text
 
 
-def test_a_special_token_ends_by_its_id(finished) -> None:
-    plain, _ = written(finished, stop=["</s>"])
+def test_a_special_token_ends_by_its_id(loaded) -> None:
+    plain, _ = continued(loaded, stop=["</s>"])
     assert plain.tokens == 40
-    model, tokenizer = finished.model, finished.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
     # <unk> is left out of decoded texts, so it could never be found in one
     tokens = [tokenizer.convert_ids_to_tokens(number) for number in (0, 1, 2)]
     assert tokens == ["<unk>", "<s>", "</s>"]
-    ids = finished.encode(PROMPT)
+    ids = loaded.encode(PROMPT)
     bias = torch.zeros(512)
     bias[0] = 1e4
 
@@ -114,48 +121,50 @@ def test_a_special_token_ends_by_its_id(finished) -> None:
         handle.remove()
 
 
-def test_asked_to_end_it_ends_after_the_token(finished) -> None:
+def test_a_text_that_is_asked_to_end_ends_after_the_token(loaded) -> None:
     asked = iter([False, False, True])
-    result, pieces = written(finished, asked_to_end=lambda: next(asked))
+    result, pieces = continued(loaded, asked_to_end=lambda: next(asked))
     assert result.tokens == 3
     assert "".join(pieces) == result.prompt + result.text
 
 
-def test_without_echo_the_prompt_is_not_written(finished) -> None:
-    result, pieces = written(finished, echo=False)
+def test_without_echo_the_prompt_is_not_written(loaded) -> None:
+    result, pieces = continued(loaded, echo=False)
     assert "".join(pieces) == result.text != ""
     assert result.prompt == PROMPT
 
 
-def test_watching_changes_nothing(finished) -> None:
-    model, tokenizer, ids = finished.model, finished.tokenizer, finished.encode(PROMPT)
+def test_streaming_and_stop_strings_do_not_change_the_draws(loaded) -> None:
+    model, tokenizer, ids = loaded.model, loaded.tokenizer, loaded.encode(PROMPT)
     sampled = Sampling(max_new_tokens=30, temperature=1.0)
     quiet = continue_prompt(model, tokenizer, ids, sampled, 3)
     watched = continue_prompt(model, tokenizer, ids, sampled, 3, lambda text: None, stop=["never to be"])
     assert (quiet.text, quiet.tokens) == (watched.text, watched.tokens)
 
 
-@pytest.mark.parametrize("trains_on", [False, True])
-def test_autograd_keeps_account_only_where_the_model_trains_on(finished, trains_on: bool) -> None:
-    """What a module keeps of a text in inference mode could not be part of a later step."""
-    model, kept = finished.model, []
+@pytest.mark.parametrize("trains_afterwards", [False, True])
+def test_inference_mode_is_used_unless_the_model_trains_afterwards(loaded, trains_afterwards: bool) -> None:
+    """A tensor that a module keeps from a text in inference mode could not take part in a later training step."""
+    model, kept = loaded.model, []
     handle = model.get_input_embeddings().register_forward_hook(lambda module, given, made: kept.append(made))
     try:
-        text = continue_prompt(model, finished.tokenizer, finished.encode(PROMPT), GREEDY, 0, trains_on=trains_on).text
+        text = continue_prompt(
+            model, loaded.tokenizer, loaded.encode(PROMPT), GREEDY, 0, trains_afterwards=trains_afterwards
+        ).text
     finally:
         handle.remove()
-    assert {made.is_inference() for made in kept} == {not trains_on}
-    assert text == written(finished)[0].text
+    assert {made.is_inference() for made in kept} == {not trains_afterwards}
+    assert text == continued(loaded)[0].text
 
 
-def test_an_empty_stop_string() -> None:
+def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UserError, match="stop: a stop string is empty"):
         check_stop(["a", ""])
     check_stop([])
 
 
 def test_a_space_at_the_start_of_a_line_stays(tmp_path: Path) -> None:
-    """transformers' own streamer decodes every line from its start, and SentencePiece loses the space there."""
+    """The streamer of transformers decodes every line by itself, so SentencePiece loses the space at its start."""
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "mistral-v1-32k")
     ids = tokenizer("def f():\n  return 1\n", add_special_tokens=False).input_ids
     pieces: list[str] = []

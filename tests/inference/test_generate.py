@@ -1,4 +1,4 @@
-"""Text comes streamed and quiet, the same for the same seed, and leaves model and random streams as they were."""
+"""The same seed gives the same text, streamed or not, and the model and the random streams are left as they were."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_what_is_streamed_is_what_is_returned(capfd: pytest.CaptureFixture[str])
     pieces: list[str] = []
     result = generate(STORIES, [PROMPT, "Lily"], GREEDY, write=pieces.append)
     assert "".join(pieces) == "".join(text + "\n" for text in result.texts)
-    assert len(pieces) > 2  # of a tiny model a few at a time
+    assert len(pieces) > 2  # a tiny model generates several tokens per piece
     assert result.texts[0].startswith("Once upon a time, there was a little")
     assert result.tokens == 24
     assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
@@ -53,7 +53,7 @@ def test_greedy_text_is_that_of_transformers(parts) -> None:
     ]
 
 
-def test_a_seed_writes_one_text_whatever_came_before(parts) -> None:
+def test_a_seed_gives_the_same_text_whatever_came_before(parts) -> None:
     first = sample(parts, seed=1)
     torch.rand(5)
     assert sample(parts, seed=1) == first
@@ -86,7 +86,7 @@ def test_an_empty_prompt_begins_a_document() -> None:
     assert len(generate(STORIES, [""], GREEDY).texts[0]) > 10
 
 
-def test_too_long_for_the_model(parts) -> None:
+def test_a_prompt_that_is_too_long_for_the_model(parts) -> None:
     with pytest.raises(UserError, match=r"max_new_tokens \(600\).*512 positions; at most \d+ fit"):
         generate(STORIES, [PROMPT], Sampling(max_new_tokens=600))
     with pytest.raises(UserError, match="512 positions; shorten it"):
@@ -108,12 +108,12 @@ def test_too_long_for_the_model(parts) -> None:
         ("repetition_penalty", 0),
     ],
 )
-def test_settings_out_of_range(name: str, value: float) -> None:
+def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"{name} is {value}; it must be"):
         Sampling(**{name: value})
 
 
-def test_a_run_without_model_names_the_verb(tmp_path: Path) -> None:
+def test_the_error_for_a_run_without_a_model_names_export(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         "output_dir: x\nmodel: {preset: llama-9m}\ndata: {train: a, validation: b, sequence_length: 64}\n"
         "schedule: {total_steps: 10000}\n"
@@ -125,13 +125,13 @@ def test_a_run_without_model_names_the_verb(tmp_path: Path) -> None:
     assert load_model_or_run(STORIES).sequence_length == 512
 
 
-def test_a_wrong_dtype_or_device() -> None:
+def test_the_dtype_is_checked_and_used() -> None:
     with pytest.raises(UserError, match="dtype: `int3` is none of"):
         load_model_or_run(STORIES, dtype="int3")
     assert load_model_or_run(STORIES, dtype="bf16").model.dtype == torch.bfloat16
 
 
-def test_adapters_side_by_side(tmp_path: Path) -> None:
+def test_several_adapters_continue_each_prompt_in_turn(tmp_path: Path) -> None:
     red, blue = lora(tmp_path / "red", seed=1), prompts(tmp_path / "blue")
     pieces: list[str] = []
     places = [str(red), str(blue)]
@@ -157,7 +157,7 @@ def test_adapters_side_by_side(tmp_path: Path) -> None:
     assert lines[3].startswith("72 tokens in") and "peak memory" in lines[3]
 
 
-def test_the_base_by_its_name(tmp_path: Path) -> None:
+def test_the_base_can_be_given_by_its_name(tmp_path: Path) -> None:
     red = lora(tmp_path / "red", seed=1)
     assert generate(red, [PROMPT], GREEDY, adapters=["base"]).adapters == ["base", "red"]
     assert generate(red, [PROMPT], GREEDY, compare=True).adapters == ["base", "red"]
@@ -173,7 +173,7 @@ def test_adapters_are_compared_with_the_same_seed(tmp_path: Path) -> None:
     assert texts[0] == texts[1] == generate(STORIES, ["Lily", PROMPT], sampled, adapters=same[1:], seed=5).texts[1]
 
 
-def test_a_chat_gives_answers_alone(tmp_path: Path) -> None:
+def test_a_chat_gives_only_the_answers(tmp_path: Path) -> None:
     model = with_template(tmp_path / "model")
     pieces: list[str] = []
     result = generate(model, ["Hello", "Who?"], GREEDY, chat=True, system="Be kind.", write=pieces.append)
@@ -187,17 +187,17 @@ def test_a_chat_gives_answers_alone(tmp_path: Path) -> None:
     assert "".join(pieces) == "".join(f"{answer}\n" for answer in result.texts)
 
 
-def test_a_run_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+def test_the_prompt_of_a_run_is_written_by_its_template(tmp_path: Path) -> None:
     run = run_with_adapter(tmp_path / "tuned")
     (answer,) = generate(run, ["Hello"], GREEDY, chat=True).texts
-    # "Response:" and the answer are encoded apart in training, so the whole prompt as one text would be another one
+    # training encodes prompt and response separately, so the prompt encoded as one text would have other ids
     (whole,) = generate(run, ["Hello"], GREEDY).texts
     assert answer and whole.startswith("Hello")
     with pytest.raises(UserError, match="no chat template"):
         generate(STORIES, ["Hello"], GREEDY, chat=True)
 
 
-def test_stop_strings_and_a_system_prompt_need_sense() -> None:
+def test_stop_strings_and_system_prompts_are_checked() -> None:
     plain = generate(STORIES, [PROMPT], GREEDY).texts[0]
     (text,) = generate(STORIES, [PROMPT], GREEDY, stop=["little"]).texts
     assert text == plain[: plain.index("little")]
@@ -207,7 +207,7 @@ def test_stop_strings_and_a_system_prompt_need_sense() -> None:
         generate(STORIES, [PROMPT], system="Be kind.")
 
 
-def test_what_cannot_be_done_is_said_before_the_first_word(tmp_path: Path) -> None:
+def test_errors_are_raised_before_the_first_token(tmp_path: Path) -> None:
     pieces: list[str] = []
     with pytest.raises(UserError, match="positions; shorten it"):
         generate(STORIES, [PROMPT, PROMPT * 300], GREEDY, write=pieces.append)

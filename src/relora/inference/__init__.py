@@ -1,1 +1,1 @@
-"""Opening a finished run, model or adapter, and generating text with it."""
+"""Open a trained model, run or adapter, and generate text with it: prompts continued, or a chat."""

@@ -1,7 +1,7 @@
-"""A conversation with a finished model, a line at a time: a question, or a command.
+"""A chat with a trained model, line by line: each line is a question or a command.
 
-`Chat` does what a line says and knows nothing of terminals; `chat` reads lines until there are none. Ctrl-C ends an
-answer, which is kept as far as it came, and a second one in a row ends the chat.
+`Chat` handles single lines and knows nothing of terminals; `chat` reads lines until the input ends. Ctrl-C ends an
+answer, whose text so far is kept; a second Ctrl-C in a row ends the chat.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from relora.messages import short_repr
 from relora.model.load import max_positions
 
 Read = Callable[[], str | None]
-"""The next line; None at the end of the input. May raise KeyboardInterrupt."""
+"""Returns the next line of input, or None at its end. It may raise KeyboardInterrupt."""
 
 COMMANDS = {
     "/reset": "forget what was said; the system prompt stays",
@@ -36,19 +36,24 @@ COMMANDS = {
     "/help": "show this",
     "/quit": "end",
 }
+"""Every command of a chat, with the text that /help shows for it."""
 
 
 class Chat:
     """One conversation with one model.
 
     Args:
-        write: gets answers in pieces as they come.
-        tell: gets what is not an answer, a line at a time.
+        sampling: settings for the answers; `max_new_tokens` limits each of them.
+        system: the system prompt.
+        stop: strings that end an answer.
+        seed: key of the random draws.
+        write: receives the answers, in pieces as they are generated.
+        tell: receives everything that is not an answer, line by line.
     """
 
     def __init__(
         self,
-        finished: LoadedModel,
+        loaded: LoadedModel,
         sampling: Sampling,
         *,
         system: str | None = None,
@@ -59,52 +64,57 @@ class Chat:
     ) -> None:
         check_stop(stop)
         self.conversation = Conversation(system or None)
-        self.written: list[Continuation] = []
-        self._finished, self._sampling, self._stop, self._seed = finished, sampling, stop, seed
+        self.answers: list[Continuation] = []
+        """All answers so far, including those that `/reset` removed from the conversation."""
+        self._loaded, self._sampling, self._stop, self._seed = loaded, sampling, stop, seed
         self._write, self._tell = write, tell
 
-    def take(self, line: str, asked_to_end: Callable[[], bool] | None = None) -> bool:
-        """Do what a line says; whether the chat goes on.
+    def handle(self, line: str, asked_to_end: Callable[[], bool] | None = None) -> bool:
+        """Answer a question or carry out a command; return whether the chat goes on.
+
+        Args:
+            asked_to_end: called after every token of an answer; the answer ends as soon as it returns true.
 
         Raises:
-            UserError: a command that cannot be done, or a question that is too long. Nothing has changed.
+            UserError: the command cannot be carried out, or the question is too long. Nothing has changed.
         """
         words = line.split(maxsplit=1)
         if not words:
             return True
-        command, rest = words[0], words[1].strip() if len(words) > 1 else ""
-        if not re.fullmatch(r"/[a-z]+", command):  # `/etc/hosts` begins a question like any other word
+        command, argument = words[0], words[1].strip() if len(words) > 1 else ""
+        if not re.fullmatch(r"/[a-z]+", command):  # a path such as /etc/hosts may begin a question
             self._answer(line.strip(), asked_to_end)
         elif command == "/quit":
             return False
         elif command == "/reset":
             self.conversation.reset()
         elif command == "/system":
-            self.conversation.system = rest or None
+            self.conversation.system = argument or None
         elif command == "/adapter":
-            self._adapter(rest)
+            self._use_adapter(argument)
         elif command == "/save":
-            self._save(rest)
+            self._save(argument)
         elif command == "/help":
-            for each, meaning in COMMANDS.items():
-                self._tell(f"{each:15} {meaning}")
+            for name, meaning in COMMANDS.items():
+                self._tell(f"{name:15} {meaning}")
         else:
             raise UserError(f"{short_repr(command)}: no such command; there are {', '.join(COMMANDS)}")
         return True
 
     def _answer(self, question: str, asked_to_end: Callable[[], bool] | None) -> None:
-        finished, conversation = self._finished, self.conversation
-        positions, forgotten = max_positions(finished.model), conversation.forgotten
+        """Generate the answer to a question and add both to the conversation."""
+        loaded, conversation = self._loaded, self.conversation
+        positions, omitted_before = max_positions(loaded.model), conversation.omitted_turns
         ids = conversation.ask(
-            question, finished.encode_chat, positions=positions, answer_tokens=self._sampling.max_new_tokens
+            question, loaded.encode_chat, positions=positions, answer_tokens=self._sampling.max_new_tokens
         )
-        if conversation.forgotten > forgotten:
-            left = len(conversation.turns) - conversation.forgotten
+        if conversation.omitted_turns > omitted_before:
+            left = len(conversation.turns) - conversation.omitted_turns
             self._tell(f"(the model's {positions:,} positions are full: it hears only the last {left} turns from now)")
         room = self._sampling.max_new_tokens if positions is None else positions - len(ids)
         continuation = continue_prompt(
-            finished.model,
-            finished.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             ids,
             replace(self._sampling, max_new_tokens=min(self._sampling.max_new_tokens, room)),
             self._seed,
@@ -114,17 +124,19 @@ class Chat:
             asked_to_end=asked_to_end,
         )
         self._write("\n")
-        self.written.append(continuation)
-        if answer := continuation.text.strip():  # a turn without one would teach the model to say nothing
+        self.answers.append(continuation)
+        if answer := continuation.text.strip():  # an empty answer in the history would be an example to follow
             conversation.turns.append(Turn(question, answer))
 
-    def _adapter(self, name: str) -> None:
-        adapters = self._finished.adapters
+    def _use_adapter(self, name: str) -> None:
+        """Switch to the adapter `name`, if a name is given, and list all adapters."""
+        adapters = self._loaded.adapters
         if name:
             adapters.use(name)
         self._tell(f"(adapters: {adapters})")
 
     def _save(self, name: str) -> None:
+        """Write the conversation to a new file, as one line of JSON in the format of fine-tuning data."""
         messages = self.conversation.messages()
         if not name or not self.conversation.turns:
             raise UserError("/save: give a file, once there is something to save, e.g. `/save chat.jsonl`")
@@ -153,71 +165,74 @@ def chat(
     write: Write | None = None,
     tell: Write | None = None,
 ) -> Speed:
-    """Talk with a model until the input ends; returns how fast it answered.
+    """Chat with a model until the input ends; return the speed of its answers.
 
     Args:
-        model_or_run: as for `generate`.
-        adapters: folders or runs whose adapters can be switched to. The model's own, or else the first of these, is in
-            use from the start; with `base` among them, none is.
-        read: gives the lines; by default those of standard input, with a prompt on a terminal.
-        write: gets answers in pieces; by default standard output.
-        tell: gets all other lines; by default standard error.
+        model_or_run: a run folder, a model folder, a hub id or an adapter's folder, as for `generate`.
+        adapters: folders or runs whose adapters the user can switch to. At the start the model's own adapter is in use,
+            or else the first of these; if `base` is among them, none is.
+        system: the system prompt.
+        stop: strings that end an answer.
+        read: returns the next line; by default from standard input, with a prompt on a terminal.
+        write: receives the answers in pieces; by default standard output.
+        tell: receives all other lines; by default standard error.
 
     Raises:
-        UserError: as for `generate`; a tokenizer without a chat template of a model that was not fine-tuned by ours.
-        KeyboardInterrupt: a second Ctrl-C.
+        UserError: as for `generate`; the tokenizer has no chat template and no run of ours fine-tuned the model.
+        KeyboardInterrupt: Ctrl-C was pressed twice in a row.
     """
     check_stop(stop)
-    finished = load_model_or_run(
+    loaded = load_model_or_run(
         model_or_run,
         adapters=[each for each in adapters if each != BASE],
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    finished.adapters.use(BASE if BASE in adapters else (*finished.adapters.names, BASE)[0])
-    finished.encode_chat([{"role": "user", "content": "?"}])  # a model that has no words for a chat is told of at once
+    names = loaded.adapters.names
+    loaded.adapters.use(BASE if BASE in adapters or not names else names[0])
+    loaded.encode_chat([{"role": "user", "content": "?"}])  # refuses a model without a chat template before any input
     tell = tell or _tell
     session = Chat(
-        finished, sampling or Sampling(), system=system, stop=stop, seed=seed, write=write or _write, tell=tell
+        loaded, sampling or Sampling(), system=system, stop=stop, seed=seed, write=write or _write, tell=tell
     )
-    if finished.adapters.names:
-        tell(f"(adapters: {finished.adapters})")
-    _talk(session, read or _read, tell)
-    return Speed.of(session.written)
+    if names:
+        tell(f"(adapters: {loaded.adapters})")
+    _handle_lines(session, read or _read, tell)
+    return Speed.of(session.answers)
 
 
-def _talk(session: Chat, read: Read, tell: Write) -> None:
-    """Hand lines to a chat until there are none; what is wrong with a line is told, and the next one is read."""
-    interrupted = False
+def _handle_lines(session: Chat, read: Read, tell: Write) -> None:
+    """Pass lines to a chat until the input or the chat ends; a line that fails is reported and the next one is read."""
+    was_interrupted = False
     while True:
         try:
             line = read()
         except KeyboardInterrupt:
-            if interrupted:
+            if was_interrupted:
                 raise
-            interrupted = True
+            was_interrupted = True
             tell("(Ctrl-C once more, Ctrl-D or /quit ends the chat)")
             continue
         if line is None:
             return
         with _Interrupt() as interrupt:
             try:
-                if not session.take(line, interrupt.asked):
+                if not session.handle(line, interrupt.received):
                     return
             except UserError as error:
                 tell(f"relora: {error}")
-        interrupted = interrupt.asked()
+        was_interrupted = interrupt.received()
 
 
 class _Interrupt:
-    """While entered, a first SIGINT is noted; a second one raises KeyboardInterrupt."""
+    """Context in which the first SIGINT is only recorded and the second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._received = False
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._note)
+        self._previous = signal.signal(signal.SIGINT, self._record)
         return self
 
     def __exit__(
@@ -225,25 +240,26 @@ class _Interrupt:
     ) -> None:
         signal.signal(signal.SIGINT, self._previous)
 
-    def asked(self) -> bool:
-        return self._asked
+    def received(self) -> bool:
+        """Whether there was a SIGINT since the context was entered."""
+        return self._received
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
             raise KeyboardInterrupt
-        self._asked = True
+        self._received = True
 
 
 def _read() -> str | None:
-    """A line of standard input; on a terminal with a prompt, and with the line editing that Python was built with."""
+    """Read a line of standard input; on a terminal with a prompt, and with line editing where Python has readline."""
     try:
         if not sys.stdin.isatty():
             return sys.stdin.readline() or None
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # what `input` edits and recalls lines with, once it is there
+            import readline  # noqa: F401  # once imported, `input` edits and recalls lines with it
         return input("> " if sys.stdout.isatty() else "")
     except EOFError:
-        print()  # the next thing to be shown begins a line
+        print()  # so that the next output begins on a new line
         return None
     except KeyboardInterrupt:
         print()

@@ -1,9 +1,16 @@
-"""What was said in a chat, and how much of it the model hears.
+"""The history of a chat, and the token ids of the prompt that the model answers next.
 
-A model hears the system prompt, the latest turns and the new question. Where they leave too little of its context for
-an answer, whole turns are left out, the oldest first; the system prompt and the question never are. What is left out
-stays in the history, to be saved, and does not come back to the model: it would hear a conversation with a hole. Every
-turn is read anew from its beginning, so the price of a turn grows with what was said before.
+`Conversation` keeps the system prompt and all turns, and decides how many of them go into the next prompt: the system
+prompt, the latest turns and the new question. Where these leave too little of the model's context for an answer, whole
+turns are left out of the prompt, the oldest first; the system prompt and the question never are. Turns that were left
+out stay in the history, so that they are saved, but they never return to the prompt, even if they would fit again: the
+answers given in the meantime were written without them.
+
+`ChatPrompt` encodes the messages of such a prompt as token ids, in the same way as the model's training examples were
+encoded: with the tokenizer's chat template, or with the template of the run that fine-tuned the model.
+
+The price: nothing is cached between turns. Every prompt is encoded and run through the model from its first token, so
+the time until an answer begins grows with the length of the conversation.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +28,20 @@ from relora.errors import UserError
 from relora.messages import first_line
 
 Message = dict[str, str]
-"""`role` (system, user or assistant) and `content`, as chat templates take them."""
+"""A message in the form that chat templates take: `role` (system, user or assistant) and `content`."""
 
 Encode = Callable[[list[Message]], list[int]]
-"""Messages, of which the last is the user's -> the ids after which the answer comes."""
+"""Maps messages, the last of which is the user's, to the token ids of the prompt that the model answers."""
+
+_LAYOUT = Layout("chat", "messages")
+
+_PLACEHOLDER_ANSWER = TrainingMessage("assistant", "x")
+"""Takes the place of the answer that is still to be generated: the templates of training write complete examples."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer."""
+    """A question of the user and the model's answer to it."""
 
     question: str
     answer: str
@@ -37,73 +49,74 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The history of a chat."""
+    """The system prompt and the turns of a chat so far."""
 
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
-    forgotten: int = 0
-    """How many of the oldest turns the model hears no more."""
+    omitted_turns: int = 0
+    """How many of the oldest turns are left out of every prompt from now on."""
 
     def reset(self) -> None:
-        """Forget the turns; the system prompt stays."""
+        """Delete all turns; the system prompt stays."""
         self.turns.clear()
-        self.forgotten = 0
+        self.omitted_turns = 0
 
     def messages(self, question: str | None = None, *, skip: int = 0) -> list[Message]:
-        """The system prompt, the turns but the first `skip`, and the question, as far as there are any."""
+        """List the system prompt (if there is one), all turns but the first `skip`, and `question` (if given)."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[skip:]:
             messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
         return messages if question is None else [*messages, {"role": "user", "content": question}]
 
     def ask(self, question: str, encode: Encode, *, positions: int | None, answer_tokens: int) -> list[int]:
-        """The prompt for an answer to `question`, with as much of the history as fits.
+        """Build the prompt for an answer to `question`, with as much of the history as fits.
 
         Args:
-            positions: the model's context in tokens; None where it has no end.
-            answer_tokens: the most an answer may take. A quarter of the context is kept free for it, or all that it may
-                take where that is less.
+            positions: length of the model's context in tokens; None if it is unlimited.
+            answer_tokens: the most tokens that an answer may have. A quarter of the context is kept free for the
+                answer, or `answer_tokens` if that is less.
+
+        Returns:
+            The token ids of the prompt. Turns that had to be left out are counted in `omitted_turns`; the question
+            itself is not added to `turns`.
 
         Raises:
-            UserError: system prompt and question leave no room for an answer; nothing was forgotten.
+            UserError: the system prompt and the question alone fill the context; `omitted_turns` is unchanged.
         """
-        forgotten = self.forgotten
-        ids = encode(self.messages(question, skip=forgotten))
+        omitted = self.omitted_turns
+        ids = encode(self.messages(question, skip=omitted))
         if positions is None:
             return ids
-        free = min(answer_tokens, positions // 4)
-        while len(ids) + free > positions and forgotten < len(self.turns):
-            forgotten += 1
-            ids = encode(self.messages(question, skip=forgotten))
+        reserved = min(answer_tokens, positions // 4)
+        while len(ids) + reserved > positions and omitted < len(self.turns):
+            omitted += 1
+            ids = encode(self.messages(question, skip=omitted))
         if len(ids) >= positions:
             raise UserError(
                 f"system prompt and question take {len(ids):,} of the model's {positions:,} positions, which leaves no "
                 "room for an answer; shorten them"
             )
-        self.forgotten = forgotten
+        self.omitted_turns = omitted
         return ids
 
 
-_LAYOUT = Layout("chat", "messages")
-
-
-_ANSWER = TrainingMessage("assistant", "x")
-"""Stands where the answer will; the prompt is what comes before it."""
-
-
 class ChatPrompt:
-    """Turns messages into the ids after which the answer comes.
+    """Encodes messages as the token ids of the prompt that the model answers.
+
+    The templates `alpaca` and `plain` are written and encoded by the code that encodes the training examples; `auto`
+    means the tokenizer's chat template where it has one and `alpaca` otherwise, as in training. In all other cases the
+    tokenizer's chat template is used.
 
     Args:
         template: `data.template` of the run that fine-tuned the model; None for any other model.
 
     Raises:
-        UserError: neither the tokenizer nor a run has a template.
+        UserError: neither the tokenizer nor the run has a template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
         self._tokenizer = tokenizer
-        self._template = None
+        self._template = None  # stays None where the tokenizer's chat template is used
         if template in ("alpaca", "plain") or (template == "auto" and not tokenizer.chat_template):
             self._template = find_template(template, _LAYOUT, tokenizer)  # type: ignore[arg-type]  # one of its names
             self._encoder = PartEncoder(tokenizer, is_chat=False)
@@ -114,7 +127,11 @@ class ChatPrompt:
             )
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt, of which the last message is the user's; `UserError` where the template refuses it."""
+        """Return the token ids of the prompt that ends with the last message, which must be the user's.
+
+        Raises:
+            UserError: the template refuses the messages, for example a system prompt that it does not support.
+        """
         try:
             if self._template is None:
                 ids: Any = self._tokenizer.apply_chat_template(
@@ -122,11 +139,13 @@ class ChatPrompt:
                 )
                 return list(ids)
             conversation = tuple(TrainingMessage(message["role"], message["content"]) for message in messages)
-            (parts,) = self._encoder.encode([self._template.parts((*conversation, _ANSWER))])
-            return list(chain.from_iterable(part.ids for part in parts[:-1]))
+            example = self._template.parts((*conversation, _PLACEHOLDER_ANSWER))
+            (encoded_parts,) = self._encoder.encode([example])
+            before_the_answer = encoded_parts[:-1]
+            return list(chain.from_iterable(part.ids for part in before_the_answer))
         except UserError:
             raise
         except BadRecord as error:
             raise UserError(str(error)) from None
-        except Exception as error:  # whatever somebody's template raises, such as for a system prompt it cannot take
+        except Exception as error:  # a chat template is a program of its author's and may raise anything
             raise UserError(f"the chat template refuses this conversation: {first_line(str(error))}") from None

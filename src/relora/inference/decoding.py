@@ -1,14 +1,18 @@
-"""One prompt continued by a model: token by token, streamed, up to an end or a stop string.
+"""Continue one prompt with a model: token by token, streamed, up to an end token or a stop string.
 
-transformers chooses the tokens (`generate`); what they read as is settled here, in one place for what is streamed, what
-ends the text and what is returned. Text is always decoded whole and handed on from where it was: decoded piece by
-piece, a SentencePiece tokenizer would lose the space that a piece begins with. That costs a decoding of the whole at
-every piece, so pieces wait for one another up to STREAM_SECONDS. With stop strings, the last tokens are decoded after
-every token, which a model that takes a millisecond for one can feel.
+transformers chooses the tokens (`generate`). This module decides what text they stand for, in one place for what is
+streamed, what ends the text and what is returned.
 
-A stop string ends the text where it begins, whatever tokens it is made of; transformers' own `stop_strings` leaves it
-in, matches one that began in the prompt, and goes through the vocabulary at every first use. A stop string that is a
-special token of the tokenizer is not part of any text and ends it by its id.
+A text is always decoded as a whole, prompt included, and the part that is new is passed on: decoded piece by piece, a
+SentencePiece tokenizer would lose the space at the start of each piece. The price is that every streamed piece costs a
+decoding of the whole text, so tokens are collected for STREAM_SECONDS before they are decoded and written. With stop
+strings the last few tokens are also decoded after every single token, which is noticeable on a model that takes only a
+millisecond per token.
+
+A stop string ends the text where it begins, however it is split into tokens. The `stop_strings` of transformers are not
+used, because they leave the stop string in the text, match one that began in the prompt, and go through the whole
+vocabulary at their first use. A stop string that is a special token of the tokenizer never appears in decoded text, so
+it ends the text by its token id.
 """
 
 import time
@@ -26,55 +30,62 @@ from relora.model.load import quiet_transformers
 from relora.seeding import keyed_seed
 
 Write = Callable[[str], object]
+"""Receives text piece by piece, for example to print it; its result is not used."""
 
 STREAM_SECONDS = 0.05
-"""Text is written this often at most: no eye follows more."""
+"""Shortest time between two streamed pieces of text; updates that come faster cannot be read."""
 _TOKENS_PER_CHAR = 4
-"""At most: a character that the vocabulary lacks is spelt as up to four bytes."""
+"""The most tokens that one character takes: one that the vocabulary lacks is spelled as up to four bytes."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What the first bytes of a character read as until its last has come."""
+"""The text that the first bytes of a character decode to as long as its last byte is missing."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the names are those of `transformers.GenerationConfig`."""
+    """Settings by which the next token is chosen, under the names that `transformers.GenerationConfig` gives them.
+
+    Raises:
+        UserError: a setting is out of its range.
+    """
 
     max_new_tokens: int = 200
     temperature: float = 0.8
-    """0 is greedy, as is `do_sample=False`."""
+    """0 selects greedy decoding, as does `do_sample=False`."""
     top_p: float = 0.95
     top_k: int = 0
-    """0 is no limit."""
+    """0 sets no limit."""
     do_sample: bool = True
     repetition_penalty: float = 1.0
+    """1 applies no penalty."""
 
     def __post_init__(self) -> None:
-        for name, sound, wanted in (
+        for name, is_valid, requirement in (
             ("max_new_tokens", self.max_new_tokens > 0, "above 0"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (no limit) or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
         ):
-            if not sound:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+            if not is_valid:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {requirement}")
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after one prompt."""
+    """The text that a model generated after one prompt."""
 
     prompt: str
-    """As its tokens read."""
+    """The prompt, decoded from its token ids, without special tokens."""
     text: str
-    """What is new, without the stop string that ended it."""
+    """The generated text, without the stop string that ended it."""
     tokens: int
-    """New ones, those of an end or a stop string among them."""
+    """Number of generated tokens, including those of an end token or a stop string."""
     seconds: float
+    """Time for the whole call: set-up, generation and decoding."""
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """`UserError` for a stop string that ends every text before it begins."""
+    """Raise `UserError` if a stop string is empty: it would end every text before its first token."""
     if "" in stop:
         raise UserError("stop: a stop string is empty; give the text that ends an answer, or leave it out")
 
@@ -90,60 +101,73 @@ def continue_prompt(
     echo: bool = True,
     stop: Sequence[str] = (),
     asked_to_end: Callable[[], bool] | None = None,
-    trains_on: bool = False,
+    trains_afterwards: bool = False,
 ) -> Continuation:
-    """Continue the prompt `ids`; the same seed writes the same text after the same prompt.
+    """Continue one prompt. The same seed gives the same text after the same prompt.
+
+    The model's mode, its generation settings and the global random streams are as before when this returns.
 
     Args:
-        write: gets the text in pieces as it comes; a piece that may become a stop string waits until it is known.
-        echo: `write` gets the prompt, too, before the first token is there.
+        ids: token ids of the prompt.
+        seed: key of the random draws, together with `ids`.
+        write: receives the text in pieces as it is generated. A piece that may be the beginning of a stop string is
+            held back until that is decided.
+        echo: also give `write` the prompt, before the first token is generated.
         stop: strings that end the text.
-        asked_to_end: looked at after every token; once true, the text ends there.
-        trains_on: the model trains afterwards. Otherwise what it remembers of this text may be beyond autograd, which
-            saves a tenth of the time that a small model takes for a token.
+        asked_to_end: called after every token; the text ends as soon as it returns true.
+        trains_afterwards: whether the model is trained after this call. If it is not, the text is generated in
+            inference mode, so tensors that a module keeps from this call cannot take part in autograd; that saves a
+            tenth of the time that a small model takes per token.
     """
     begin = time.perf_counter()
-    special = _special_ids(tokenizer)
+    special = _special_token_ids(tokenizer)
     stop_ids = [special[each] for each in stop if each in special]
     growing = GrowingText(tokenizer, ids, [each for each in stop if each not in special], write, asked_to_end)
     if write is not None and echo:
         write(growing.prompt)
     prompt = torch.tensor([ids], device=model.device)
-    # keyed by the prompt, too: with one draw for all, texts of different prompts fall into the same words
     settings = _generation_config(model, tokenizer, sampling, stop_ids)
+    # the prompt is part of the key: with the same draws for all, texts of different prompts choose the same words
     seeded = _seeded(keyed_seed(seed, "sample", *ids), model.device)
-    with evaluating(model), quiet_transformers(), without_settings(model), seeded, torch.inference_mode(not trains_on):
-        whole: Tensor = model.generate(
+    inference = torch.inference_mode(not trains_afterwards)
+    with evaluating(model), quiet_transformers(), without_generation_settings(model), seeded, inference:
+        output: Tensor = model.generate(  # [1, prompt and generated tokens]
             prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=settings,
-            stopping_criteria=[growing] if growing.is_watched else None,
+            stopping_criteria=[growing] if growing.is_needed else None,
         )
-    text = growing.close(whole[0].tolist())
-    return Continuation(growing.prompt, text, whole.shape[1] - len(ids), time.perf_counter() - begin)
+    text = growing.close(output[0].tolist())
+    return Continuation(growing.prompt, text, output.shape[1] - len(ids), time.perf_counter() - begin)
 
 
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, stop_ids: list[int]
 ) -> GenerationConfig:
-    """`sampling` alone, whatever came with the model; a text ends at the EOS of the model's or of the tokenizer's."""
-    ends = end_ids(model, tokenizer, stop_ids)
-    sampled = sampling.do_sample and sampling.temperature > 0
-    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k} if sampled else {}
+    """Translate `sampling` for transformers. Of the model's own settings only its end tokens are used.
+
+    A text ends at the EOS of the model, at that of the tokenizer, or at one of `stop_ids`.
+    """
+    ends = end_token_ids(model, tokenizer, stop_ids)
+    common = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "repetition_penalty": sampling.repetition_penalty,
+        "eos_token_id": ends,
+        "pad_token_id": ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    if not sampling.do_sample or sampling.temperature == 0:
+        return GenerationConfig(do_sample=False, **common)
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=ends,
-        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        do_sample=sampled,
-        **chosen,
+        do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, **common
     )
 
 
 @contextmanager
-def without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model has no settings for generation (beams, penalties, suppressed tokens), from which transformers
-    would fill in what ours leave open."""
+def without_generation_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Remove the model's own generation settings (beams, penalties, suppressed tokens) inside the context.
+
+    transformers would take from them every setting that the caller's `GenerationConfig` leaves open.
+    """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -151,25 +175,36 @@ def without_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, more: Iterable[int] = ()) -> list[int]:
-    """The ids that end a text, each once: the model's, the tokenizer's, and `more`."""
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, more: Iterable[int] = ()) -> list[int]:
+    """List the ids that end a text, without duplicates: the EOS of the model and of the tokenizer, then `more`."""
     own = model.generation_config.eos_token_id
     ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *more]
     return [token for token in dict.fromkeys(ends) if token is not None]
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The tokens that decoding leaves out of a text, and their ids."""
+def _special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Map every special token, which decoding leaves out of a text, to its id."""
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def held_back(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
+def possible_stop_chars(text: str, stop: Sequence[str]) -> int:
+    """Count the characters at the end of `text` that may be the beginning of a stop string (the longest such end)."""
     return max((size for each in stop for size in range(1, len(each)) if text.endswith(each[:size])), default=0)
 
 
 class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """The text of one generation as it grows; transformers asks it after every token whether that was the last."""
+    """The text of one generation while it is being generated.
+
+    As a stopping criterion, transformers calls it after every token: it streams the text to `write`, and ends the
+    generation at a stop string or when `asked_to_end` says so. `close` returns the finished text.
+
+    Args:
+        prompt: token ids of the prompt.
+        stop: strings that end the text; they are searched for after the prompt only.
+        write: receives the text in pieces.
+        asked_to_end: called after every token; the text ends as soon as it returns true.
+        stream_seconds: shortest time between two pieces.
+    """
 
     def __init__(
         self,
@@ -185,62 +220,81 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         self._stream_seconds = stream_seconds
         self._ids = list(prompt)
         self._prompt_tokens = len(prompt)
-        self.prompt = self._read(self._ids)
+        self.prompt = self._decode(self._ids)
         self._stopped = False
         self._written_chars, self._written_at = 0, 0.0
         longest = max(map(len, stop), default=0)
-        self._watched_tokens = 1 + _TOKENS_PER_CHAR * longest
+        self._stop_tokens = 1 + _TOKENS_PER_CHAR * longest  # a stop string that has just ended lies within so many
 
     @property
-    def is_watched(self) -> bool:
-        """Whether anything hangs on the text before it is done."""
+    def is_needed(self) -> bool:
+        """Whether anything has to be done before the generation is over; if not, transformers need not call this."""
         return bool(self._stop) or self._write is not None or self._asked_to_end is not None
 
     def __call__(self, input_ids: Tensor, scores: object, **others: object) -> Tensor:
-        """Whether the text is done, [1]; `input_ids` [1, length] are prompt and new tokens."""
+        """Take in the newest token and return whether the text ends with it.
+
+        Args:
+            input_ids: [1, length], the tokens of the prompt and all generated tokens.
+
+        Returns:
+            A boolean tensor of shape [1].
+        """
         self._ids += input_ids[0, len(self._ids) :].tolist()
-        due = self._write is not None and time.monotonic() - self._written_at >= self._stream_seconds
-        if due or self._may_hold_stop():
-            self._settle(final=False)
+        is_due = self._write is not None and time.monotonic() - self._written_at >= self._stream_seconds
+        if is_due or self._may_hold_stop():
+            self._update(final=False)
         done = self._stopped or (self._asked_to_end is not None and self._asked_to_end())
         return torch.full((1,), done, device=input_ids.device)
 
     def close(self, ids: list[int]) -> str:
-        """The text that `ids`, prompt and new tokens, read as; what of it was held back is written."""
+        """Finish the text and return it; what was held back so far is written.
+
+        Args:
+            ids: the tokens of the prompt and all generated tokens.
+        """
         self._ids = ids
-        return self._settle(final=True)
+        return self._update(final=True)
 
     def _may_hold_stop(self) -> bool:
-        """Whether a stop string stands in the last tokens, or in the one before the first new one: to be looked at."""
+        """Whether the last tokens contain a stop string.
+
+        This only decides whether the whole text is decoded and searched: the tokens decoded here include one before the
+        first generated token, because a decoder may strip the space that a text begins with.
+        """
         if not self._stop:
             return False
-        # from one token before, since a decoder may strip the space that a text begins with
-        tail = self._read(self._ids[max(self._prompt_tokens - 1, len(self._ids) - self._watched_tokens - 1, 0) :])
+        first = max(self._prompt_tokens - 1, len(self._ids) - self._stop_tokens - 1, 0)
+        tail = self._decode(self._ids[first:])
         return any(each in tail for each in self._stop)
 
-    def _settle(self, *, final: bool) -> str:
-        """Decode what is new, cut it at a stop string, and write what is certain of it."""
-        text = self._read(self._ids)[len(self.prompt) :]
-        found = [at for each in self._stop if (at := text.find(each)) >= 0]
-        if found:
-            self._stopped, text = True, text[: min(found)]
+    def _update(self, *, final: bool) -> str:
+        """Decode the generated text, cut it at the first stop string, and write the part that is certain and new.
+
+        Unless `final`, an incomplete character and a possible beginning of a stop string at the end are held back.
+        """
+        text = self._decode(self._ids)[len(self.prompt) :]
+        stops = [start for each in self._stop if (start := text.find(each)) >= 0]
+        if stops:
+            self._stopped = True
+            text = text[: min(stops)]
         elif not final:
             text = text.rstrip(_INCOMPLETE)
-            text = text[: len(text) - held_back(text, self._stop)]
+            text = text[: len(text) - possible_stop_chars(text, self._stop)]
         if self._write is not None and len(text) > self._written_chars:
             self._write(text[self._written_chars :])
             self._written_chars = len(text)
         self._written_at = time.monotonic()
         return text
 
-    def _read(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """transformers draws from the global streams: set them for the length of one text, then put them back."""
+    """Seed the global random streams, from which transformers draws, inside the context; restore them afterwards."""
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(seed)

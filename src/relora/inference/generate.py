@@ -1,7 +1,7 @@
-"""Let a finished model write: streamed to a person, or quietly for the report of a run.
+"""Continue prompts with a trained model: streamed to a person, or silently for the report of a run.
 
-With several adapters every prompt is continued by each in turn, from one base that is opened once and with the same
-seed, so that what differs is the adapters' doing.
+With several adapters, each of them continues every prompt in turn. The base is opened once and every continuation is
+drawn with the same seed, so that all differences between the texts come from the adapters.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,19 @@ from relora.model.load import max_positions
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast texts were written."""
+    """Number of generated tokens and how fast they were generated."""
 
     tokens: int
-    """New ones, all texts together."""
+    """Generated tokens of all texts together."""
     seconds: float
-    """Of generation, without opening the model."""
+    """Time of generation, without opening the model."""
     tokens_per_second: float
 
     @classmethod
-    def of(cls, written: Sequence[Continuation]) -> "Speed":
-        tokens, seconds = sum(each.tokens for each in written), sum(each.seconds for each in written)
+    def of(cls, continuations: Sequence[Continuation]) -> "Speed":
+        """Add up the tokens and the seconds of several continuations."""
+        tokens = sum(each.tokens for each in continuations)
+        seconds = sum(each.seconds for each in continuations)
         return cls(tokens, seconds, tokens / seconds if seconds else 0.0)
 
     def __str__(self) -> str:
@@ -40,15 +42,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Generation(Speed):
-    """What was written, and what it took."""
+    """The generated texts, with time and memory."""
 
     texts: list[str]
-    """Each with its prompt; the answer alone where a prompt was a turn of a chat."""
+    """Each text with its prompt; with `chat`, the answer alone."""
     adapters: list[str]
-    """Who wrote each; `base` where no adapter was in use."""
+    """For each text, the name of the adapter that was in use; `base` if none was."""
     peak_memory_bytes: int
-    """On a CUDA device of its tensors, elsewhere of the process."""
+    """The most memory taken: on a CUDA device by its tensors, elsewhere by the process."""
     by_adapter: dict[str, Speed]
+    """Speed with each adapter, by name."""
 
 
 def generate(
@@ -67,59 +70,62 @@ def generate(
     trust_remote_code: bool = False,
     write: Write | None = None,
 ) -> Generation:
-    """Continue every prompt, one after another; `write` gets the text in pieces as it comes, prompt first.
+    """Continue every prompt, one after another.
 
-    The same seed writes the same text, whatever the other prompts and adapters are.
+    The same seed gives the same text for a prompt, whatever the other prompts and adapters are.
 
     Args:
         model_or_run: a run folder, a model folder or a hub id; or an adapter's folder, which opens its base.
-        adapters: folders or runs whose adapters continue every prompt in turn, after the model's own; `base` is the
-            model without any.
-        compare: the base, too, and first.
-        chat: every prompt is a user's turn, put into the words of the chat template or of the run's template.
-        system: the system prompt of such a turn.
+        adapters: folders or runs whose adapters continue every prompt in turn, after the model's own adapter; `base`
+            stands for the model without any adapter.
+        compare: let the base continue every prompt as well, before all adapters.
+        chat: treat every prompt as a user's turn, written with the chat template or the template of the run.
+        system: system prompt of such a turn.
         stop: strings that end a text; they are not part of it.
         trust_remote_code: run code that comes with the model.
+        write: receives the texts in pieces as they are generated, each with its prompt first (with `chat`, the answer
+            alone), and the names of the adapters if there are several.
 
     Raises:
-        UserError: no such model or adapter, an adapter of another base, a setting out of range, no chat template, or a
-            prompt that leaves too little room.
+        UserError: the model or an adapter does not exist, an adapter belongs to another base, a setting is out of
+            range, there is no chat template, or a prompt leaves too little room in the model's context. All of this is
+            found before the first token is generated.
     """
     sampling = sampling or Sampling()
     check_stop(stop)
     if system is not None and not chat:
         raise UserError("system: a system prompt is part of a chat; add --chat")
-    finished = load_model_or_run(
+    loaded = load_model_or_run(
         model_or_run,
         adapters=[each for each in adapters if each != BASE],
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    names = _writers(finished, adapters, compare)
+    names = _adapters_in_turn(loaded, with_base=compare or BASE in adapters, compare=compare)
     jobs = [
-        (name, _encode(finished, prompt, sampling, name if chat else None, system))
+        (name, _encode_prompt(loaded, prompt, sampling, name if chat else None, system))
         for prompt in prompts
         for name in names
     ]
-    written: list[Continuation] = []
+    model, tokenizer = loaded.model, loaded.tokenizer
+    continuations: list[Continuation] = []
     for name, ids in jobs:
-        finished.adapters.use(name)
+        loaded.adapters.use(name)
         if write is not None and len(names) > 1:
             write(f"== {name}\n")
-        tokenizer = finished.tokenizer
-        written.append(continue_prompt(finished.model, tokenizer, ids, sampling, seed, write, echo=not chat, stop=stop))
+        continuations.append(continue_prompt(model, tokenizer, ids, sampling, seed, write, echo=not chat, stop=stop))
         if write is not None:
             write("\n")
-    total, by = Speed.of(written), [name for name, _ in jobs]
+    total, used = Speed.of(continuations), [name for name, _ in jobs]
     return Generation(
         total.tokens,
         total.seconds,
         total.tokens_per_second,
-        texts=[each.text if chat else each.prompt + each.text for each in written],
-        adapters=by,
-        peak_memory_bytes=peak_memory_bytes(finished.model.device),
-        by_adapter={n: Speed.of([each for each, who in zip(written, by, strict=True) if who == n]) for n in names},
+        texts=[each.text if chat else each.prompt + each.text for each in continuations],
+        adapters=used,
+        peak_memory_bytes=peak_memory_bytes(model.device),
+        by_adapter={name: _speed_with(name, used, continuations) for name in names},
     )
 
 
@@ -133,48 +139,67 @@ def sample_texts(
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """Continue every prompt in silence, on the model's device; its mode and the random streams stay as they are.
+    """Continue every prompt without output, on the model's device, and return the texts with their prompts.
 
-    Where a model has no room for `max_new_tokens` after a prompt, its text is shorter.
+    The model's mode and the global random streams are as before when this returns, so training can go on. If a prompt
+    leaves less room than `max_new_tokens` in the model's context, its text is shorter.
     """
-    finished = LoadedModel(model, tokenizer, 0, Attached(model))
+    loaded = LoadedModel(model, tokenizer, 0, Attached(model))
     texts = []
     for prompt in prompts:
-        ids = finished.encode(prompt)
+        ids = loaded.encode(prompt)
         room = (max_positions(model) or len(ids) + max_new_tokens) - len(ids)
         sampling = Sampling(max_new_tokens=max(1, min(max_new_tokens, room)), temperature=temperature, top_p=top_p)
-        written = continue_prompt(model, tokenizer, ids, sampling, seed, trains_on=True)
-        texts.append(written.prompt + written.text)
+        continuation = continue_prompt(model, tokenizer, ids, sampling, seed, trains_afterwards=True)
+        texts.append(continuation.prompt + continuation.text)
     return texts
 
 
 def describe(generation: Generation) -> str:
-    """The figures: one line, and one more for each of several adapters."""
-    several = generation.by_adapter if len(generation.by_adapter) > 1 else {}
-    lines = [f"{name}: {speed}" for name, speed in several.items()]
+    """Format the speed and the memory: one line, preceded by a line for each adapter if there are several."""
+    by_adapter = generation.by_adapter if len(generation.by_adapter) > 1 else {}
+    lines = [f"{name}: {speed}" for name, speed in by_adapter.items()]
     return "\n".join([*lines, f"{generation}, peak memory {generation.peak_memory_bytes / 1e9:.2f} GB"])
 
 
-def _writers(finished: LoadedModel, adapters: Sequence[str], compare: bool) -> list[str]:
-    """Who continues every prompt, in turn."""
-    loaded = finished.adapters.names
-    if compare and not loaded:
+def _adapters_in_turn(loaded: LoadedModel, *, with_base: bool, compare: bool) -> list[str]:
+    """List the names of what continues every prompt, in order.
+
+    Raises:
+        UserError: `compare` was asked for, but there is no adapter to compare the base with.
+    """
+    names = loaded.adapters.names
+    if compare and not names:
         raise UserError("compare: there is no adapter beside the base; give --adapter")
-    return [*[BASE] * (compare or BASE in adapters or not loaded), *loaded]
+    return [BASE, *names] if with_base or not names else [*names]
 
 
-def _encode(
-    finished: LoadedModel, prompt: str, sampling: Sampling, chat_with: str | None, system: str | None
+def _speed_with(adapter: str, used: Sequence[str], continuations: Sequence[Continuation]) -> Speed:
+    """Add up those continuations that were generated with `adapter`; `used` has the name for each continuation."""
+    return Speed.of([each for each, name in zip(continuations, used, strict=True) if name == adapter])
+
+
+def _encode_prompt(
+    loaded: LoadedModel, prompt: str, sampling: Sampling, chat_adapter: str | None, system: str | None
 ) -> list[int]:
-    """The ids of a prompt, as it is or as a turn of a chat with an adapter; `UserError` where an answer has no room."""
-    if chat_with is None:
-        ids = finished.encode(prompt)
+    """Return the token ids of a prompt.
+
+    Args:
+        chat_adapter: the prompt is a turn of a chat with this adapter; None if it is plain text to be continued.
+        system: system prompt of the chat.
+
+    Raises:
+        UserError: prompt and `max_new_tokens` exceed the model's context.
+    """
+    if chat_adapter is None:
+        ids = loaded.encode(prompt)
     else:
-        ids = finished.encode_chat(Conversation(system).messages(prompt), chat_with)
-    positions, wanted = max_positions(finished.model), sampling.max_new_tokens
+        ids = loaded.encode_chat(Conversation(system).messages(prompt), chat_adapter)
+    positions, wanted = max_positions(loaded.model), sampling.max_new_tokens
     if positions is not None and len(ids) + wanted > positions:
+        mend = f"at most {positions - len(ids)} fit" if len(ids) < positions else "shorten it"
         raise UserError(
             f"max_new_tokens ({wanted}) and the prompt ({len(ids)} tokens) exceed the model's {positions} "
-            + (f"positions; at most {positions - len(ids)} fit" if len(ids) < positions else "positions; shorten it")
+            f"positions; {mend}"
         )
     return ids

@@ -1,11 +1,12 @@
-"""A model that is there to be used, and the adapters beside it.
+"""Open a trained model from any path that leads to one, together with adapters for it.
 
+    path                     what is opened
     model folder, hub id     that model
-    RUN with model/          what pretraining and full fine-tuning leave: that model
-    RUN with adapter/        what LoRA and LLaMA-Adapter leave: the base, with the adapter in use
-    adapter folder           the base that it names, with the adapter in use
+    RUN with model/          the model that pretraining or full fine-tuning wrote
+    RUN with adapter/        the base model, with the run's adapter (LoRA, LLaMA-Adapter) in use
+    adapter folder           the base model that the adapter names, with the adapter in use
 
-An adapter is told by its adapter_config.json, a run by its config.yaml.
+A folder is an adapter if it has an adapter_config.json, and a run if it has a config.yaml.
 """
 
 import logging
@@ -28,42 +29,53 @@ from relora.runs.settings import is_run, read_run_settings
 _log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 1024
-"""Tokens a model is scored on at once where neither a run nor the model says how long it was trained."""
+"""The longest sequence, in tokens, for a model whose training length is not known from a run."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, in eval mode."""
+    """A model on its device in eval mode, with its tokenizer and the adapters that were loaded for it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     sequence_length: int
-    """Tokens per sequence in training: of a run its setting, of any other model its positions, 1024 at most."""
+    """Tokens per sequence in training: the run's setting; for any other model its positions, 1024 at most."""
     adapters: Attached
-    """Those that were opened with the model; its own is in use, where it has one."""
+    """The loaded adapters. If the path itself led to an adapter, that one is in use; otherwise none is."""
     template: str | None = None
-    """`data.template` of the run that fine-tuned the model as a whole."""
+    """`data.template` of the run that fine-tuned the whole model; None for any other model."""
     _prompts: dict[str | None, ChatPrompt] = field(default_factory=dict)
+    """The chat prompts made so far, by template."""
 
     @property
     def start_token(self) -> int:
-        """What comes before the first token of a document: the tokenizer's BOS, else the EOS of the one before."""
+        """The token before the first token of a document: the tokenizer's BOS, or its EOS if it has no BOS."""
         bos: int | None = self.tokenizer.bos_token_id
         eos: int = self.tokenizer.eos_token_id  # every tokenizer that `load_tokenizer` opens has one
         return eos if bos is None else bos
 
     def encode(self, text: str) -> list[int]:
-        """The start token and the ids of `text`; `UserError` where the tokenizer gives an id that the model has not."""
+        """Return the start token and the token ids of `text`.
+
+        Raises:
+            UserError: the text is not valid Unicode, or the tokenizer gives an id that the model does not have.
+        """
         _check_text(text)
         return self._checked(
             [self.start_token, *self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
         )
 
     def encode_chat(self, messages: Sequence[Message], adapter: str | None = None) -> list[int]:
-        """The prompt after which `adapter` (by default the one in use) answers the last of `messages`.
+        """Return the token ids of the prompt that the model answers with `adapter` (by default the one in use).
+
+        The prompt is written with the template of the run that trained the adapter or the model, or with the
+        tokenizer's chat template.
+
+        Args:
+            messages: the conversation so far; the last message is the user's.
 
         Raises:
-            UserError: no chat template, one that refuses the messages, or as for `encode`.
+            UserError: there is no chat template, the template refuses the messages, or as for `encode`.
         """
         template = self.adapters.template(adapter or self.adapters.in_use) or self.template
         if template not in self._prompts:
@@ -73,6 +85,7 @@ class LoadedModel:
         return self._checked(self._prompts[template].ids(messages))
 
     def _checked(self, ids: list[int]) -> list[int]:
+        """Return `ids`; raise `UserError` if one of them has no row in the model's embedding."""
         rows = self.model.get_input_embeddings().num_embeddings
         if max(ids) >= rows:
             raise UserError(
@@ -89,91 +102,106 @@ def load_model_or_run(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Open the model of a run, a model folder, a hub id or an adapter's base, and adapters beside it.
+    """Open the model that a path leads to (see the module's table), and load adapters for it.
 
-    The model's own adapter, where it has one, is in use; `adapters` (folders or runs) are loaded and wait.
-    `trust_remote_code` runs code that comes with the model. What the run's own config.yaml says of it does not count
-    here: the folder may be somebody else's.
+    Args:
+        model_or_run: a run folder, a model folder, a hub id or an adapter folder. If it leads to an adapter, that
+            adapter is in use.
+        adapters: folders or runs whose adapters are loaded too, but are not in use.
+        trust_remote_code: run code that comes with the model. What the run's own config.yaml says about it is ignored
+            here, because the folder may come from somebody else.
 
     Raises:
-        UserError: a run that has no model yet, an adapter that is none or of another base, or what `open_model`,
-            `load_tokenizer` and `choose_device` refuse.
+        UserError: the run has no model yet, an adapter does not exist or belongs to another base, or `open_model`,
+            `load_tokenizer` or `choose_device` refuses its part.
     """
-    place, weights_dtype = choose_device(device), dtype_named(dtype)
-    beside = [find_adapter(each) for each in adapters]
-    found = _find(model_or_run)
-    folder = _base_folder(found, model_or_run, trust_remote_code)
-    model = open_model(folder, dtype=weights_dtype, trust_remote_code=trust_remote_code).to(place).eval()
-    length = found.sequence_length or min(max_positions(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    chosen_device, weights_dtype = choose_device(device), dtype_named(dtype)
+    more_adapters = [find_adapter(each) for each in adapters]
+    source = _resolve(model_or_run)
+    folder = _base_folder(source, model_or_run, trust_remote_code)
+    model = open_model(folder, dtype=weights_dtype, trust_remote_code=trust_remote_code).to(chosen_device).eval()
+    length = source.sequence_length or min(max_positions(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     attached = Attached(model)
-    if found.adapter is not None:
-        attached.use(attached.load(found.adapter))
-    for each in beside:
-        _warn_of_another_base(each, found.model)
+    if source.adapter is not None:
+        attached.use(attached.load(source.adapter))
+    for each in more_adapters:
+        _warn_of_another_base(each, source.model)
         attached.load(each)
-    return LoadedModel(model, tokenizer, length, attached, found.template)
+    return LoadedModel(model, tokenizer, length, attached, source.template)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What stands at a place."""
+class _ModelSource:
+    """The model, and possibly the adapter, that a path resolves to."""
 
     model: str | Path | None
-    """A folder or hub id; None for an adapter that names no base."""
+    """Folder or hub id of the model, for an adapter of its base; None for an adapter that names no base."""
     adapter: AdapterFolder | None = None
+    """The adapter to use with the model, if the path leads to one."""
     sequence_length: int | None = None
+    """Tokens per sequence in training, for a run."""
     template: str | None = None
+    """`data.template` of the run, if it fine-tuned the whole model."""
 
 
-def _find(model_or_run: str | Path) -> _Found:
-    place = Path(model_or_run)
-    if is_run(place):
-        return _find_in_run(place)
-    if (place / CONFIG).is_file() and not (place / "config.json").exists():
-        adapter = find_adapter(place)
-        return _Found(adapter.base, adapter)
-    return _Found(model_or_run)
+def _resolve(model_or_run: str | Path) -> _ModelSource:
+    """Find out whether a path is a run, an adapter or a model, and what has to be opened."""
+    path = Path(model_or_run)
+    if is_run(path):
+        return _resolve_run(path)
+    if (path / CONFIG).is_file() and not (path / "config.json").exists():
+        adapter = find_adapter(path)
+        return _ModelSource(adapter.base, adapter)
+    return _ModelSource(model_or_run)
 
 
-def _find_in_run(run: Path) -> _Found:
+def _resolve_run(run: Path) -> _ModelSource:
+    """Find what a run's training wrote; raise `UserError` for a classifier or a run that has written no model yet."""
     settings = read_run_settings(run)
     length = settings.data.sequence_length
     if settings.task == "classification":
         raise UserError(f"{run}: its model tells classes of texts apart; it is no language model")
     if (run / "adapter").is_dir():
         adapter = find_adapter(run)
-        return _Found(adapter.base or settings.model.path, adapter, length)
+        return _ModelSource(adapter.base or settings.model.path, adapter, length)
     if (run / "model").is_dir():
-        return _Found(run / "model", None, length, settings.template)
+        return _ModelSource(run / "model", None, length, settings.template)
     raise UserError(f"{run}: has no model yet; finish the run, or write one with `relora export {run}`")
 
 
-def _base_folder(found: _Found, place: str | Path, trust_remote_code: bool) -> Path:
-    """The local folder of the model; what is wrong with an adapter's base is said with the adapter's name."""
-    both = f"give both: `relora generate MODEL --adapter {place}`"
-    if found.model is None:
-        raise UserError(f"{place}: does not say which model it belongs to (`base_model_name_or_path`); {both}")
+def _base_folder(source: _ModelSource, path: str | Path, trust_remote_code: bool) -> Path:
+    """Return the local folder of the model; an error about an adapter's base also names the adapter at `path`."""
+    both = f"give both: `relora generate MODEL --adapter {path}`"
+    if source.model is None:
+        raise UserError(f"{path}: does not say which model it belongs to (`base_model_name_or_path`); {both}")
     try:
-        return model_folder(found.model, trust_remote_code=trust_remote_code)
+        return model_folder(source.model, trust_remote_code=trust_remote_code)
     except UserError as error:
-        if found.adapter is None:
+        if source.adapter is None:
             raise
-        raise UserError(f"{place}: its base cannot be opened: {error}; if it is elsewhere now, {both}") from None
+        raise UserError(f"{path}: its base cannot be opened: {error}; if it is elsewhere now, {both}") from None
 
 
 def _warn_of_another_base(adapter: AdapterFolder, model: str | Path | None) -> None:
-    """An adapter that fits may still be another model's of the same shape, which nothing but its word can tell."""
+    """Warn if an adapter names a base other than `model`.
+
+    The shapes cannot show this: an adapter fits every model of the same shape, so its own statement is all there is.
+    Two folders are compared as folders; where one of the two names is not a local path, only the last part of the names
+    is compared.
+    """
     if adapter.base is None or model is None:
         return
     named, given = Path(adapter.base), Path(model)
-    both_here = named.exists() and given.exists()
-    if not (named.samefile(given) if both_here else named.name == given.resolve().name):
+    are_folders = named.exists() and given.exists()
+    is_same = named.samefile(given) if are_folders else named.name == given.resolve().name
+    if not is_same:
         _log.warning("warning: %s was trained on %s, not on %s", adapter.folder, short_name(adapter.base, 160), model)
 
 
 def _check_text(text: str) -> None:
+    """Raise `UserError` for text with lone surrogates, which Python makes of invalid bytes on a command line."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # what Python makes of other bytes on a command line
+    except UnicodeEncodeError:
         raise UserError("prompt: holds bytes that are not UTF-8 text") from None
