@@ -1,8 +1,11 @@
 # Two commands from a fresh clone: `make quickstart` and `make test`. Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test check clean
+.PHONY: install quickstart test check clean
+
+install: .venv/installed
 
 quickstart: .venv/installed
 	$(BIN)/relora prepare corpus --out prepared/quickstart --train-tokenizer 4096 --validation 3%
@@ -17,17 +20,22 @@ quickstart: .venv/installed
 test: check
 	$(BIN)/python -m pytest -n 2
 
-check: .venv/installed
+check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first and by its exact version: a range lets pip take a build of several GB
+# What a user needs. torch comes first and by its exact version: a range lets pip take a build of several GB.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+# The tools of development, and every optional library that a test uses.
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:
