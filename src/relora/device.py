@@ -1,4 +1,4 @@
-"""Which device the arithmetic runs on, in what order it adds there, and the most memory that it has taken."""
+"""The device that a run computes on: its choice, deterministic sums on it, and its peak memory."""
 
 import os
 import resource
@@ -13,11 +13,15 @@ import torch
 from relora.errors import UserError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-"""For `deterministic`. torch looks once, at the first product of a process on a GPU, so it is said on import."""
+"""Required by `deterministic`; set on import, since torch reads it only once, at a process's first product on a GPU."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`; `UserError` if it is absent."""
+    """Return the device of a name: `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        UserError: the name is none of these, or this machine has no such device.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -36,6 +40,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def _cuda(device: torch.device) -> torch.device:
+    """Return a CUDA device with its index; `UserError` if this machine has none such."""
     if not torch.cuda.is_available():
         why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "no CUDA GPU is in sight"
         raise UserError(f"device: {device} was asked for, but {why}; set `device: auto`, or see `relora doctor`")
@@ -47,19 +52,21 @@ def _cuda(device: torch.device) -> torch.device:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Within it a GPU takes every sum in the same order each time; a CPU does so anyway.
+    """Make every sum inside the block run in a fixed order on a GPU; on a CPU it does so anyway.
 
     Raises:
-        UserError: an operation of the model has no such order, or the process multiplied on a GPU before it imported
-            this module.
+        UserError: the model uses an operation without a deterministic version, or the process computed a matrix
+            product on a GPU before it imported this module.
     """
     if device.type != "cuda":
         yield
         return
     memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)  # with `warn_only`, attention's way back would still add in any order
-    memory.fill_uninitialized_memory = False  # a pass over every tensor, for programs that read what they never wrote
+    was_enabled, filled_memory = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    # not `warn_only`, with which the backward pass of attention would still sum in an arbitrary order
+    torch.use_deterministic_algorithms(True)
+    # filling costs a pass over every new tensor, and helps only programs that read memory which they never wrote
+    memory.fill_uninitialized_memory = False
     try:
         yield
     except RuntimeError as error:
@@ -71,17 +78,17 @@ def deterministic(device: torch.device) -> Iterator[None]:
             raise
         raise UserError(f"deterministic: {reason}; set `deterministic: false` to do without") from None
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(was_enabled)
+        memory.fill_uninitialized_memory = filled_memory
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory taken so far: on a CUDA device by tensors, elsewhere by this process (resident set)."""
+    """Return the peak memory so far: of the tensors on a CUDA device, elsewhere of this process (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where what getrusage tells begins with what the parent process had taken
+    if status.exists():  # Linux, where getrusage's peak includes that of the parent process before the fork
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, in KiB elsewhere
     return resident if sys.platform == "darwin" else resident * 1024

@@ -1,12 +1,12 @@
-"""The gradient of an embedding, added where it belongs: dW[ids[t]] += dy[t].
+"""The gradient of an embedding, added to `weight.grad` row by row: dW[ids[t]] += dy[t].
 
-Autograd makes a fresh gradient as large as the table for every micro-batch, zero but for the rows that were looked up,
-and adds it to the one that is there. Here the rows are added to `weight.grad` as they come: the same sum, grouped
-differently, without the memory and the traffic of one table per micro-batch. The gradient stays dense, so that AdamW
-stays AdamW: momentum moves the rows that are not in the batch, too.
+Autograd allocates a gradient of the table's size for every micro-batch, zero except in the rows that were looked up,
+and adds it to the gradient that exists. Here each row is added to `weight.grad` directly: the same sum, grouped
+differently, without the memory and the traffic of one table per micro-batch. The gradient stays dense, so the update
+is still AdamW's: momentum also moves the rows that are not in the batch.
 
-Autograd's way stays where the gradient is not ours alone (a process group reduces it), where the layer does more than
-look up, and on GPUs, on which adding rows in an order that is always the same takes a sort, as autograd's way does.
+Autograd's own gradient is kept under a process group (which reduces it through hooks), for layers that do more than
+look up rows, and on GPUs. There, adding rows in a deterministic order needs a sort, which autograd does as well.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def rows_added_in_place(model: nn.Module) -> Iterator[None]:
-    """Forward and backward passes inside add the gradient of the model's embeddings row by row."""
+    """Make forward and backward passes inside the block add the gradient of the model's embeddings row by row."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and _only_looks_up(module)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         tables = []
@@ -35,6 +35,7 @@ def rows_added_in_place(model: nn.Module) -> Iterator[None]:
 
 
 def _only_looks_up(table: nn.Embedding) -> bool:
+    """Whether a layer is torch's plain embedding, trainable, with a dense gradient, and on the CPU."""
     weight = table.weight
     plain = type(table).forward is nn.Embedding.forward and "forward" not in vars(table) and table.max_norm is None
     dense = not table.sparse and not table.scale_grad_by_freq
@@ -42,12 +43,16 @@ def _only_looks_up(table: nn.Embedding) -> bool:
 
 
 def _look_up(table: nn.Embedding, input: Tensor) -> Tensor:
+    """Forward pass of an embedding by `_LookUp`."""
     rows: Tensor = _LookUp.apply(table.weight, input, table.padding_idx)  # type: ignore[no-untyped-call]
     return rows
 
 
 class _LookUp(torch.autograd.Function):
-    """Rows [..., d] of a table [V, d]; the way back returns no gradient, it has added it already."""
+    """Look up rows [..., d] of a table [V, d].
+
+    The backward pass adds the gradient to `weight.grad` itself and returns None to autograd.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:

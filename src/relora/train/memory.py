@@ -1,8 +1,8 @@
-"""What a model and its optimizer hold at this moment, by kind: bytes of tensors, counted and not estimated.
+"""Memory of a model and its optimizer by kind: bytes of the tensors that exist, counted and not estimated.
 
-Activations are not among them (see `relora plan`), nor what the allocator and the libraries take: the peak of the
-process has it all. A gradient counts as large as its parameter, since all of them are there at the end of a backward
-pass.
+Activations are not counted (see `relora plan`), nor the memory of the allocator and the libraries; the peak memory of
+the process includes both. A gradient is counted with the size of its parameter, whether it exists at the moment or
+not, since all gradients exist at the end of a backward pass.
 """
 
 from dataclasses import dataclass
@@ -20,24 +20,30 @@ class HeldBytes:
     """Bytes by kind."""
 
     weights: int
-    """All but the factors: as stored, with the copies that products run on and the masters in main memory."""
+    """All parameters and buffers except the factors, as stored, with the copies that matrix products run on and the
+    master copies in main memory."""
     factors: int
     gradients: int
     moments: int
-    """The optimizer's state."""
+    """All tensors of the optimizer's state."""
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, residual: Residual) -> HeldBytes:
-    """Of a model as it trains now; with a residual, the frozen weights have gradients in the steps that are due."""
+    """Count the bytes of a model as it trains now.
+
+    With a residual the frozen weights of the layers count among the gradients, since they have one in some steps.
+    """
     layers = low_rank_layers(model).values()
-    factors = sum(factor.nbytes for layer in layers for factor in layer.factors.values())
-    masters = sum(layer.base.master.nbytes for layer in layers if layer.base.master is not None)
-    moved = sum(layer.weight.nbytes for layer in layers) if residual.scale else 0
+    factor_bytes = sum(factor.nbytes for layer in layers for factor in layer.factors.values())
+    master_bytes = sum(layer.base.master.nbytes for layer in layers if layer.base.master is not None)
+    residual_bytes = sum(layer.weight.nbytes for layer in layers) if residual.scale else 0
+    trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    all_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     state = named_state(model, optimizer)
     return HeldBytes(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - factors + masters,
-        factors=factors,
-        gradients=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad) + moved,
-        # the tables of code values, 2 KB, are one for all parameters
+        weights=all_bytes - factor_bytes + master_bytes,
+        factors=factor_bytes,
+        gradients=trained_bytes + residual_bytes,
+        # the tables of code values (qmap, 2 KB) are left out: all parameters share one
         moments=sum(tensor.nbytes for name, tensor in state.items() if not name.rpartition(":")[2].startswith("qmap")),
     )

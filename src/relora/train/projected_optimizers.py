@@ -1,18 +1,19 @@
-"""GaLore, APOLLO and Fira, as their authors publish them: what low-rank training of full-rank weights is held against.
+"""GaLore, APOLLO and Fira in their authors' packages: full-rank training with moments in a projected space.
 
-A matrix W [m, n] trains at full rank, and its moments are kept in a space of rank r that is renewed every so often:
+They serve as references that low-rank training is compared with. A matrix W [m, n] trains at full rank, and its
+moments are kept in a space of rank r that is renewed every `every_steps` steps:
 
     GaLore   W -= lr · scale · P adam(Pᵀ G)        P: leading singular vectors of the gradient G
     Fira     as GaLore, and W -= lr · f (G - scale · P Pᵀ G), where f = |adam(Pᵀ G)| / |Pᵀ G| for each channel
     APOLLO   W -= lr · sqrt(scale) · f G           P: random
 
-(Zhao et al. 2024, arXiv 2403.03507; Chen et al. 2024, arXiv 2410.01623; Zhu et al. 2024, arXiv 2412.05270). So train
-the matrices of the blocks; everything else goes by the packages' own AdamW. State of a matrix: r · (2 max(m, n) +
-min(m, n)) numbers instead of 2 m n. The price: an SVD of every gradient at each renewal (none in APOLLO), and an update
-that is not fused. apollo-torch may not be used commercially (CC BY-NC).
+(GaLore: Zhao et al. 2024, arXiv 2403.03507; Fira: Chen et al. 2024, arXiv 2410.01623; APOLLO: Zhu et al. 2024, arXiv
+2412.05270). The matrices of the blocks train like this, everything else with the packages' own AdamW. State of a
+matrix: r · (2 max(m, n) + min(m, n)) numbers instead of 2 m n. The price is an SVD of every gradient at each renewal
+(none in APOLLO), and an update that is not fused. apollo-torch may not be used commercially (CC BY-NC).
 
-The packages' projectors are objects. What is saved of one is its matrix and, of APOLLO's, the seed of the next, which
-comes from the place of the parameter and not from the run's seed.
+The packages keep each projector as an object in the optimizer's state. A checkpoint holds its matrix instead and, for
+APOLLO, the seed of the next projection, which the package derives from the parameter's position, not the run's seed.
 """
 
 import importlib.util
@@ -28,35 +29,40 @@ from relora.lowrank import LowRankConfig
 from relora.lowrank.inject import find_targets
 
 Layout = dict[str, tuple[torch.Size, bool]]
-"""Of one parameter's state: the shape of each tensor, and whether it is floating point."""
+"""Layout of one parameter's state: by key, the shape of the tensor and whether it is floating point."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
-    """The space that moments are kept in."""
+    """Settings of the space that moments are kept in."""
 
     rank: int = 128
     every_steps: int = 200
-    """Steps from one space to the next."""
+    """Steps from one renewal of the space to the next."""
     scale: float | None = None
-    """As the package takes it; None for what its authors pretrain with."""
+    """Scale of the update, in the sense of the package; None for the value that its authors pretrain with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Package:
-    """What a package calls things."""
+    """Names and defaults of one package."""
 
     distribution: str
+    """Name on the package index."""
     modules: tuple[str, ...]
-    """Its own, and what that imports."""
+    """The package's own module first, then the modules that it imports."""
     extra: str = "baselines"
+    """Extra of relora that installs the package."""
     scale_key: str = "scale"
+    """Key under which a parameter group holds the scale."""
     scale: float
+    """Scale that the package's authors pretrain with."""
     group: dict[str, str] = field(default_factory=dict)
-    """What a projected group says beside rank, period and scale."""
+    """Entries of a projected group beside rank, period and scale."""
     norm: str | None = None
-    """Key of the last update's norm, which limits the next one's."""
+    """Key in the state of the last update's norm, which limits that of the next update; None without a limit."""
     seeded: bool = False
+    """Whether the projection is drawn from a seed."""
 
 
 PROJECTED_OPTIMIZERS = {
@@ -82,11 +88,11 @@ PROJECTED_OPTIMIZERS = {
         norm="scaling_grad",
     ),
 }
-"""By the name of the optimizer."""
+"""Package of each projected optimizer, by the optimizer's name in the configuration."""
 
 
 def check_installed(name: str) -> None:
-    """`UserError` naming the extra where the package, or what it imports, is absent; loads nothing."""
+    """Raise `UserError`, which names the extra to install, if a module of the package is absent; load nothing."""
     package = PROJECTED_OPTIMIZERS[name]
     for module in package.modules:
         if importlib.util.find_spec(module) is None:
@@ -98,10 +104,10 @@ def check_installed(name: str) -> None:
 
 
 def projected_matrices(model: nn.Module, rank: int) -> dict[str, nn.Parameter]:
-    """By name, the matrices of the blocks (`all-linear`), whose moments are kept at a rank.
+    """Return the matrices whose moments are projected, by name: those of the blocks (`all-linear`).
 
     Raises:
-        UserError: the rank exceeds the smaller side of one, or there is none.
+        UserError: the rank exceeds the smaller side of one of them, or the model has none.
     """
     names = [f"{path}.weight" for path in find_targets(model, LowRankConfig(r=1))]
     matrices = {name: model.get_parameter(name) for name in names}
@@ -116,7 +122,7 @@ def projected_matrices(model: nn.Module, rank: int) -> dict[str, nn.Parameter]:
 
 
 def state_shapes(shape: torch.Size, rank: int) -> tuple[torch.Size, torch.Size]:
-    """Of a matrix [m, n]: that of m and of v, and that of the projection. The smaller side is projected."""
+    """Return the shape of each moment of a matrix [m, n], and that of its projection. The smaller side is projected."""
     m, n = shape
     if m >= n:
         return torch.Size([m, rank]), torch.Size([rank, n])
@@ -132,10 +138,19 @@ def build_projected_optimizer(
     betas: tuple[float, float],
     eps: float,
 ) -> torch.optim.Optimizer:
-    """A package's optimizer over AdamW's groups, the matrices of the blocks projected."""
+    """Build a package's optimizer over the parameter groups of AdamW.
+
+    Every group is split in two: the matrices of the blocks are projected, the rest is not.
+
+    Args:
+        name: key in `PROJECTED_OPTIMIZERS`.
+
+    Raises:
+        UserError: the rank exceeds the smaller side of a matrix.
+    """
     package = PROJECTED_OPTIMIZERS[name]
     matrices = {id(matrix) for matrix in projected_matrices(model, projection.rank).values()}
-    projected = {
+    projected_entries = {
         "rank": projection.rank,
         "update_proj_gap": projection.every_steps,
         package.scale_key: package.scale if projection.scale is None else projection.scale,
@@ -144,24 +159,28 @@ def build_projected_optimizer(
     }
     split = []
     for group in groups:
-        inside = [parameter for parameter in group["params"] if id(parameter) in matrices]
-        outside = [parameter for parameter in group["params"] if id(parameter) not in matrices]
-        split += [group | {"params": outside}, group | {"params": inside} | projected]
+        projected = [parameter for parameter in group["params"] if id(parameter) in matrices]
+        others = [parameter for parameter in group["params"] if id(parameter) not in matrices]
+        split += [group | {"params": others}, group | {"params": projected} | projected_entries]
     groups = [group for group in split if group["params"]]
-    kind, _ = _classes(name)
-    optimizer: torch.optim.Optimizer = kind(groups, betas=betas, eps=eps, no_deprecation_warning=True)
-    optimizer.register_step_post_hook(_own_storage)
+    optimizer_class, _ = _classes(name)
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, betas=betas, eps=eps, no_deprecation_warning=True)
+    optimizer.register_step_post_hook(_copy_projections)
     return optimizer
 
 
 def projected_optimizer_name(optimizer: torch.optim.Optimizer) -> str | None:
-    """The name of a baseline's optimizer, None of any other."""
+    """Return the key of an optimizer in `PROJECTED_OPTIMIZERS`; None if it comes from none of the packages."""
     module = type(optimizer).__module__.partition(".")[0]
     return next((name for name, package in PROJECTED_OPTIMIZERS.items() if package.modules[0] == module), None)
 
 
 def saved_state(state: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state without objects, and without what its optimizer is born with; any optimizer's."""
+    """Return one parameter's state as numbers and tensors alone; the state of other optimizers is returned as it is.
+
+    A projector is replaced by its matrix and its seed. The key `seed` is left out, which the optimizer sets on
+    construction.
+    """
     kept = {key: value for key, value in state.items() if key not in ("projector", "seed")}
     if "projector" in state:
         kept["projection"] = state["projector"].ortho_matrix
@@ -171,15 +190,15 @@ def saved_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
-    """Inverse of `saved_state`, for a baseline's optimizer."""
+    """Load what `saved_state` returned into one parameter's state of a projected optimizer."""
     numbers = {key: int(saved[key]) for key in ("step", "projection_seed") if key in saved}
     state: dict[str, Any] = {key: tensor.to(parameter.device) for key, tensor in saved.items() if key not in numbers}
     state["step"] = numbers["step"]
     if "projection" in state:
         group, name = _group_of(optimizer, parameter), _name_of(optimizer)
         scale_key = PROJECTED_OPTIMIZERS[name].scale_key
-        _, kind = _classes(name)
-        projector = kind(
+        _, projector_class = _classes(name)
+        projector = projector_class(
             group["rank"],
             update_proj_gap=group["update_proj_gap"],
             proj_type=group["proj_type"],
@@ -193,7 +212,7 @@ def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sav
 
 
 def projected_layout(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Layout:
-    """What a baseline's optimizer has of a parameter that it has stepped, as `saved_state` gives it."""
+    """Layout of what `saved_state` returns for a parameter that a projected optimizer has updated."""
     package, group = PROJECTED_OPTIMIZERS[_name_of(optimizer)], _group_of(optimizer, parameter)
     step: Layout = {"step": (torch.Size(), False)}
     if "rank" not in group:
@@ -208,7 +227,7 @@ def projected_layout(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) 
 
 
 def _classes(name: str) -> tuple[Any, Any]:
-    """A package's optimizer and projector."""
+    """Import a package and return its optimizer class and its projector class."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels that no optimizer uses
     if name == "galore":
         from galore_torch import GaLoreAdamW
@@ -227,19 +246,23 @@ def _classes(name: str) -> tuple[Any, Any]:
 
 
 def _name_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return the key of a projected optimizer in `PROJECTED_OPTIMIZERS`."""
     name = projected_optimizer_name(optimizer)
     assert name is not None
     return name
 
 
 def _group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    return next(g for g in optimizer.param_groups if any(parameter is member for member in g["params"]))
+    """Return the parameter group that a parameter is in."""
+    groups = optimizer.param_groups
+    return next(group for group in groups if any(parameter is member for member in group["params"]))
 
 
-def _own_storage(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """A fresh projection is a view of all singular vectors: it would hold min(m, n)² numbers instead of r min(m, n).
+def _copy_projections(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Copy every new projection into contiguous storage of its own.
 
-    And what is loaded from a checkpoint is laid out like this, so the products round alike.
+    A new projection is a view into the matrix of all singular vectors and would keep min(m, n)² numbers alive instead
+    of r · min(m, n). A projection loaded from a checkpoint is contiguous as well, so that products round alike.
     """
     for state in optimizer.state.values():
         if "projector" in state:

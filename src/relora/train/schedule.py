@@ -1,23 +1,24 @@
-"""One object answers every question about time: the learning rate, the phase, the cycle, and whether a restart is due.
+"""The timetable of a run: learning rate, phase, cycle, and whether a restart is due, all answered by one object.
 
 A step is numbered by the optimizer steps done before it: `lr_factor(t)` belongs to step t = 0 ... total_steps - 1, and
-an event "at t" happens just before step t. Everything is a pure function of t, so a resumed run needs no replay and
-nothing can drift.
+an event "at t" happens just before step t. Every answer is a pure function of t, so a resumed run replays nothing, and
+the learning rate cannot disagree with the restarts. The learning rate as a share of its peak:
 
     t < warmup_steps                   t / warmup_steps
     otherwise                          m + (1 - m) (1 + cos(pi (t - warmup) / (total - warmup))) / 2
-    less than w after a boundary b     (t - b) / w of the value that the lines above give at b + w
+    less than w after a boundary b     (t - b) / w of the value that the two lines above give at b + w
 
-with m = min_lr_ratio and w = restart_warmup_steps.
+with m = min_lr_ratio and w = restart_warmup_steps. The third line is the warm-up after a boundary.
 
-Boundaries are the switch from warm start to low rank (fresh factors start cold there, too) and every restart. Cycle k
-lasts restart_every_steps · restart_growth^k steps; with turns it has so many restarts, each of a part of the factors.
-Whether everything dips at a boundary, or the factors alone, is `restart_ramp`. Without growth and turns this is the
-jagged cosine of ReLoRA (arXiv 2307.05695, section 3), equal to the published code's for every argument that it
-accepts (no warm start: there that is a second run), and with none of its divisibility conditions.
+Boundaries are the switch from warm start to low rank (where the factors are new as well) and every restart. Cycle k
+lasts restart_every_steps · restart_growth^k steps; with restart_turns > 1 it has that many restarts, each of another
+part of the factors. `restart_ramp` says whether the warm-up after a boundary applies to the whole model or to the
+factors alone. With growth and turns at 1 this is the learning rate of ReLoRA (arXiv 2307.05695, section 3), equal to
+that of the published code for every argument that the code accepts, and without its conditions on divisibility. A warm
+start is the one exception: there it is a second run.
 
-With `switch_warmup_steps` the switch has a climb of its own, of the factors alone: they are new to their optimizer, all
-else goes on. Restarts within it do not end it.
+With `switch_warmup_steps` the switch has a warm-up of its own length, of the factors alone: they are new to their
+optimizer, while everything else goes on. A restart within that warm-up does not end it.
 """
 
 import math
@@ -29,6 +30,7 @@ from typing import Literal
 
 Phase = Literal["full", "warm_start", "low_rank"]
 Ramp = Literal["all", "factors"]
+"""Scope of the warm-up after a boundary: everything that trains, or the factors alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +42,14 @@ class Schedule:
         warmup_steps: linear warm-up at its start.
         warm_start_steps: full-rank steps before the low-rank phase; `total_steps` for a run that stays at full rank.
         restart_every_steps: length of the first cycle, from the end of the warm start; None for no restarts (LoRA).
-        restart_growth: every cycle is so many times as long as the one before.
-        restart_turns: restarts in a cycle, each of another part of the factors; 1 for all of them at its end.
-        restart_until: no restart after this share of the run.
-        restart_warmup_steps: steps of the learning rate's climb after a boundary.
-        restart_ramp: whose rate climbs there: everything's, or that of the factors drawn anew.
-        switch_warmup_steps: steps of the factors' climb after the switch; None for what a restart has.
-        restart_steps: the restarts themselves, where a run decides on them; None for those of the lengths above.
-        min_lr_ratio: where the cosine ends, as a share of the peak.
+        restart_growth: length of a cycle over that of the cycle before it.
+        restart_turns: restarts in a cycle, each of another part of the factors; 1 to restart all of them at its end.
+        restart_until: share of the run after which there is no restart.
+        restart_warmup_steps: steps of the linear warm-up after a boundary.
+        restart_ramp: what that warm-up applies to: everything (`all`), or the factors that were redrawn (`factors`).
+        switch_warmup_steps: steps of the factors' warm-up after the switch; None for a warm-up as after a restart.
+        restart_steps: the restarts themselves, where a run decides on them; None to compute them from the above.
+        min_lr_ratio: end of the cosine, as a share of the peak.
 
     Raises:
         ValueError: a length is negative or does not fit into the one that holds it.
@@ -98,23 +100,25 @@ class Schedule:
             raise ValueError(f"restart_steps must ascend from warm_start_steps ({self.warm_start_steps})")
 
     def lr_factor(self, step: int, turn: int | None = None) -> float:
-        """Learning rate of a step, as a share of the peak: of the factors.
+        """Learning rate of the factors at a step, as a share of their peak.
 
         Args:
-            turn: of those that restart at this turn alone.
+            turn: which part of the factors, 0 ... restart_turns - 1; None for the part that restarted last.
         """
         start = self.cycle_start(step) if turn is None else self._turn_start(step, turn)
-        climb = self._after_restart(step, start)
+        factor = self._after_boundary(step, start)
         if self.switch_warmup_steps is None or self.phase(step) != "low_rank":
-            return climb
-        return min(climb, self._climbing(step, self.warm_start_steps, self.switch_warmup_steps))
+            return factor
+        return min(factor, self._warming_up(step, self.warm_start_steps, self.switch_warmup_steps))
 
     def rest_lr_factor(self, step: int) -> float:
-        """The same of what is no factor."""
-        return self._after_restart(step, self.cycle_start(step)) if self.restart_ramp == "all" else self._smooth(step)
+        """Learning rate at a step of everything except the factors, as a share of its peak."""
+        if self.restart_ramp == "all":
+            return self._after_boundary(step, self.cycle_start(step))
+        return self._cosine(step)
 
     def phase(self, step: int) -> Phase:
-        """`full` in a run without a low-rank phase, else `warm_start` or `low_rank`."""
+        """Phase of a step: `full` in a run without a low-rank phase, otherwise `warm_start` or `low_rank`."""
         if self.warm_start_steps == self.total_steps:
             return "full"
         return "low_rank" if step >= self.warm_start_steps else "warm_start"
@@ -124,15 +128,15 @@ class Schedule:
         return step == self.warm_start_steps < self.total_steps
 
     def restart_due(self, step: int) -> bool:
-        """Whether factors are merged and drawn anew just before this step."""
+        """Whether factors are merged and redrawn just before this step."""
         return self.cycle(step) > 0 and self.restarts[self.cycle(step) - 1] == step
 
     def cycle(self, step: int) -> int:
-        """Restarts done before this step, the one just before it included."""
+        """Number of restarts done before this step, including one that is due just before it."""
         return bisect_right(self.restarts, step)
 
     def cycle_start(self, step: int) -> int:
-        """The last boundary at or before this step; 0 before the first."""
+        """Step of the last boundary at or before this step; 0 before the first boundary."""
         if self.phase(step) != "low_rank":
             return 0
         cycle = self.cycle(step)
@@ -140,7 +144,7 @@ class Schedule:
 
     @cached_property
     def restarts(self) -> tuple[int, ...]:
-        """The steps at which a restart is due; one that would leave less than a warm-up before the end is not done."""
+        """Steps at which a restart is due; none that leaves fewer steps than its warm-up before the end of the run."""
         if self.restart_steps is not None:
             return self.restart_steps
         if self.restart_every_steps is None or self.warm_start_steps == self.total_steps:
@@ -157,38 +161,49 @@ class Schedule:
 
     @property
     def last_restart(self) -> int:
-        """No restart is due after this step."""
+        """Step after which no restart is due."""
         return min(self.total_steps - max(self.restart_warmup_steps, 1), int(self.restart_until * self.total_steps))
 
     def decided(self, switch_step: int | None, restart_steps: tuple[int, ...] | None) -> "Schedule":
-        """The same with the switch and the restarts on which a run decided; None leaves what was planned.
+        """Return this schedule with the switch and the restarts that a run decided on; None keeps what was planned.
 
-        What it says of the steps before a decision stays what it said.
+        The answers for steps before a decision do not change by it.
+
+        Raises:
+            ValueError: these decisions do not fit this schedule.
         """
         warm_start_steps = self.warm_start_steps if switch_step is None else switch_step
         return replace(self, warm_start_steps=warm_start_steps, restart_steps=restart_steps)
 
     def _turn_start(self, step: int, turn: int) -> int:
-        """The last boundary of one part of the factors at or before this step; 0 before the first."""
+        """Step of the last boundary of one part of the factors at or before this step; 0 before the first boundary."""
         if self.phase(step) != "low_rank":
             return 0
         done = self.cycle(step)
-        own = done - (done - 1 - turn) % self.restart_turns  # the last cycle up to this one that began with the turn
-        return self.restarts[own - 1] if own > 0 else self.warm_start_steps
+        # restart number n (from 1) is one of turn (n - 1) % restart_turns; this is the last one of `turn`, if positive
+        last_own = done - (done - 1 - turn) % self.restart_turns
+        return self.restarts[last_own - 1] if last_own > 0 else self.warm_start_steps
 
-    def _after_restart(self, step: int, start: int) -> float:
-        """Of what was drawn anew, or dips, at `start`."""
-        at_switch = start == self.warm_start_steps and self.switch_warmup_steps is not None
-        return self._smooth(step) if at_switch else self._climbing(step, start, self.restart_warmup_steps)
+    def _after_boundary(self, step: int, start: int) -> float:
+        """Factor at a step that follows the boundary `start`, with the warm-up of a restart.
 
-    def _climbing(self, step: int, start: int, steps: int) -> float:
-        """From 0 at `start` to where the rate without dips is after so many steps, and that from there on."""
+        A switch with a warm-up length of its own gets no warm-up here: `lr_factor` applies that one to the factors.
+        """
+        if start == self.warm_start_steps and self.switch_warmup_steps is not None:
+            return self._cosine(step)
+        return self._warming_up(step, start, self.restart_warmup_steps)
+
+    def _warming_up(self, step: int, start: int, steps: int) -> float:
+        """Factor with a linear warm-up over `steps` steps from 0 at `start`; it ends at the cosine's value there.
+
+        Afterwards, and where `start` is 0 (no boundary yet), the factor is that of the run's own warm-up and cosine.
+        """
         if start > 0 and step - start < steps:
-            return (step - start) / steps * self._smooth(start + steps)
-        return self._smooth(step)
+            return (step - start) / steps * self._cosine(start + steps)
+        return self._cosine(step)
 
-    def _smooth(self, step: int) -> float:
-        """Warm-up and cosine, without dips."""
+    def _cosine(self, step: int) -> float:
+        """Factor of the run's own warm-up and cosine, without any warm-up after a boundary."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
         progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)

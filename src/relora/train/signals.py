@@ -1,6 +1,7 @@
-"""What a run listens to. SIGINT and SIGTERM ask it to stop; it does at the next step boundary, after a checkpoint.
+"""Signals that a run handles: SIGINT and SIGTERM ask it to stop, SIGUSR1 asks it for a checkpoint.
 
-SIGUSR1 asks for a checkpoint; the run goes on.
+The handlers only note the request. The loop acts on it between two steps: it writes a checkpoint and then stops or
+goes on.
 """
 
 import signal
@@ -11,11 +12,14 @@ _STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """While entered, notes what was asked for. A second stop signal does what it does to any process: it ends it."""
+    """Handlers that are in force inside a `with` block and note which signals have arrived.
+
+    The first stop signal restores the default handlers of both, so a second one ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.stop: int | None = None
-        """The number of the first stop signal."""
+        """Number of the first stop signal; None before there is one."""
         self._save = False
 
     def __enter__(self) -> Self:
@@ -31,11 +35,11 @@ class Signals:
 
     @property
     def asked(self) -> bool:
-        """Whether anything was asked for that has not been done."""
+        """Whether a stop was requested, or a checkpoint that `take_save` has not reported yet."""
         return self._save or self.stop is not None
 
     def take_save(self) -> bool:
-        """Whether a checkpoint was asked for since this was last asked."""
+        """Return whether a checkpoint was requested since the last call, and forget the request."""
         asked, self._save = self._save, False
         return asked
 

@@ -1,8 +1,8 @@
-"""Where a run stands, and what is saved of it.
+"""The progress of a run as counts, i.e. all of its state that is neither a weight nor a moment.
 
-Weights and moments are the only state. The step decides everything else: learning rate, phase, cycle, batch, every
-draw. The counts beside it stay 0 as long as every loss is a number; what a run decides by its own signals, and the
-losses that it decides by, stay empty where nothing is left to it.
+The step determines everything else: learning rate, phase, cycle, batch and every random draw. The counts of incidents
+stay 0 as long as every loss is finite. The decisions of a run, and the losses that they depend on, stay empty unless
+the configuration leaves decisions to the run (see `train.adaptive`).
 """
 
 import platform
@@ -21,17 +21,21 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a run has settled by its own signals (see `train.decisions`)."""
+    """Decisions that a run has taken about its own timetable (see `train.adaptive`)."""
 
     switch_step: Count | None = None
-    """Where the warm start ended; None: not yet, or as planned."""
+    """Step at which the warm start ended; None where it has not ended yet or ends as planned."""
     restart_steps: tuple[Count, ...] | None = None
-    """The restarts so far; None: as planned."""
+    """Steps of the restarts so far; None where restarts are as planned."""
     ranks: dict[str, Count] = field(default_factory=dict)
-    """Of the layers, by path; empty: not yet, or one for all."""
+    """Rank of each layer, by path; empty where it is not decided yet or one rank holds for all layers."""
 
     def applied_to(self, planned: Schedule) -> Schedule:
-        """The timetable in force; `UserError` where these cannot be decisions of that run."""
+        """Return the schedule in force.
+
+        Raises:
+            UserError: these cannot be decisions of a run with the schedule `planned`.
+        """
         try:
             return planned.decided(self.switch_step, self.restart_steps)
         except ValueError as error:
@@ -40,72 +44,75 @@ class Decisions:
 
 @dataclass(frozen=True)
 class LossWindow:
-    """The training loss since it was last looked at, beside that of the window before."""
+    """Training loss since the last decision was considered, to be compared with that of the previous window."""
 
     total: float = 0.0
+    """Sum of the losses, nats per token."""
     steps: Count = 0
     before: float | None = None
-    """Mean of the window before; None where there is none to compare with."""
+    """Mean of the previous window; None where there is none to compare with."""
 
     @property
     def mean(self) -> float:
-        """Of the steps so far."""
+        """Mean loss over the steps of this window so far."""
         return self.total / self.steps
 
     @property
     def fall(self) -> float | None:
-        """By how much of itself the mean has fallen since the window before."""
+        """Decrease of the mean since the previous window, as a share of the previous mean; None without one."""
         if self.before is None:
             return None
         return (self.before - self.mean) / self.before if self.before else 0.0
 
     def is_flat(self, slope: float) -> bool:
-        """Whether the mean has fallen by less than `slope` of itself; not before there are two windows."""
+        """Whether the mean has fallen by less than the share `slope`; False in the first window."""
         return self.fall is not None and self.fall < slope
 
     def with_loss(self, loss: float) -> "LossWindow":
-        """One step later."""
+        """Return this window with the loss of one more step."""
         return replace(self, total=self.total + loss, steps=self.steps + 1)
 
     def closed(self) -> "LossWindow":
-        """The next window, before its first step."""
+        """Return the next window, before its first step."""
         return LossWindow(before=self.mean)
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Optimizer steps done, and tokens trained on."""
+    """Counts of a run between two steps, with its decisions; saved in every checkpoint."""
 
     step: Count = 0
+    """Optimizer steps done, skipped ones included."""
     tokens: Count = 0
+    """Valid tokens trained on."""
     incidents: Count = 0
-    """Steps that were skipped, or gone back from, because their loss or gradient was not finite."""
+    """Steps that were skipped or rewound from because something was not finite."""
     skipped_batches: Count = 0
-    """How far the data is ahead of the step, since the run went back past batches that it will not see again."""
+    """Number of the next batch minus `step`: rewinds set the step back, but no batch is used again."""
     decisions: Decisions = Decisions()
     window: LossWindow = LossWindow()
 
     @property
     def batch(self) -> int:
-        """The batch that the next step trains on."""
+        """Number of the batch that the next step trains on."""
         return self.step + self.skipped_batches
 
     def after(self, tokens: int, loss: float | None = None) -> "TrainState":
-        """The state one step of `tokens` later; `loss` is given where something will be decided by it."""
+        """Return the state after one more step of `tokens` tokens; `loss` is given where a decision depends on it."""
         window = self.window if loss is None else self.window.with_loss(loss)
         return replace(self, step=self.step + 1, tokens=self.tokens + tokens, window=window)
 
     def skipping(self) -> "TrainState":
-        """The state one step later that trained on nothing."""
+        """Return the state after one more step whose update was skipped."""
         return replace(self, step=self.step + 1, incidents=self.incidents + 1)
 
     def gone_back_from(self, failed: "TrainState") -> "TrainState":
-        """This earlier state, with the data set past all that `failed` has seen, its next batch included."""
+        """Return this earlier state with the data set past every batch up to the one that `failed` stopped at."""
         return replace(self, incidents=failed.incidents + 1, skipped_batches=failed.batch + 1 - self.step)
 
 
 def numeric_environment(device: torch.device, dtype: str) -> dict[str, str | int]:
-    """What changes the last bits of a result though the configuration is the same. Saved with every checkpoint."""
+    """Describe what can change the last bits of a result under one configuration; saved with every checkpoint."""
     return {
         "relora": version("relora"),
         "torch": torch.__version__,
