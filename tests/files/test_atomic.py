@@ -47,15 +47,15 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 @both
 def test_a_target_appears_when_the_block_ends_and_nothing_else_is_left(tmp_path: Path, write: Write) -> None:
-    write(tmp_path / "target", "first", lambda: absent(tmp_path / "target"))
+    write(tmp_path / "target", "first", lambda: holds(tmp_path / "target", None))
     assert content_of(tmp_path / "target") == "first"
-    write(tmp_path / "target", "the second", lambda: content_of(tmp_path / "target") == "first" or pytest.fail())
+    write(tmp_path / "target", "the second", lambda: holds(tmp_path / "target", "first"))
     assert content_of(tmp_path / "target") == "the second"
     assert names_in(tmp_path) == ["target"]
 
 
-def absent(path: Path) -> None:
-    assert not path.exists()
+def holds(target: Path, content: str | None) -> None:
+    assert content_of(target) == content
 
 
 @both
@@ -119,6 +119,15 @@ def test_the_folder_of_somebody_else_is_not_taken_for_a_leftover(tmp_path: Path)
         write_folder(tmp_path / "target", "x")
     write_file(tmp_path / "target", "x")  # replaces the link itself
     assert (tmp_path / "other" / "text").read_text() == "theirs" and content_of(tmp_path / "target") == "x"
+
+
+def test_links_in_a_folder_are_kept_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").touch(0o600)
+    with atomic_folder(tmp_path / "target", replace=True) as partial:
+        (partial / "link").symlink_to(tmp_path / "other")
+        (partial / "broken").symlink_to("nowhere")
+    assert (tmp_path / "target" / "link").samefile(tmp_path / "other")
+    assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o600
 
 
 # Permissions
@@ -250,7 +259,7 @@ def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path: Path
     killed_writer("folder", target, "of the killed", "os.rename", nth=2)
     assert not target.exists() and content_of(tmp_path / ".target.replaced") == "the first"
     if succeeds:
-        write_folder(target, "of the next", lambda: content_of(target) == "the first" or pytest.fail())
+        write_folder(target, "of the next", lambda: holds(target, "the first"))
     else:
         with pytest.raises(Fault):
             write_folder(target, "of the next", raising(Fault()))
