@@ -5,7 +5,6 @@ answer, whose text so far is kept; a second Ctrl-C in a row ends the chat.
 """
 
 import contextlib
-import json
 import re
 import signal
 import sys
@@ -17,7 +16,7 @@ from typing import Self
 
 from relora.adapters.attached import BASE
 from relora.errors import UserError
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_json
 from relora.inference.conversation import Conversation, Turn
 from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
 from relora.inference.generate import Speed
@@ -144,7 +143,7 @@ class Chat:
         try:
             if file.exists():
                 raise UserError(f"{file}: is there already, and was left as it is; give another name")
-            write_durably(file, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            write_json(file, {"messages": messages}, indent=None, ensure_ascii=False)
         except OSError as error:
             raise UserError(f"{file}: cannot be written: {error.strerror}") from None
         self._tell(f"(written to {file})")

@@ -20,7 +20,7 @@ import torch
 from relora.config import RunConfig, parse_config
 from relora.device import choose_device, peak_memory_bytes
 from relora.errors import RunStopped
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_json
 from relora.files.cache import user_cache
 from relora.lowrank import inject
 from relora.lowrank.residual import residual_steps
@@ -105,7 +105,7 @@ def process_bytes(folder: Path | None = None) -> int:
     measured = probe(parse_config({**_NOTHING, "device": "cpu"}), "full").peak
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(file, json.dumps({"bytes": measured}) + "\n")
+        write_json(file, {"bytes": measured}, indent=None)
     return measured
 
 

@@ -6,7 +6,6 @@
 This file assembles the run; the loop is that of pretraining.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -22,7 +21,7 @@ from relora.data.finetuning.classification import encode_classes, settle_padding
 from relora.data.finetuning.instruct import encode, prompts, shown
 from relora.data.tokenizer import load_tokenizer, save_tokenizer
 from relora.errors import UserError
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_json
 from relora.inference.decoding import Sampling, continue_prompt
 from relora.lowrank import merge
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
@@ -160,7 +159,7 @@ def _write_answers(config: FinetuneConfig, inputs: FinetuningInputs, step: int, 
     for prompt in prompts(records, inputs.tokenizer, form_of(config), skip_bad=config.data.skip_bad):
         answer = continue_prompt(inputs.model, inputs.tokenizer, prompt.input_ids, sampling, config.seed)
         samples.append({"step": step, "prompt": answer.prompt, "text": answer.text, "reference": prompt.response})
-    write_durably(folder / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "samples.json", samples, ensure_ascii=False)
 
 
 def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[[nn.Module], None]:

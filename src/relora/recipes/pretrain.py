@@ -3,13 +3,12 @@
 This file assembles the run; the loop is in `train/loop.py`, the method in `lowrank/`.
 """
 
-import json
 from pathlib import Path
 
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_json
 from relora.inference.generate import sample_texts
 from relora.lowrank import merge
 from relora.measure import Evaluation, token_loss
@@ -95,4 +94,4 @@ def _write_samples(config: RunConfig, inputs: PretrainingInputs, folder: Path) -
         {"step": config.total_steps, "prompt": prompt, "text": text}
         for prompt, text in zip(settings.prompts, texts, strict=True)
     ]
-    write_durably(folder / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "samples.json", samples, ensure_ascii=False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from plotly.offline import get_plotlyjs
 
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_text
 from relora.report.charts import Chart, Line, Point, focused, layout_of, log_axis, thinned, traces_of
 from relora.report.html import figure_html, script_json, table
 
@@ -55,7 +55,7 @@ def write_comparison(
         figures=script_json({chart.id: chart.figure for chart in charts}),
         plotly=get_plotlyjs() if charts else "",
     )
-    write_durably(path, text)
+    write_text(path, text)
     return path
 
 

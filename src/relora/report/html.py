@@ -17,7 +17,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from relora.errors import RunStopped
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_text
 from relora.files.untrusted import check_folder
 from relora.report.charts import Chart, charts
 from relora.report.console import PHASE_NAMES, describe_rise, format_duration, format_figure
@@ -61,7 +61,7 @@ def write_report(run_folder: Path) -> Path:
     history = read_history(run_folder)
     path = run_folder / "report.html"
     try:
-        write_durably(path, render(history))
+        write_text(path, render(history))
     except OSError as error:
         raise RunStopped(f"{path}: cannot be written: {error.strerror}; free some space or mend its rights") from None
     return path

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from relora.errors import UserError
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_json
 from relora.files.untrusted import INDEX_BYTES, inside, regular_file
 from relora.messages import LONGEST_PATH, first_mistake, short_name, short_repr
 
@@ -210,7 +210,7 @@ def read_index(folder: Path) -> Index:
 
 def write_index(folder: Path, index: Index) -> None:
     """Write `folder/index.json`, durably and in one step: it is there whole, or not there."""
-    write_durably(folder / INDEX_NAME, json.dumps(asdict(index), indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / INDEX_NAME, asdict(index), ensure_ascii=False)
 
 
 def _why_no_index(folder: Path) -> str:
