@@ -14,7 +14,7 @@ from relora.report.metrics import read_json_lines
 from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
-from relora.train.run import Progress, Run, begin
+from relora.train.run import Progress, Run, restore
 from relora.train.schedule import Schedule
 
 TEN_STEPS = {"total_steps": 10, "warm_start_steps": 3, "restart_every_steps": 3, "restart_warmup_steps": 1}
@@ -62,7 +62,7 @@ class Stage:
 
     def play(self) -> "Stage":
         try:
-            self.progress = begin(self.run, self.run.checkpoints.latest()[0])
+            self.progress = restore(self.run, self.run.checkpoints.latest()[0])
             train(self.run, self.progress)
         finally:
             self.run.checkpoints.__exit__(None, None, None)

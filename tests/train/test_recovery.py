@@ -27,7 +27,7 @@ from relora.report.reporter import Reporter
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
 from relora.train.recovery import resolve_pending
-from relora.train.run import Progress, Run, begin
+from relora.train.run import Progress, Run, restore
 from relora.train.schedule import Schedule
 from relora.train.state import TrainState
 
@@ -110,7 +110,7 @@ def play(
         Checkpoints(folder / "checkpoints", background=False) as checkpoints,
     ):
         run = Run(**(settings | {"reporter": reporter, "checkpoints": checkpoints} | changes))
-        progress = begin(run, checkpoints.latest()[0])
+        progress = restore(run, checkpoints.latest()[0])
         state = train(run, progress).state
     newest = checkpoints.open(12)
     files = [

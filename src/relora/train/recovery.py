@@ -7,7 +7,7 @@ the same failure again and handles it in the same way.
 import torch
 
 from relora.errors import Diverged, NonFinite
-from relora.train.run import Progress, Run, begin
+from relora.train.run import Progress, Run, restore
 from relora.train.step import clear_nonfinite_flag
 
 
@@ -69,9 +69,9 @@ def _rewind(run: Run, progress: Progress, what: str, place: str) -> Progress:
         raise Diverged(f"{what}; no sound checkpoint to go back to, so lower the learning rate")
     for line in broken:
         run.reporter.warning(f"{line}; an older checkpoint is used")
-    records = run.reporter.rewinds_to(checkpoint.step)  # `begin` truncates the file to before them: written again below
+    records = run.reporter.rewinds_to(checkpoint.step)  # `restore` cuts these records off; written again below
     progress.optimizer.state.clear()  # frees the old moments before those of the checkpoint are loaded
-    earlier = begin(run, checkpoint)
+    earlier = restore(run, checkpoint)
     earlier.state = earlier.state.gone_back_from(failed)
     event = {"kind": "rewind", **earlier.position(max(earlier.state.step - 1, 0))}
     for record in (*records, {**event, "failed_step": failed.step, "batch": place}):
