@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.model.with_experts import BLOCKS, EXPERTS, with_experts
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    GitConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -24,7 +26,7 @@ from relora.lowrank import LowRankConfig, inject, merge
 from relora.lowrank.inject import low_rank_layers
 from relora.measure import evaluating, token_loss
 from relora.model import blocks as blocks_module
-from relora.model.blocks import Checkpointing, find_blocks, training_blocks
+from relora.model.blocks import Checkpointing, decoder_blocks, training_blocks
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -237,13 +239,81 @@ def test_a_model_without_blocks_is_refused(asked: dict[str, bool | Checkpointing
         training_blocks(nn.Sequential(nn.Linear(2, 2)), **asked)
 
 
+# Which modules are the blocks
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_are_found_by_structure(family: str) -> None:
-    """The decoder layers, not the experts within one."""
-    found = find_blocks(build(FAMILIES[family]))
+    found = decoder_blocks(build(FAMILIES[family]))
     assert len(found) == 3 and all(
         "Layer" in type(block).__name__ or "Block" in type(block).__name__ for block in found
     )
+
+
+def test_checkpointing_and_injection_agree_on_the_blocks_of_a_mixture_of_experts() -> None:
+    """There are more experts in a block than blocks, so the longest list of modules is the experts of one block."""
+    model = with_experts()
+    assert EXPERTS > BLOCKS
+    layers = list(model.model.layers)
+    assert decoder_blocks(model) == layers
+    with training_blocks(model, checkpointing="full"):
+        assert [module for module in model.modules() if "forward" in vars(module)] == layers
+    linear = {f"model.layers.{n}.{name}" for n, block in enumerate(layers) for name in linear_layers(block)}
+    assert len(linear) == BLOCKS * (4 + 3 * EXPERTS)
+    assert inject(model, LowRankConfig(r=2)).targets.keys() == linear
+    assert decoder_blocks(model) == layers  # factors do not change the answer
+
+
+def linear_layers(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def image_and_text() -> PreTrainedModel:
+    """GIT with an image tower that is longer and larger than the decoder."""
+    vision = {"hidden_size": 64, "num_hidden_layers": 4, "image_size": 16, "patch_size": 8, "num_attention_heads": 2}
+    text = {**SHAPE, "num_hidden_layers": 2, "intermediate_size": 48}
+    return build(GitConfig(**text, **ENDS, vision_config={**vision, "intermediate_size": 96}))
+
+
+def test_an_image_tower_larger_than_the_decoder_does_not_count() -> None:
+    model = image_and_text()
+    assert decoder_blocks(model) == list(model.git.encoder.layer)
+    kept = []
+    for kind in ("none", "full"):
+        saved: list[Tensor] = []
+        with (
+            training_blocks(model, checkpointing=kind),
+            torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor),
+        ):
+            model(input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=False)
+        kept.append(sum(tensor.numel() for tensor in saved))
+    assert kept[1] < kept[0]
+
+
+def test_other_lists_beside_the_blocks_do_not_count() -> None:
+    model = nn.Module()
+    model.adapters = nn.ModuleList(nn.Linear(8, 2) for _ in range(6))
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)) for _ in range(2))
+    model.rotations = nn.ModuleList(nn.Identity() for _ in range(9))
+    assert decoder_blocks(model) == list(model.blocks)
+
+
+def test_blocks_that_are_lists_of_sublayers_are_taken_apart() -> None:
+    """Only modules with a forward pass can be checkpointed or compiled."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(
+        nn.ModuleList([nn.Linear(8, 8), nn.ModuleDict({"up": nn.Linear(8, 32), "down": nn.Linear(32, 8)})])
+        for _ in range(2)
+    )
+    expected = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(expected) == 6
+    assert decoder_blocks(model) == expected
+    with training_blocks(model, checkpointing="full"):
+        assert all("forward" in vars(module) for module in expected)
+
+
+def test_a_model_without_lists_has_no_blocks() -> None:
+    assert decoder_blocks(nn.Sequential(nn.Linear(2, 2))) == []
 
 
 # Compilation

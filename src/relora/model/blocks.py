@@ -20,8 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedConfig
 
 from relora.errors import UserError
+from relora.lowrank.blocks import block_lists
 
 Checkpointing = Literal["none", "selective", "full"]
 Forward = Callable[..., Any]
@@ -40,22 +42,43 @@ _WHOLE = {
 }
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks in their order: what the `nn.ModuleList` with the most parameters holds.
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Find the decoder blocks of a language model, in their order; an empty list if it has none.
 
-    Raises:
-        UserError: the model has no such list.
+    They are the elements of one of the model's `block_lists`, chosen in two steps. First, if some of the lists are as
+    long as the configuration says that the text model is deep (`num_hidden_layers`), only those are considered. Then
+    the list with the most parameters is taken. So neither the experts inside a block nor the blocks of an image tower
+    count, although their lists may be longer.
+
+    An element without a forward pass of its own (an `nn.ModuleList` or `nn.ModuleDict`, in models whose blocks are
+    lists or dictionaries of sub-layers) is replaced by the modules that it holds.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise UserError(
-            "the model has no repeated blocks (no nn.ModuleList); set `compile: false` and no checkpointing"
-        )
+    lists = list(block_lists(model).values())
+    depth = _configured_depth(model)
+    as_deep = [blocks for blocks in lists if len(blocks) == depth]
+    largest = max(as_deep or lists, key=_parameter_count, default=())
+    return [module for block in largest for module in _with_forward(block)]
 
-    def size(blocks: Iterable[nn.Module]) -> int:
-        return sum(parameter.numel() for block in blocks for parameter in block.parameters())
 
-    return list(max(lists, key=size))
+def _configured_depth(model: nn.Module) -> int | None:
+    """Return the number of decoder blocks that a transformers model's configuration gives; None if it gives none."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+
+def _parameter_count(blocks: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
+
+
+def _with_forward(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module itself, or what a container without a forward pass holds."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for child in module.children():
+            yield from _with_forward(child)
+    else:
+        yield module
 
 
 def training_blocks(
@@ -71,7 +94,11 @@ def training_blocks(
     """
     if checkpointing == "none" and not compiled:
         return nullcontext()
-    blocks = find_blocks(model)
+    blocks = decoder_blocks(model)
+    if not blocks:
+        raise UserError(
+            "the model has no repeated blocks (no nn.ModuleList); set `compile: false` and no checkpointing"
+        )
     if compiled:
         _check_compiler(next(model.parameters()).device, backend)
     return _replaced(blocks, checkpointing, backend if compiled else None)

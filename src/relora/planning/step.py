@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from relora.lowrank import exact_tensors, low_rank_layers
 from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates
+from relora.model.blocks import decoder_blocks
 from relora.model.head import whole_logits_reason
 from relora.planning.ledger import Ledger, Pass
 
@@ -140,7 +141,7 @@ def simulate(
 
 def _passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, ledger: Ledger) -> float:
     """Seconds of all micro-batches; the ledger keeps the peak."""
-    last = _last_block(model)
+    blocks = decoder_blocks(model)
 
     def enter_backward(_: Tensor) -> None:
         ledger.kind = "backward"
@@ -153,7 +154,7 @@ def _passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, led
                 hidden.register_hook(enter_backward)  # type: ignore[no-untyped-call]
 
     count = _counted_as_gradient(ledger)
-    hooks = [last.register_forward_hook(enter_loss)] if last is not None else []
+    hooks = [block.register_forward_hook(enter_loss) for block in blocks[-1:]]
     for parameter in model.parameters():
         if parameter.requires_grad:
             hook = parameter.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
@@ -212,11 +213,6 @@ def _update_seconds(trained: list[nn.Parameter], state: list[Tensor], rates: Rat
 def _drop_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
-
-
-def _last_block(model: nn.Module) -> nn.Module | None:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    return max(lists, key=len)[-1] if lists else None
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
