@@ -187,9 +187,16 @@ def test_back_to_any_where_none_is_scheduled(tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_be_deleted_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_unlink = shutil.os.unlink
+
+    def refuse_in_folders(path: str, *, dir_fd: int | None = None) -> None:
+        if dir_fd is not None:  # how rmtree deletes the files of a folder
+            raise PermissionError(1, "Operation not permitted")
+        real_unlink(path)
+
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1)
-    monkeypatch.setattr(shutil.os, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "no")))
+    monkeypatch.setattr(shutil.os, "unlink", refuse_in_folders)
     save(checkpoints, 2)
     assert checkpoints.steps() == [1, 2]
     monkeypatch.undo()

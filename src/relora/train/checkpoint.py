@@ -1,17 +1,19 @@
-"""Checkpoints: snapshot, written aside in the background, made sure of, renamed; only a manifest that verifies counts.
+"""Checkpoints: folders that are written in the background, synced, renamed when complete, and verified when opened.
 
     checkpoints/step-00000500/
-        weights.safetensors      all that trains and the buffers, by name; factors as they are
-        frozen.safetensors       frozen weights, exact; the previous checkpoint's file where nothing was merged since
-        optimizer.safetensors    `parameter name:key`
-        state.json               where the run stands, and the lengths of the metric files
-        manifest.json            written last: length, crc32 and sha256 of the other files, and what changes numbers
+        weights.safetensors      everything that trains and the buffers, by name; factors not merged
+        frozen.safetensors       frozen weights, exact; a hard link to the previous checkpoint's file until a restart
+        optimizer.safetensors    the optimizer's tensors, by `parameter name:key`
+        state.json               progress of the run, and the lengths of the metric files
+        manifest.json            written last: length, crc32 and sha256 of the other files, and the numeric environment
 
-Plain tensors and JSON, nothing pickled. A kill at any moment leaves either the whole new checkpoint or the old ones.
+Files hold plain tensors and JSON, nothing is pickled. A folder is written under a hidden name first and renamed when it
+is whole, so a kill at any moment leaves either the whole new checkpoint or the old ones alone.
 
-Frozen weights change at restarts only, so in between they are a hard link to the file that is there: no bytes, and no
-chain that could break, since a file lives as long as one checkpoint holds it. One damaged file would damage all that
-share it, so two copies are kept: there is always an older checkpoint that shares nothing with the newest.
+Frozen weights change at restarts only. In between, a checkpoint has a hard link to the file of the checkpoint before:
+it costs no bytes, and deleting the older folder does not break it. One damaged file would damage all checkpoints that
+share it, so two copies are kept: there is always an older checkpoint that shares no file with the newest. The price of
+writing in the background is a copy of the written tensors in main memory.
 """
 
 import hashlib
@@ -39,7 +41,7 @@ from relora.train.state import Count, TrainState
 
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
-"""1 (release 0.1) has no frozen.safetensors: every weight is in weights.safetensors."""
+"""Formats that can be opened. Format 1 (release 0.1) has no frozen.safetensors; weights.safetensors has all weights."""
 
 FileName = Literal["weights.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"]
 FROZEN: Final = "frozen.safetensors"
@@ -49,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file must be."""
+    """Length and checksums of a file."""
 
     bytes: int
     crc32: int
@@ -58,35 +60,35 @@ class Digest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds."""
+    """Content of manifest.json."""
 
     format: int
     settings: dict[str, str | int]
-    """What changes numbers: versions, threads, device, dtype, the data."""
+    """Everything beside the configuration that changes numbers: versions, threads, device, dtype, the data."""
     files: dict[FileName, Digest]
     sha256: str | None = None
-    """Of the three above; format 1 has none."""
+    """Checksum of the fields above; None in format 1."""
 
     def signed(self) -> "Manifest":
-        """The same, with its own checksum."""
+        """Return this manifest with `sha256` filled in."""
         content = json.dumps(asdict(replace(self, sha256=None)), sort_keys=True)
         return replace(self, sha256=hashlib.sha256(content.encode()).hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState(TrainState):
-    """What state.json holds."""
+    """Content of state.json."""
 
     positions: dict[str, Count]
-    """Bytes of the metric files, by name."""
+    """Lengths of the metric files in bytes, by name."""
     frozen_since: Count | None = None
-    """The step before which the frozen weights last changed."""
+    """Step just before which the frozen weights last changed."""
     scheduled: bool = True
-    """False where a signal asked for it: a run that goes back goes to one that every run of its kind has."""
+    """False where a signal asked for it. A rewind prefers scheduled ones, so its target does not depend on signals."""
 
     @property
     def progress(self) -> TrainState:
-        """Without what is there for the files' sake."""
+        """Return the fields of the training state alone."""
         return TrainState(**{field.name: getattr(self, field.name) for field in fields(TrainState)})
 
 
@@ -104,15 +106,16 @@ class Checkpoint:
         return self.state.step
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers, frozen ones included, on the CPU."""
+        """Load parameters and buffers, frozen ones included, to the CPU."""
         frozen = self._load(FROZEN) if FROZEN in self.manifest.files else {}
         return self._load("weights.safetensors") | frozen
 
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, on the CPU; copies, since an optimizer keeps what it gets, and the file with it."""
+        """Load the optimizer's tensors to the CPU, as copies: kept memory-mapped ones would keep the file alive."""
         return {name: tensor.clone() for name, tensor in self._load("optimizer.safetensors").items()}
 
     def _load(self, name: FileName) -> dict[str, Tensor]:
+        """Map the tensors of one file; `UserError` if it cannot be read."""
         try:
             return load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
@@ -120,13 +123,17 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run; writes one checkpoint at a time, in a thread unless `background` is off."""
+    """The `checkpoints/` folder of a run.
+
+    Writes one checkpoint at a time, in a thread of its own unless `background` is False. As a context manager it waits
+    at the end for the checkpoint that is being written, also where an error ends the run.
+    """
 
     def __init__(self, folder: Path, keep_last: int = 2, *, background: bool = True) -> None:
         self.folder, self.keep_last, self.background = folder, keep_last, background
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Checkpoint] | None = None
-        self._last: Checkpoint | None = None  # written or opened here
+        self._last: Checkpoint | None = None  # the last one that was written or opened by this object
 
     def save(
         self,
@@ -136,24 +143,31 @@ class Checkpoints:
         optimizer: Tensors,
         settings: Mapping[str, str | int],
     ) -> None:
-        """Begin to write the checkpoint of `state.step`; returns when a snapshot is taken, so that training goes on.
+        """Start writing the checkpoint of `state.step`; return as soon as the tensors are copied, so training goes on.
 
-        Waits for the checkpoint before to be done. Afterwards the oldest beyond `keep_last` are dropped, but for the
-        newest scheduled one and for one that shares no file with those that stay.
+        Waits first until the previous checkpoint is written. Once the new one is written, only the last `keep_last`
+        are kept, and besides them the newest scheduled one and one that shares no file with those that are kept.
+        Does nothing if the last checkpoint written or opened is of this step.
+
+        Args:
+            weights: trainable tensors and buffers, by name.
+            frozen: frozen weights, by name; empty where checkpoints do not hold them.
+            optimizer: the optimizer's tensors, by `parameter name:key`.
+            settings: everything beside the configuration that changes numbers; goes into the manifest.
 
         Raises:
-            RunStopped: this or the last checkpoint could not be written; earlier ones are untouched.
+            RunStopped: this or the previous checkpoint could not be written; earlier ones are untouched.
         """
         self.wait()
         if self._last is not None and self._last.step == state.step:
             return
-        aside = self.folder / f".{_name(state.step)}.partial"
+        partial = self.folder / f".{_name(state.step)}.partial"
         try:
-            for leftover in self.folder.glob(".step-*"):  # of a run that was killed while it saved
+            for leftover in self.folder.glob(".step-*"):  # left by a run that was killed while it saved
                 shutil.rmtree(leftover)
-            self.folder.mkdir(exist_ok=True)  # not its parent: a run folder that is gone is not made anew
-            aside.mkdir()
-            linked = self._link_frozen(aside, state) if frozen else None
+            self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was deleted is not created again
+            partial.mkdir()
+            linked = self._link_frozen(partial, state) if frozen else None
         except OSError as error:
             raise self._not_written(state.step, error) from None
         snapshot: dict[FileName, Tensors] = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
@@ -161,7 +175,7 @@ class Checkpoints:
             snapshot[FROZEN] = frozen
         if self.background:
             snapshot = {name: {key: _copied(tensor) for key, tensor in part.items()} for name, part in snapshot.items()}
-        self._writing = self._writer.submit(self._write, aside, state, snapshot, linked, settings)
+        self._writing = self._writer.submit(self._write, partial, state, snapshot, linked, settings)
         if not self.background:
             self.wait()
 
@@ -171,33 +185,35 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """What is being written is finished, also where an error ends the run."""
         self._writer.shutdown()
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what went wrong with the last `save`."""
+        """Wait until nothing is being written; raise the error of the last `save` if it failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             self._last = writing.result()
 
     def check(self) -> None:
-        """Raise what went wrong with the last `save`, if that is known by now; never waits."""
+        """Raise the error of the last `save` if it has failed already; do not wait for one that is being written."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def steps(self) -> list[int]:
-        """Steps of the folders that look like checkpoints, ascending; not yet verified."""
+        """Return the steps of all checkpoint folders, ascending, without verifying the folders."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) == 8)
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and one line for every newer one that does not."""
+        """Return the newest checkpoint that verifies, and one message for every newer one that does not."""
         return self._newest(self.steps())
 
     def go_back(self, step: int) -> tuple[Checkpoint | None, list[str]]:
-        """The newest scheduled checkpoint at or before `step`, else the newest of any kind; newer ones are deleted.
+        """Open the newest scheduled checkpoint at or before `step`, or else the newest of any kind; delete newer ones.
 
-        They belong to a part of the run that does not count any more.
+        The newer ones belong to a part of the run that is discarded.
+
+        Returns:
+            The checkpoint, None if none verifies, and one message for every newer scheduled one that does not.
         """
         steps = [earlier for earlier in self.steps() if earlier <= step]
         checkpoint, broken = self._newest([earlier for earlier in steps if self._is_scheduled(earlier)])
@@ -209,6 +225,7 @@ class Checkpoints:
         return checkpoint, broken
 
     def _newest(self, steps: list[int]) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest of these checkpoints that verifies, and one message for every newer one that does not."""
         broken: list[str] = []
         for step in reversed(steps):
             try:
@@ -218,13 +235,18 @@ class Checkpoints:
         return None, broken
 
     def _is_scheduled(self, step: int) -> bool:
+        """Whether a checkpoint was scheduled; True for a damaged one, so that `open` is tried and reports it."""
         try:
             return _parse(SavedState, self.folder / _name(step) / "state.json").scheduled
         except UserError:
-            return True  # damaged: to be found out, and said, when it is opened
+            return True
 
     def open(self, step: int) -> Checkpoint:
-        """Verify and open one checkpoint; `UserError` names the file that is missing or damaged."""
+        """Verify and open one checkpoint.
+
+        Raises:
+            UserError: a file, which the message names, is missing, damaged or of an unknown format.
+        """
         folder = self.folder / _name(step)
         manifest = _read_manifest(folder)
         for name, expected in manifest.files.items():
@@ -232,10 +254,10 @@ class Checkpoints:
             if path.is_symlink() or not path.is_file():
                 raise UserError(f"{path}: missing, or not a plain file")
             try:
-                sound = path.stat().st_size == expected.bytes and _digest(path) == expected
+                is_intact = path.stat().st_size == expected.bytes and _digest(path) == expected
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-            if not sound:
+            if not is_intact:
                 raise UserError(f"{path}: damaged (its checksum differs from the manifest's)")
         state = _parse(SavedState, folder / "state.json")
         if state.step != step:
@@ -243,73 +265,77 @@ class Checkpoints:
         self._last = Checkpoint(folder, state, manifest)
         return self._last
 
-    def _link_frozen(self, aside: Path, state: SavedState) -> Digest | None:
-        """The last checkpoint's frozen weights as those of the next, if they are the same; None if not, or no link.
+    def _link_frozen(self, partial: Path, state: SavedState) -> Digest | None:
+        """Link the last checkpoint's frozen weights into `partial` and return their digest.
 
-        Not either if no other checkpoint would be left with a copy of its own.
+        Returns None without a link if they have changed since, if all checkpoints share that copy (a second one is
+        due), or if the file system has no hard links.
         """
         last = self._last
         if last is None or FROZEN not in last.manifest.files or last.state.frozen_since != state.frozen_since:
             return None
-        if all(self._copy(step) == self._copy(last.step) for step in self.steps()):
+        if all(self._copy_id(step) == self._copy_id(last.step) for step in self.steps()):
             return None
         try:
-            os.link(last.folder / FROZEN, aside / FROZEN)
-        except OSError:  # gone, or a file system without hard links
+            os.link(last.folder / FROZEN, partial / FROZEN)
+        except OSError:  # the file was deleted, or the file system has no hard links
             return None
         return last.manifest.files[FROZEN]
 
     def _write(
         self,
-        aside: Path,
+        partial: Path,
         state: SavedState,
         tensors: Mapping[FileName, Tensors],
         linked: Digest | None,
         settings: Mapping[str, str | int],
     ) -> Checkpoint:
+        """Write all files into `partial`, the manifest last, rename the folder and delete old checkpoints."""
         final, old = self.folder / _name(state.step), self.folder / f".{_name(state.step)}.replaced"
         try:
             for name, part in tensors.items():
-                save_file({key: tensor.contiguous() for key, tensor in part.items()}, aside / name)
-                sync(aside / name)
-            write_durably(aside / "state.json", json.dumps(asdict(state), indent=1))
-            files: dict[FileName, Digest] = {name: _digest(aside / name) for name in (*tensors, "state.json")}
+                save_file({key: tensor.contiguous() for key, tensor in part.items()}, partial / name)
+                sync(partial / name)
+            write_durably(partial / "state.json", json.dumps(asdict(state), indent=1))
+            files: dict[FileName, Digest] = {name: _digest(partial / name) for name in (*tensors, "state.json")}
             if linked is not None:
                 files[FROZEN] = linked
             manifest = Manifest(FORMAT, dict(settings), files).signed()
-            write_durably(aside / "manifest.json", json.dumps(asdict(manifest), indent=1))
-            if final.exists():  # of a part of the run that did not count, or damaged
+            write_durably(partial / "manifest.json", json.dumps(asdict(manifest), indent=1))
+            if final.exists():  # damaged, or of a discarded part of the run
                 final.rename(old)
-            aside.rename(final)
+            partial.rename(final)
             for folder in (self.folder, self.folder.parent):
                 sync(folder)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
-            shutil.rmtree(aside, ignore_errors=True)
+        except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk in its own class
+            shutil.rmtree(partial, ignore_errors=True)
             raise self._not_written(state.step, error) from None
         shutil.rmtree(old, ignore_errors=True)
         self._prune(state.step)
         return Checkpoint(final, state, manifest)
 
     def _prune(self, newest: int) -> None:
-        """What cannot be deleted now stays until the next time."""
-        steps = [step for step in self.steps() if step <= newest]  # a later one that is there failed to verify
+        """Delete checkpoints that `save` does not keep; one that cannot be deleted is tried again next time."""
+        steps = [step for step in self.steps() if step <= newest]  # later ones, if any, failed to verify
         scheduled = [step for step in steps if self._is_scheduled(step)]
         kept = {*steps[-self.keep_last :], *scheduled[-1:]}
-        copies = {self._copy(step) for step in kept}
-        if len(kept) > len(copies) == 1:  # they share one file
-            kept |= set([step for step in steps if self._copy(step) not in copies][-1:])
+        copies = {self._copy_id(step) for step in kept}
+        if len(kept) > 1 and len(copies) == 1:  # all share one file: keep the newest that has another copy as well
+            others = [step for step in steps if self._copy_id(step) not in copies]
+            kept.update(others[-1:])
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.folder / _name(step), ignore_errors=True)
 
-    def _copy(self, step: int) -> int:
-        """Which copy of the frozen weights a checkpoint holds: its inode; one without is like no other."""
+    def _copy_id(self, step: int) -> int:
+        """Inode of the frozen weights of a checkpoint, the same for all that share them; -step where there are none."""
         try:
             return (self.folder / _name(step) / FROZEN).stat().st_ino
         except OSError:
             return -step
 
     def _not_written(self, step: int, error: Exception) -> RunStopped:
+        """Build the error for a checkpoint that could not be written."""
         reason = getattr(error, "strerror", None) or str(error)
         return RunStopped(
             f"{self.folder / _name(step)}: checkpoint not written ({reason}); make room and run the same command again"
@@ -317,15 +343,17 @@ class Checkpoints:
 
 
 def _name(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
     return f"step-{step:08d}"
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """On the CPU, and not touched by what training does next."""
+    """Copy a tensor to the CPU, so that the next training steps do not change what is saved."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json; `UserError` if its format is unknown, it is damaged, or a file is not listed."""
     path = folder / "manifest.json"
     number = _parse(_Format, path).format
     if number not in READABLE_FORMATS:
@@ -344,11 +372,13 @@ def _read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class _Format:
+    """The one field that the manifests of all formats have."""
+
     format: int
 
 
 def _parse(kind: type[T], path: Path) -> T:
-    """A JSON file of ours as a checked dataclass."""
+    """Read a JSON file of a checkpoint as a dataclass; `UserError` if a field is missing or of another type."""
     if path.is_symlink() or not path.is_file():
         raise UserError(f"{path}: missing, or not a plain file")
     try:
@@ -360,7 +390,7 @@ def _parse(kind: type[T], path: Path) -> T:
 
 
 def _digest(path: Path) -> Digest:
-    """Length, crc32 and sha256 of a file."""
+    """Compute length, crc32 and sha256 of a file."""
     length, crc, sha = 0, 0, hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
