@@ -8,6 +8,7 @@ from relora.config.sections import (
     BatchSettings,
     EvaluateSettings,
     LowRankSettings,
+    ModelSettings,
     OptimizerSettings,
     RestartSettings,
 )
@@ -19,6 +20,13 @@ PROMPT_LR = 5.0e-3
 
 A gate moves by about the learning rate in a step and has to reach 1; published runs have rate x steps of about 9.
 """
+
+
+class FinetuneModelSettings(ModelSettings):
+    """Model to fine-tune: `path` is required, and `preset` belongs to pretraining."""
+
+    path: Place | None = None
+    """Model folder, hub id or run folder to begin with; required."""
 
 
 class ExampleSettings(Settings):
@@ -76,7 +84,7 @@ class FinetuneLowRankSettings(LowRankSettings):
     dora: bool = False
     """Train the norm of each row apart from its direction (DoRA)."""
     trained_modules: tuple[Text, ...] = ()
-    """Modules that train in full beside the factors, by name or regular expression, e.g. `lm_head`."""
+    """Modules that train in full beside the factors, such as `lm_head`: names or regular expressions."""
     init: Literal["kaiming", "orthogonal", "pissa", "gradient-svd"] = "kaiming"
     """Method by which the factors are drawn at the start; `gradient-svd` is LoRA-GA."""
     base: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"  # type: ignore[assignment]
@@ -160,6 +168,7 @@ class FinetuneConfig(TrainingConfig):
 
     task: Literal["instruct", "classification"]
     """Task: answering instructions, or telling classes of texts (or numbers) apart."""
+    model: FinetuneModelSettings
     data: ExampleSettings
     method: Literal["lora", "relora", "llama-adapter", "full"] = "lora"
     """Training method: factors without or with restarts, learned prompts, or all weights."""

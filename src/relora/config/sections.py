@@ -95,7 +95,7 @@ class DataSettings(Settings):
 
 
 class LowRankSettings(Settings):
-    """Factors lora_A and lora_B beside each frozen weight; in the library they are those of `relora.LowRankConfig`."""
+    """Factors lora_A and lora_B beside each frozen weight (`relora.LowRankConfig` in the library)."""
 
     r: PositiveInt = 128
     """Rank of the factors; at most the smaller side of every target module."""
@@ -125,7 +125,7 @@ class ResidualSettings(Settings):
 
 
 class PretrainingLowRankSettings(LowRankSettings):
-    """Factors lora_A and lora_B beside each frozen weight; in the library they are those of `relora.LowRankConfig`."""
+    """Factors lora_A and lora_B beside each frozen weight (`relora.LowRankConfig` in the library)."""
 
     warmup_steps: NonNegativeInt | None = None
     """Warm-up of the factors after a warm start, in steps; unless given, `schedule.warmup_steps`. Their learning rate
@@ -191,7 +191,7 @@ class RestartSettings(Settings):
     directions: Literal["orthogonal", "gradient-svd", "weight-svd"] = "orthogonal"
     """Directions of the factors that `init: balanced` draws."""
     stagger: Literal["none", "layers", "ranks"] = "none"
-    """Parts that restart in turn: groups of layers, or groups of ranks in every layer; `none` restarts all at once."""
+    """Parts that restart in turn: groups of layers, or of ranks in every layer; `none` restarts all at once."""
     turns: Annotated[int, Number, Field(ge=2, le=1000)] = 4
     """Number of parts with `stagger`; each restarts once in a cycle."""
     adaptive: bool = False
@@ -243,7 +243,7 @@ class ProjectionSettings(Settings):
     every_steps: PositiveInt = 200
     """Steps after which the space is computed anew."""
     scale: PositiveFloat | None = None
-    """Scale of the update, as the authors' package takes it; unless given, 0.25, with apollo 1."""
+    """Scale of the update; unless given, that of the authors: 0.25, with apollo 1."""
 
 
 class OptimizerSettings(Settings):
