@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.shards import PreparedFolder
-from relora.data.pretraining.sources import Corpus
 
 SEQUENCE_LENGTH = 256
 CHECKED_MEGABYTES = 5

@@ -65,15 +65,15 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "the first low-rank step": Blow(call=f"{LOOP}:train_step", nth=WARM_START + 1, after=True),
     "the step before a restart": Blow(call=f"{LOOP}:train_step", nth=16),
     "before a restart": Blow(call=f"{LOOP}:restart"),
-    "in a restart, before the first merge": Blow(call="relora.lowrank.linear:LowRankLinear.exchange_", nth=1),
+    "in a restart, before the first merge": Blow(call="relora.lowrank.linear:LowRankLinear.replace_factors_", nth=1),
     "in a restart, inside the merge": Blow(
         call="relora.lowrank.storage.frozen_weight:FrozenWeight.add_", nth=9, after=True
     ),
     "in a restart, between new factors and their moments": Blow(
-        call="relora.lowrank.linear:LowRankLinear.exchange_", nth=LAYERS - 3, after=True
+        call="relora.lowrank.linear:LowRankLinear.replace_factors_", nth=LAYERS - 3, after=True
     ),
     "in a restart, between two moments": Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
-    "in a restart, between two layers": Blow(call=f"{RESTART}:_redraw_factors", nth=3 * LAYERS - 2),
+    "in a restart, between two layers": Blow(call=f"{RESTART}:_merge_and_redraw", nth=3 * LAYERS - 2),
     "after a restart, before its line": Blow(call=f"{LOOP}:restart", nth=2, after=True),
     "after a restart's line": Blow(call="relora.report.reporter:Reporter.restart", nth=2, after=True),
     "a restart's line half written": Blow(
@@ -116,7 +116,7 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
 NAMED_IN_CONTINUED_RUNS: dict[str, tuple[Blow, ...]] = {
     "three times inside the same restart": (
         Blow(call=f"{RESTART}:reset_moments", nth=2 * LAYERS + 7),
-        Blow(call="relora.lowrank.linear:LowRankLinear.exchange_", nth=3, after=True),
+        Blow(call="relora.lowrank.linear:LowRankLinear.replace_factors_", nth=3, after=True),
         Blow(call=f"{RESTART}:reset_moments", nth=3),
     ),
     "before, in and after the switch": (
@@ -155,7 +155,7 @@ NAMED_IN_PREPARE: dict[str, Blow] = {
     "prepare: a journal line half written": Blow(
         call="relora.data.pretraining.journal:Journal.note", nth=3, after=True, cut="journal.jsonl"
     ),
-    "prepare: in the tokenizer's training": Blow(call="relora.data.pretraining.encode:SplitRule.is_validation", nth=8),
+    "prepare: in the tokenizer's training": Blow(call="relora.data.pretraining.encode:SplitRule.is_held_out", nth=8),
     "prepare: the tokenizer before its rename": Blow(event=r"rename train/tokenizer\.partial"),
     "prepare: a shard open and empty": Blow(event=r"opened train/shard-00001"),
     "prepare: between two chunks": Blow(call="relora.data.pretraining.journal:SplitWriter.append", nth=9),

@@ -1,14 +1,29 @@
-"""One reader per kind of source: each yields the documents of one file or dataset in order, in bounded memory.
+"""Readers of files and datasets: each yields the records of one file or dataset in order, in bounded memory.
 
-A record that cannot be used is handed to `bad` with one line that says where and why; `bad` raises or counts.
-What breaks a whole file (cut short, not UTF-8 in a text file) comes out as `OSError`, `ArrowException` or
-`UnicodeDecodeError`; the caller knows the file's name.
+    .jsonl      one JSON value per line; blank lines are left out
+    .json       one JSON value per line, or one array of values, which is parsed as a whole
+    .csv        a line of column names, then one record per row (RFC 4180)
+    .tsv        the same, separated by tabs; quotation marks are ordinary characters, as in the files of GLUE
+    .parquet    one record per row; not inside .gz or .zst, since it compresses its columns itself
+    .txt .md    one record per file, or several of a long file, which is cut at blank lines
+    saved       a folder written by `datasets.save_to_disk`: one record per row
+    hub         a dataset on the Hugging Face hub, streamed: one record per row
+
+A reader yields pairs `(where, value)`: the place of a record for messages, such as `a.jsonl, line 3`, and the record,
+which is a mapping of column to value in a correct file and may be any JSON value in a wrong one. A record that cannot
+be read is reported to the callback `bad` with one line that says where it is and what is wrong; `bad` either raises an
+exception or counts the record, and the reader goes on behind it. An error that makes the rest of a file unreadable (it
+is cut short, or is not UTF-8) is raised as `OSError`, `ArrowException` or `UnicodeDecodeError`.
+
+A reader that is given a `column` needs to yield that column only, and reports a table that has no such column once.
+Plain text has one column, named `column`, or `text` where none is given.
 """
 
+import csv
 import io
 import json
-from collections.abc import Callable, Iterator
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,205 +34,335 @@ from huggingface_hub import HfApi
 from relora.errors import RunStopped, UserError
 from relora.messages import first_line, short_name
 
+COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
+"""Suffix of a compressed file -> Arrow's name of its codec."""
+
+PLAIN_TEXT_KINDS = (".txt", ".md")
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 WHOLE_FILE_CHARS = 128 * 1024
-"""A plain-text file up to this length is one document."""
+"""Characters up to which a plain text file is one record."""
 
 PIECE_CHARS = 32 * 1024
-"""A longer one is a book rather than a document: it is cut at blank lines into documents of one to two of these."""
+"""A longer plain text file is cut into records of `PIECE_CHARS` to 2 * `PIECE_CHARS` characters: it is more likely a
+book than a document."""
 
 LONGEST_LINE = 1 << 28
-"""Bytes of a JSONL record; without an end to it, a small compressed file could fill the memory."""
+"""Most bytes of a line of a .jsonl, .json, .csv or .tsv file. Without a limit, a small compressed file with one endless
+line could fill the memory."""
+
+LARGEST_ARRAY = 1 << 28
+"""Most bytes, decompressed, of a .json file that holds an array. The array is parsed as a whole, which takes several
+times as much memory."""
+
+BATCH_ROWS = 256
+"""Rows of a parquet file or saved dataset that are decoded at a time."""
 
 MOST_NAMES = 8
-"""Fields or columns that a message lists."""
+"""Most columns that a message lists."""
 
-BAD_RECORD = Callable[[str], None]
+BadRecord = Callable[[str], None]
+"""Callback that is given one line about a record that cannot be used; it raises an exception or counts the record."""
 
-
-def read_text(stream: BinaryIO) -> Iterator[str]:
-    """Plain UTF-8 text, line ends as \\n: one document, or pieces that join up to the file without a gap."""
-    reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    try:
-        text = reader.read(WHOLE_FILE_CHARS + 1)
-        if len(text) <= WHOLE_FILE_CHARS:
-            yield text
-            return
-        while text := text + reader.read(max(0, 2 * PIECE_CHARS - len(text))):
-            cut = _cut(text[: 2 * PIECE_CHARS])
-            yield text[:cut]
-            text = text[cut:]
-    finally:
-        reader.detach()  # the stream is the caller's to close
+Row = tuple[str, Any]
+"""(place of a record, its value)."""
 
 
-def _cut(text: str) -> int:
-    """Where to end a piece: after the first blank line past PIECE_CHARS, else a line end, a space, the end."""
-    if len(text) < 2 * PIECE_CHARS:
-        return len(text)
-    for mark in ("\n\n", "\n", " "):
-        found = text.find(mark, PIECE_CHARS)
-        if found >= 0:
-            return found + len(mark)
-    return len(text)
+def read_jsonl(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield one JSON value per line."""
+    return _json_lines(stream, 1, stream.readline(LONGEST_LINE), name, bad)
 
 
-def read_jsonl(stream: BinaryIO, name: str, field: str, bad: BAD_RECORD) -> Iterator[str]:
-    """One JSON object a line; blank lines are passed over."""
-    for number in count(1):
-        line = stream.readline(LONGEST_LINE)
-        if not line:
-            return
+def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the values of a JSON array; of a file that does not begin with `[`, one value per line."""
+    number, line = 1, stream.readline(LONGEST_LINE)
+    while line and not line.removeprefix(BYTE_ORDER_MARK).strip():
+        number, line = number + 1, stream.readline(LONGEST_LINE)
+    if not line.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        yield from _json_lines(stream, number, line, name, bad)
+        return
+    data = line + stream.read(max(0, LARGEST_ARRAY + 1 - len(line)))
+    if len(data) > LARGEST_ARRAY:
+        bad(f"{name}: more than {LARGEST_ARRAY >> 20} MB in one piece; write it as .jsonl, one record a line")
+        return
+    for _, values in _parsed_json(data, name, bad):
+        for record_number, value in enumerate(values, start=1):
+            yield f"{name}, record {record_number}", value
+
+
+def _json_lines(stream: BinaryIO, number: int, line: bytes, name: str, bad: BadRecord) -> Iterator[Row]:
+    """Yield the JSON values of `line`, which is the line `number` of the file, and of the lines that follow it."""
+    while line:
         where = f"{name}, line {number}"
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            bad(f"{where}: longer than {LONGEST_LINE >> 20} MB, so hardly a document")
+        if _is_too_long(line):
+            bad(f"{where}: longer than {LONGEST_LINE >> 20} MB, so hardly a record")
             while line and not line.endswith(b"\n"):
                 line = stream.readline(PIECE_CHARS)
-            continue
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            bad(f"{where}: not UTF-8")
-        except json.JSONDecodeError as error:
-            bad(f"{where}: not valid JSON ({error.msg}: column {error.colno})")
-        except (ValueError, RecursionError):
-            bad(f"{where}: JSON with a number too long, or nested too deeply, to be read")
-        else:
-            yield from _text_of(record, field, where, bad)
+        elif line.strip():
+            yield from _parsed_json(line, where, bad)
+        number, line = number + 1, stream.readline(LONGEST_LINE)
 
 
-def read_parquet(stream: BinaryIO, name: str, field: str, bad: BAD_RECORD) -> Iterator[str]:
-    """The column `field`, row group by row group."""
+def _parsed_json(data: bytes, where: str, bad: BadRecord) -> Iterator[Row]:
+    """Yield the one JSON value that `data` holds, or report that it cannot be parsed and yield nothing."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        bad(f"{where}: not UTF-8")
+    except json.JSONDecodeError as error:
+        bad(f"{where}: not valid JSON ({error.msg}: line {error.lineno}, column {error.colno})")
+    except (ValueError, RecursionError):
+        bad(f"{where}: JSON with a number too long, or nested too deeply, to be read")
+    else:
+        yield where, value
+
+
+def _is_too_long(line: bytes) -> bool:
+    """Return whether `line`, read with `readline(LONGEST_LINE)`, is only the beginning of a longer line."""
+    return len(line) == LONGEST_LINE and not line.endswith(b"\n")
+
+
+def read_csv(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the rows of a CSV file; all values are text.
+
+    A field may contain line ends, and has at most the 131,072 characters that Python's `csv` module permits.
+    """
+    return _table_rows(csv.reader(_text_lines(stream), strict=True), name, bad, column)
+
+
+def read_tsv(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the rows of a file of tab-separated values without quotation, as GLUE publishes its data."""
+    return _table_rows(csv.reader(_text_lines(stream), delimiter="\t", quoting=csv.QUOTE_NONE), name, bad, column)
+
+
+def _table_rows(rows: Any, name: str, bad: BadRecord, column: str | None) -> Iterator[Row]:
+    """Yield the rows of a `csv.reader` as mappings from the column names in its first row."""
+    try:
+        columns: list[str] = next(rows, [])
+        if len(set(columns)) < len(columns):
+            twice = next(column for column in columns if columns.count(column) > 1)
+            bad(f"{name}: column `{short_name(twice)}` is there twice")
+            return
+        if columns and _lacks_column(columns, column, name, bad):
+            return
+        for row in rows:
+            where = f"{name}, line {rows.line_num}"
+            if row and len(row) != len(columns):
+                bad(f"{where}: {len(row)} fields under {len(columns)} columns")
+            elif row:
+                yield where, dict(zip(columns, row, strict=True))
+    except csv.Error as error:  # it is not known where the next record begins, so the file ends here
+        bad(f"{name}, line {rows.line_num}: not valid CSV ({error})")
+
+
+def _text_lines(stream: BinaryIO) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file without a byte order mark; raise `csv.Error` at a line that is too long."""
+    mark = BYTE_ORDER_MARK
+    while line := stream.readline(LONGEST_LINE):
+        if _is_too_long(line):
+            raise csv.Error(f"a line is longer than {LONGEST_LINE >> 20} MB")
+        yield line.removeprefix(mark).decode()
+        mark = b""  # only the first line may begin with one
+
+
+def read_parquet(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the rows of a parquet file, read row group by row group; with `column`, of that column of text alone."""
     file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
     columns = file.schema_arrow.names
-    if field not in columns:
-        bad(f"{name}: no column `{field}`; there are {_names(columns)}")
+    if _lacks_column(columns, column, name, bad):
         return
-    if not _is_text(kind := file.schema_arrow.types[columns.index(field)]):
-        bad(f"{name}: column `{field}` is not text but {short_name(str(kind))}")
+    if column is not None and not _is_text(kind := file.schema_arrow.types[columns.index(column)]):
+        bad(f"{name}: column `{column}` is not text but {short_name(str(kind))}")
         return
     row = 0
-    for batch in file.iter_batches(batch_size=256, columns=[field]):
-        for cell in batch.column(0):
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=None if column is None else [column]):
+        for cells in zip(*batch.columns, strict=True):
             row += 1
             try:
-                value = cell.as_py()
+                fields = {key: cell.as_py() for key, cell in zip(batch.schema.names, cells, strict=True)}
             except UnicodeDecodeError:
                 bad(f"{name}, row {row}: not UTF-8")
             else:
-                yield from _text_of({field: value}, field, f"{name}, row {row}", bad)
+                yield f"{name}, row {row}", fields
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
-    """Whether a column can hold text, in one of Arrow's several ways."""
+    """Return whether a column of this Arrow type holds text, in any of Arrow's encodings of text."""
     if pyarrow.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     tests = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     return any(test(kind) for test in tests)
 
 
-def read_saved_dataset(path: Path, field: str, bad: BAD_RECORD, at: Callable[[float], None]) -> Iterator[str]:
-    """A folder from `datasets.save_to_disk`: a Dataset, or the split `train` of a DatasetDict.
+def read_text(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield a plain UTF-8 text as one record, or in pieces which, joined, are the whole text.
 
-    `at` is told the share of the rows that was read.
+    Line ends become \\n, and a byte order mark is dropped.
     """
-    datasets = _datasets()
+    field = column or "text"
+    reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    try:
+        text = reader.read(WHOLE_FILE_CHARS + 1)
+        if len(text) <= WHOLE_FILE_CHARS:
+            yield name, {field: text}
+            return
+        number = 0
+        while text := text + reader.read(max(0, 2 * PIECE_CHARS - len(text))):
+            number += 1
+            end = _piece_end(text[: 2 * PIECE_CHARS])
+            yield f"{name}, piece {number}", {field: text[:end]}
+            text = text[end:]
+    finally:
+        reader.detach()  # closing the stream is left to the caller
+
+
+def _piece_end(text: str) -> int:
+    """Return where to end a piece: after the first blank line behind `PIECE_CHARS`, else a line end, else a space.
+
+    A text of fewer than 2 * `PIECE_CHARS` characters is the last piece, and is not cut.
+    """
+    if len(text) < 2 * PIECE_CHARS:
+        return len(text)
+    for separator in ("\n\n", "\n", " "):
+        found = text.find(separator, PIECE_CHARS)
+        if found >= 0:
+            return found + len(separator)
+    return len(text)
+
+
+Reader = Callable[[BinaryIO, str, BadRecord, str | None], Iterator[Row]]
+
+READERS: Mapping[str, Reader] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+    ".md": read_text,
+}
+"""Kind of file, as `file_kind` returns it -> its reader."""
+
+
+def file_kind(file: Path) -> str | None:
+    """Return the suffix that says how to read a file, without that of a compression; None if there is no reader."""
+    name = Path(file.name)
+    kind = Path(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix
+    return kind if kind in READERS else None
+
+
+def decompressed(raw: BinaryIO, file_name: str) -> BinaryIO:
+    """Return the decompressed bytes of a .gz or .zst file, also of several members; of any other file, `raw`.
+
+    Reading a file that is cut short raises `OSError`.
+    """
+    codec = COMPRESSIONS.get(Path(file_name).suffix)
+    if codec is None:
+        return raw
+    # pyarrow notices that a file is cut short; the package zstandard would take the cut for the end of the file
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), codec))
+
+
+def read_saved_dataset(
+    path: Path, bad: BadRecord, column: str | None = None, read_share: Callable[[float], None] = lambda _: None
+) -> Iterator[Row]:
+    """Yield the rows of a folder from `datasets.save_to_disk`: a Dataset, or the split `train` of a DatasetDict.
+
+    Args:
+        path: the folder.
+        bad: see the module.
+        column: the only column to read; all columns unless given.
+        read_share: called after every batch with the share of the rows that has been read, 0 to 1.
+
+    Raises:
+        UserError: the folder cannot be opened, or has no split `train`.
+    """
+    datasets = _datasets_library()
     try:
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever the library and its formats raise
-        raise UserError(f"{path}: cannot be opened as a saved dataset: {_one_line(error)}") from None
+    except Exception as error:  # of any type: the library and its file formats raise many
+        raise UserError(f"{path}: cannot be opened as a saved dataset: {one_line(error)}") from None
     if isinstance(dataset, datasets.DatasetDict):
         if "train" not in dataset:
-            raise UserError(f"{path}: no split `train`; give the folder of one of {_names(dataset)}")
+            raise UserError(f"{path}: no split `train`; give the folder of one of {column_names(dataset)}")
         dataset = dataset["train"]
-    if field not in dataset.column_names:
-        bad(f"{path}: no column `{field}`; there are {_names(dataset.column_names)}")
+    if _lacks_column(dataset.column_names, column, str(path), bad):
         return
+    if column is not None:
+        dataset = dataset.select_columns([column])
     row = 0
-    for batch in dataset.select_columns([field]).iter(batch_size=256):
-        for value in batch[field]:
+    for batch in dataset.iter(batch_size=BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
             row += 1
-            yield from _text_of({field: value}, field, f"{path}, row {row}", bad)
-        at(row / len(dataset))
+            yield f"{path}, row {row}", dict(zip(batch, values, strict=True))
+        read_share(row / len(dataset))
 
 
 def hub_revision(dataset_id: str) -> str:
-    """The commit at which a hub dataset stands: asked first, since a name that is wrong would be tried for long."""
+    """Return the current commit of a hub dataset; `UserError` if the hub has no dataset of that name.
+
+    It is asked for before the dataset is opened, because the library would try for a long time to open a wrong name.
+    """
     try:
         revision = HfApi().dataset_info(dataset_id, timeout=10).sha
-    except Exception as error:  # whatever the hub and the network raise
+    except Exception as error:  # of any type: the hub's client and the network raise many
         raise UserError(
-            f"{dataset_id}: no such file or folder, and the hub gave no dataset of that name ({_one_line(error)})"
+            f"{dataset_id}: no such file or folder, and the hub gave no dataset of that name ({one_line(error)})"
         ) from None
     return str(revision)
 
 
-def read_hub_dataset(
-    dataset_id: str, config: str | None, revision: str | None, field: str, bad: BAD_RECORD
-) -> Iterator[str]:
-    """The split `train` of a dataset on the Hugging Face hub, streamed: nothing is stored."""
+def read_hub_dataset(dataset_id: str, config: str | None, revision: str | None) -> Iterator[Row]:
+    """Yield the rows of the split `train` of a dataset on the Hugging Face hub, streamed: nothing is stored.
+
+    Raises:
+        UserError: the dataset cannot be opened.
+        RunStopped: the connection failed on the way.
+    """
     try:
-        dataset = _datasets().load_dataset(dataset_id, config, split="train", revision=revision, streaming=True)
-    except Exception as error:  # whatever the library, the hub and the network raise
-        raise UserError(f"{dataset_id}: cannot be streamed: {_one_line(error)}") from None
+        dataset = _datasets_library().load_dataset(dataset_id, config, split="train", revision=revision, streaming=True)
+    except Exception as error:  # of any type: the library, the hub and the network raise many
+        raise UserError(f"{dataset_id}: cannot be streamed: {one_line(error)}") from None
     rows = enumerate(dataset, start=1)
     while True:
         try:
-            number, record = next(rows)
+            number, fields = next(rows)
         except StopIteration:
             return
-        except Exception as error:
+        except Exception as error:  # likewise
             raise RunStopped(
-                f"{dataset_id}: the stream broke off ({_one_line(error)}); the same command continues"
+                f"{dataset_id}: the stream broke off ({one_line(error)}); run the same command again"
             ) from None
-        yield from _text_of(record, field, f"{dataset_id}, row {number}", bad)
+        yield f"{dataset_id}, row {number}", fields
 
 
-def decompressed(raw: BinaryIO, file_name: str) -> BinaryIO:
-    """The bytes of a file after undoing .gz or .zst, of several members too; cut short is an `OSError`."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(file_name).suffix)
-    if codec is None:
-        return raw
-    # pyarrow notices a file that was cut short; the zstandard package takes it for the end
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), codec))
-
-
-def _text_of(record: Any, field: str, where: str, bad: BAD_RECORD) -> Iterator[str]:
-    """The text of one record, if it has one; an empty text is passed over, since there is nothing to train on."""
-    if not isinstance(record, dict):
-        bad(f"{where}: not a JSON object")
-    elif field not in record:
-        bad(f"{where}: no field `{field}`; there are {_names(record)}")
-    elif not isinstance(record[field], str):
-        bad(f"{where}: field `{field}` is not text but {type(record[field]).__name__}")
-    elif not record[field].isascii() and not _is_unicode(record[field]):
-        bad(f"{where}: half of a surrogate pair in field `{field}`")
-    elif record[field]:
-        yield record[field]
-
-
-def _is_unicode(text: str) -> bool:
-    """False for what JSON can spell and UTF-8 cannot: half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _datasets() -> Any:
-    import datasets  # here, because it takes seconds to load and most sources are plain files
+def _datasets_library() -> Any:
+    """Import the library `datasets` without its progress bars."""
+    import datasets  # not at the top: it takes seconds to load, and most sources are plain files
 
     datasets.disable_progress_bars()
     return datasets
 
 
-def _names(names: Any) -> str:
-    """The first few of them, for a message."""
-    some = [f"`{short_name(str(name))}`" for name in islice(names, MOST_NAMES + 1)]
-    return ", ".join(some[:MOST_NAMES]) + ", ..." * (len(some) > MOST_NAMES) or "none"
+def _lacks_column(columns: Iterable[str], column: str | None, name: str, bad: BadRecord) -> bool:
+    """Return whether `column` is needed and not among the columns of a table, which is then reported to `bad`."""
+    if column is None or column in columns:
+        return False
+    bad(f"{name}: no column `{column}`; there are {column_names(columns)}")
+    return True
 
 
-def _one_line(error: Exception) -> str:
+def column_names(names: Iterable[str]) -> str:
+    """Return the first `MOST_NAMES` column names, each in backticks, for a message."""
+    shown = [f"`{short_name(str(name))}`" for name in islice(names, MOST_NAMES + 1)]
+    if not shown:
+        return "none"
+    if len(shown) > MOST_NAMES:
+        shown[MOST_NAMES] = "..."
+    return ", ".join(shown)
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its type if it has no message."""
     return first_line(str(error)) or type(error).__name__

@@ -1,4 +1,16 @@
-"""Keyed sampling: shuffling without memory, mixing sources by weight, holding documents out."""
+"""Sampling whose every choice is a pure function of a key and a position: order, mixture and held-out documents.
+
+    permute                    the order of an epoch: a keyed permutation of any size, computed element by element
+    block_shares, block_slots  a mixture: how many sequences of each source a block has, and in which places
+    SplitRule                  held-out data: a keyed hash of a text decides on which side it is
+
+Nothing is drawn from a generator, so there is no state to save: a run resumes from its step number alone, and the
+choices are the same for any number of workers.
+
+`permute` is a Feistel network with cycle-walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+It needs no memory, where a shuffled list would need 8 bytes per element. The price of the mixture: a weight is
+realised to 1 in `BLOCK`.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,89 +18,121 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from relora.data.pretraining.shards import PreparedFolder
 from relora.errors import UserError
 from relora.seeding import keyed_seed
 
-BLOCK = 10_000
-"""Sequences per block of a mixture."""
+Int64Array = npt.NDArray[np.int64]
 
+# The order of an epoch
 
 ROUNDS = 6
-"""Feistel rounds: four look random, two more cost microseconds and help tiny domains."""
-
-
-Int64Array = npt.NDArray[np.int64]
+"""Rounds of the Feistel network. Four already look random; two more cost microseconds and help with tiny sizes."""
 
 
 def permute(positions: Int64Array, size: int, key: int) -> Int64Array:
-    """A keyed bijection of range(size) onto itself, elementwise, [n] -> [n]; no memory beyond its argument.
+    """Map positions to their places in a keyed permutation of range(size), elementwise, [n] -> [n].
 
-    A Feistel network permutes 0 .. 4^h - 1, the smallest such range that holds `size` (less than 4 times too
-    large, h >= 1); a value that lands outside is sent through again until it lands inside, which it must, since
-    it walks along a cycle of the network's permutation that holds the position it came from.
+    A Feistel network with halves of h bits permutes 0 .. 4^h - 1; h >= 1 is chosen as the smallest for which this
+    range contains range(size), so it is less than 4 times too large. A value that leaves range(size) is put through
+    the network again until it is back inside. It must come back, because the values visited form a cycle of the
+    network's permutation, and that cycle contains the position where it began.
+
+    Args:
+        positions: integers in range(size).
+        size: number of elements that are permuted.
+        key: selects the permutation.
     """
-    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
     round_keys = [np.uint64(keyed_seed(key, "round", number)) for number in range(ROUNDS)]
     values = positions.astype(np.uint64)
-    outside = np.arange(len(values))
+    outside = np.arange(len(values))  # indices of the values that still have to be put through the network
     while len(outside):
-        left, right = values[outside] >> half, values[outside] & mask
+        left, right = values[outside] >> half_bits, values[outside] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
-        values[outside] = (left << half) | right
+            left, right = right, left ^ (_mix_bits(right + round_key) & mask)
+        values[outside] = (left << half_bits) | right
         outside = outside[values[outside] >= size]
     return values.astype(np.int64)
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): each input bit moves every output bit."""
+def _mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def _block_shares(sources: Sequence[tuple[PreparedFolder, float]]) -> Int64Array:
-    """Sequences of each source in a block, [sources], by largest remainder; one source needs no mixing."""
-    if len(sources) == 1:
+# The mixture of several sources
+
+BLOCK = 10_000
+"""Sequences per block of a mixture; every block has the same number of sequences of each source."""
+
+
+def block_shares(weighted_sources: Sequence[tuple[str, float]]) -> Int64Array:
+    """Return how many sequences of each source are in a block, [sources], rounded by largest remainder.
+
+    A single source needs no mixing: its block has one sequence.
+
+    Args:
+        weighted_sources: (name for messages, weight relative to the other sources) of each source.
+
+    Raises:
+        UserError: a weight is so small that its source would have no sequence.
+    """
+    if len(weighted_sources) == 1:
         return np.ones(1, dtype=np.int64)
-    weights = np.array([weight for _, weight in sources], dtype=np.float64)
+    weights = np.array([weight for _, weight in weighted_sources], dtype=np.float64)
     quotas: npt.NDArray[np.float64] = weights / weights.sum() * BLOCK
     shares: Int64Array = np.floor(quotas).astype(np.int64)
     by_remainder = np.argsort(shares - quotas, kind="stable")
     shares[by_remainder[: BLOCK - int(shares.sum())]] += 1
-    for (folder, weight), share in zip(sources, shares.tolist(), strict=True):
+    for (name, weight), share in zip(weighted_sources, shares.tolist(), strict=True):
         if share == 0:
-            raise UserError(
-                f"{folder.path}: weight {weight} is less than 1 in {BLOCK} of the whole; raise it or drop it"
-            )
+            raise UserError(f"{name}: weight {weight} is less than 1 in {BLOCK} of the whole; raise it or drop it")
     return shares
 
 
-def _spread(shares: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Lay out a block with each source's slots evenly: slot -> source, slot -> rank within its source."""
+def block_slots(shares: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Distribute the sequences of each source evenly over the slots of a block.
+
+    Args:
+        shares: sequences of each source in a block, [sources].
+
+    Returns:
+        The source of each slot, and how many earlier slots of the block have the same source; both [slots].
+    """
     source = np.repeat(np.arange(len(shares)), shares)
     rank = np.concatenate([np.arange(share) for share in shares])
     order = np.argsort((rank + 0.5) / shares[source], kind="stable")
     return source[order], rank[order]
 
 
+# Held-out documents
+
 DRAWS = 1 << 64
-"""A document's draw is an integer below this."""
+"""The number of values that the hash of a text can have."""
 
 
 class SplitRule:
-    """Which documents are validation: those whose draw is below `threshold`."""
+    """Decide which texts are held out: those whose keyed hash is below `threshold`.
+
+    The choice depends on the text and the seed only, not on the order of the texts, and equal texts are always on the
+    same side.
+
+    Args:
+        seed: keys the hash.
+        threshold: share of held-out texts times `DRAWS`.
+    """
 
     def __init__(self, seed: int, threshold: int) -> None:
         self._key = keyed_seed(seed, "validation").to_bytes(8, "big")
         self.threshold = threshold
 
     def draw(self, text: str) -> int:
-        """A uniform integer below DRAWS, a function of the text and the seed alone."""
+        """Return the hash of a text: an integer in range(DRAWS), uniformly distributed."""
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=self._key).digest(), "big")
 
-    def is_validation(self, text: str) -> bool:
-        """On which side a document is."""
+    def is_held_out(self, text: str) -> bool:
+        """Return whether a text is held out."""
         return self.draw(text) < self.threshold

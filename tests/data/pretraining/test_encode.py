@@ -86,9 +86,9 @@ def test_words_are_left_whole_where_something_may_look_across_a_space(tokenizer_
 def test_the_share_is_met_on_average_and_keyed() -> None:
     texts = [f"document {number}" for number in range(20_000)]
     rule, other = SplitRule(0, DRAWS // 10), SplitRule(1, DRAWS // 10)
-    drawn = [rule.is_validation(text) for text in texts]
+    drawn = [rule.is_held_out(text) for text in texts]
     assert abs(sum(drawn) - 2000) < 200
-    assert sum(a and b for a, b in zip(drawn, map(other.is_validation, texts), strict=True)) < 300
+    assert sum(a and b for a, b in zip(drawn, map(other.is_held_out, texts), strict=True)) < 300
 
 
 def test_an_eos_in_the_text_is_text(tokenizer_folder: Path) -> None:

@@ -28,7 +28,8 @@ import numpy.typing as npt
 import tokenizers
 import torch
 
-from relora.data.finetuning.records import Record, column_names
+from relora.data.finetuning.records import Record
+from relora.data.readers import column_names
 from relora.data.sampling import Int64Array, permute
 from relora.errors import UserError
 from relora.messages import short_name, short_repr

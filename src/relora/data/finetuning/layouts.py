@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from relora.data.finetuning.records import Record, column_names
+from relora.data.finetuning.records import Record
+from relora.data.readers import column_names
 from relora.errors import UserError
 from relora.messages import short_name, short_repr
 

@@ -1,17 +1,15 @@
-"""Which tokens are in a batch: a pure function of (seed, step), so resuming needs no loader state and no replay.
+"""Batches of token sequences, as a pure function of (seed, step): resuming needs no loader state and no replay.
 
 The token stream t of a folder is cut into windows of S + 1 tokens with stride S; window i gives
 
     inputs = t[iS : iS + S]        labels = t[iS + 1 : iS + S + 1]
 
 so over an epoch every token but the very first is a target exactly once; a tail of fewer than S tokens is left
-out. Each epoch visits all windows in a fresh order: a keyed Feistel permutation with cycle-walking (Black and
-Rogaway, "Ciphers with arbitrary finite domains", 2002), which needs no memory where a shuffled list would need
-8 bytes a window.
+out. Each epoch visits all windows in an order of its own, a keyed permutation (`sampling.permute`).
 
-Several sources are mixed in blocks of `BLOCK` sequences that hold a fixed number of each (largest remainder of
-the weights), so the position within each source is a closed formula of the sequence number. The price: a weight
-is realised to 1 in `BLOCK`.
+Several sources are mixed in blocks of `sampling.BLOCK` sequences, which have a fixed number of sequences of each
+source (largest remainder of the weights). So the position within each source is a closed formula of the sequence
+number. The price: a weight is realised to 1 in `BLOCK`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,30 +19,31 @@ import numpy as np
 import torch
 
 from relora.data.pretraining.shards import PreparedFolder
-from relora.data.sampling import Int64Array, _block_shares, _spread, permute
+from relora.data.sampling import Int64Array, block_shares, block_slots, permute
 from relora.errors import UserError
 from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
 
 
 class Batch(NamedTuple):
-    """CPU tensors, both [sequences, S] int64; labels[:, j] is the token after input_ids[:, j]."""
+    """Inputs and labels, CPU tensors, both [sequences, S] int64; labels[:, j] is the token after input_ids[:, j]."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
 class TrainBatches:
-    """The batches of a run, by step.
+    """The training batches of a run, by number.
 
     Args:
-        sources: folders with their weights: shares of the sequences, relative to one another.
+        sources: prepared folders, each with its weight: the share of its sequences relative to the other weights.
         sequence_length: S, tokens per sequence.
         batch_sequences: sequences per optimizer step.
-        seed: the run's.
+        seed: the run's seed, which keys the order.
 
-    `UserError` when the folders disagree about the tokenizer, a weight rounds to nothing, or there is less than
-    one batch.
+    Raises:
+        UserError: the folders were prepared with different tokenizers, a weight rounds to no sequence at all, or
+            there are not enough tokens for one batch.
     """
 
     def __init__(
@@ -61,22 +60,21 @@ class TrainBatches:
         self._seed = seed
         self._windows = [(folder.tokens - 1) // sequence_length for folder in self.folders]
         self._check_enough()
-        self._shares = _block_shares(sources)
-        # slot of a block -> its source, and how many slots of that source come before it
-        self._slot_source, self._slot_rank = _spread(self._shares)
+        self._shares = block_shares([(str(folder.path), weight) for folder, weight in sources])
+        self._slot_source, self._slot_rank = block_slots(self._shares)
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets per optimizer step."""
+        """Target tokens per optimizer step."""
         return self.batch_sequences * self.sequence_length
 
     @property
     def epoch_sequences(self) -> int:
-        """Windows of all sources together: one pass over the data, if the weights follow the sizes."""
+        """Windows of all sources together: sequences of one epoch, if the weights are proportional to the sizes."""
         return sum(self._windows)
 
     def batch(self, number: int) -> Batch:
-        """The batch of a number, counted from 0; [batch_sequences, S]."""
+        """Return the batch with this number, counted from 0; [batch_sequences, S]."""
         rows = np.empty((self.batch_sequences, self.sequence_length + 1), dtype=np.int64)
         for row, (source, start) in enumerate(self._windows_of(number)):
             rows[row] = self.folders[source].window(start, self.sequence_length + 1)
@@ -84,36 +82,43 @@ class TrainBatches:
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def place(self, number: int, sequences: range) -> str:
-        """Where sequences of a batch come from, for a person: folders, and the tokens at which they begin."""
+        """Describe for a message where sequences of a batch come from: their folders and first tokens.
+
+        Args:
+            number: of the batch.
+            sequences: rows of the batch.
+        """
         windows = self._windows_of(number)[sequences.start : sequences.stop]
         named = [f"{self.folders[source].path} from token {start:,}" for source, start in windows[:4]]
         more = [f"and {len(windows) - 4} more"] if len(windows) > 4 else []
         return f"batch {number:,}: {', '.join(named + more)}"
 
     def _windows_of(self, number: int) -> list[tuple[int, int]]:
-        """The source of each sequence of a batch, and the token at which it begins there."""
+        """Return, for each sequence of a batch, the number of its source and the position of its first token there."""
         first = number * self.batch_sequences
         numbers = np.arange(first, first + self.batch_sequences, dtype=np.int64)
         blocks, slots = np.divmod(numbers, len(self._slot_source))
         source_of = self._slot_source[slots]
         starts = np.empty_like(numbers)
         for source in np.unique(source_of).tolist():
-            mine = np.flatnonzero(source_of == source)
-            positions = blocks[mine] * self._shares[source] + self._slot_rank[slots[mine]]
-            starts[mine] = self._order(source, positions) * self.sequence_length
+            rows = np.flatnonzero(source_of == source)
+            positions = blocks[rows] * self._shares[source] + self._slot_rank[slots[rows]]
+            starts[rows] = self._windows_at(source, positions) * self.sequence_length
         return list(zip(source_of.tolist(), starts.tolist(), strict=True))
 
-    def _order(self, source: int, positions: Int64Array) -> Int64Array:
-        """Positions in the endless sequence of a source's epochs -> windows, [n] -> [n]."""
+    def _windows_at(self, source: int, positions: Int64Array) -> Int64Array:
+        """Map positions in the endless sequence of a source's epochs to windows of the source, [n] -> [n]."""
         size = self._windows[source]
         epochs, offsets = np.divmod(positions, size)
         windows = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():  # more than one where an epoch ends within the batch
-            now = epochs == epoch
-            windows[now] = permute(offsets[now], size, keyed_seed(self._seed, "order", source, epoch))
+            in_epoch = epochs == epoch
+            key = keyed_seed(self._seed, "order", source, epoch)
+            windows[in_epoch] = permute(offsets[in_epoch], size, key)
         return windows
 
     def _check_enough(self) -> None:
+        """Raise `UserError` if a source has no whole window, or all sources together have less than one batch."""
         length, sequences = self.sequence_length, self.batch_sequences
         for folder, windows in zip(self.folders, self._windows, strict=True):
             if windows == 0:
@@ -130,11 +135,19 @@ class TrainBatches:
 
 
 class HeldOut:
-    """The first `tokens` tokens of a held-out folder, in order, the same ones every time.
+    """The first `tokens` tokens of a held-out folder as batches, in order, the same ones in every evaluation.
 
-    Iterating yields batches of `micro_sequences` windows (the last batch may hold fewer). Every one of the N
-    tokens but the first is a target exactly once: a last short window is filled up with labels that no loss
-    counts.
+    Iterating yields batches of `micro_sequences` windows; the last batch may have fewer. Every token but the first is
+    a target exactly once: a last short window is padded, with the label `IGNORED`, which no loss counts.
+
+    Args:
+        folder: the prepared folder.
+        sequence_length: S, tokens per window.
+        tokens: how many tokens to use; all of a folder that has fewer.
+        micro_sequences: windows per batch.
+
+    Raises:
+        UserError: there are fewer than 2 tokens.
     """
 
     def __init__(self, folder: PreparedFolder, sequence_length: int, tokens: int, micro_sequences: int) -> None:
@@ -149,7 +162,7 @@ class HeldOut:
 
     @property
     def targets(self) -> int:
-        """Labels that count, over all batches."""
+        """Number of target tokens, over all batches."""
         return self.tokens - 1
 
     def __len__(self) -> int:
@@ -171,7 +184,7 @@ class HeldOut:
 
 
 def check_same_tokenizer(folders: Sequence[PreparedFolder]) -> None:
-    """`UserError` unless one tokenizer wrote all folders: several train sources, or train and validation."""
+    """Raise `UserError` unless all folders, for training or held out, were prepared with the same tokenizer."""
     first = folders[0]
     for other in folders[1:]:
         if other.fingerprint != first.fingerprint:

@@ -21,6 +21,7 @@ from signal import SIGINT
 from typing import TYPE_CHECKING
 
 from relora.data import tokenizer as tokenization
+from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.encode import CHUNK_CHARS, Chunk, Encoder, encode_all, pieces_of
 from relora.data.pretraining.journal import JOURNAL_NAME, SPLITS, Header, Journal, Request, SplitState, SplitWriter
 from relora.data.pretraining.progress import PrepareProgress
@@ -34,7 +35,6 @@ from relora.data.pretraining.shards import (
     read_index,
     write_index,
 )
-from relora.data.pretraining.sources import Corpus
 from relora.data.sampling import DRAWS, SplitRule
 from relora.errors import Interrupted, RunStopped, UserError
 from relora.messages import short_repr
@@ -131,7 +131,7 @@ def prepare(
     corpus = Corpus(sources, text_field=text_field, take=take, skip_bad=skip_bad, leave_out=out)
     given = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
     request = Request(
-        corpus.records(),
+        corpus.identity(),
         {
             "tokenizer": None if given is None else tokenization.fingerprint(given),
             "train_tokenizer": train_tokenizer,
@@ -281,7 +281,7 @@ def _train_or_reopen(
         return tokenization.load_tokenizer(str(folder))
     assert vocab_size is not None  # _check_options sees to it
     progress(PrepareProgress("tokenizer"))
-    texts = (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_validation(text))
+    texts = (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_held_out(text))
     pieces = (piece for text in texts for piece in pieces_of(text, TRAINING_CHARS))
     return tokenization.train_tokenizer(pieces, vocab_size)
 
@@ -391,6 +391,6 @@ def _index(state: SplitState, journal: Journal, tokenizer: "PreTrainedTokenizerF
         eos_token_id=tokenizer.eos_token_id,
         tokenizer_fingerprint=tokenization.fingerprint(tokenizer),
         shards=tuple(state.shards),
-        sources=corpus.records(),
+        sources=corpus.identity(),
         options=journal.header.request.options,
     )

@@ -1,0 +1,274 @@
+"""Sources as a user names them, resolved to files or datasets, and the one way to read all of them in order.
+
+    FILE                            a kind of file that `readers` knows, also with .gz or .zst
+    FOLDER                          the readable files in it, recursively, sorted by path; not README* and hidden files
+    FOLDER from save_to_disk        a `datasets` Dataset, or the split `train` of a DatasetDict
+    owner/name, owner/name:config   the split `train` of a dataset on the Hugging Face hub, streamed
+
+Each use prefers some kinds of files: documents are usually in .txt, .md, .jsonl and .parquet files, records in .json,
+.jsonl, .csv, .tsv and .parquet files. A folder that has files of the preferred kinds gives only those, because the
+other ones are usually about the data (a licence beside records, a `dataset_infos.json` beside documents); a folder
+that has none gives all readable files. A file that is named itself may be of any kind.
+
+The order is fixed by the names, so reading can be repeated; memory is bounded as in `readers`.
+"""
+
+import hashlib
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
+
+import pyarrow
+
+from relora.data.readers import (
+    COMPRESSIONS,
+    READERS,
+    Row,
+    decompressed,
+    file_kind,
+    hub_revision,
+    one_line,
+    read_hub_dataset,
+    read_saved_dataset,
+)
+from relora.errors import UserError
+from relora.files.untrusted import no_address
+from relora.messages import LONGEST_PATH, short_name
+
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """A source that exists: one or more files, the files of a saved dataset, or a dataset on the hub."""
+
+    name: str
+    """The path or hub id as it was given."""
+    files: tuple[Path, ...] = ()
+    """Empty for a hub dataset."""
+    sizes: tuple[int, ...] = ()
+    """Bytes on disk of each file."""
+    modified_ns: tuple[int, ...] = ()
+    """Modification time of each file, in nanoseconds."""
+    is_saved_dataset: bool = False
+    revision: str = ""
+    """Commit of a hub dataset."""
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes on disk of all files; None for a hub dataset."""
+        return sum(self.sizes) if self.files else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over the files' names, sizes and modification times, and over the commit of a hub dataset.
+
+        It tells without reading the files whether a source has changed.
+        """
+        digest = hashlib.blake2b(self.revision.encode(), digest_size=16)
+        for file, size, time in zip(self.files, self.sizes, self.modified_ns, strict=True):
+            digest.update(os.fsencode(f"{file}\x1f{size}\x1f{time}\x1e"))
+        return digest.hexdigest()
+
+
+def resolve(source: str, preferred_kinds: Sequence[str], leave_out: Path | None = None) -> ResolvedSource:
+    """Find what a source names.
+
+    Args:
+        source: a path, or a hub id with or without `:config`.
+        preferred_kinds: kinds of files to which a folder is restricted if it has any of them.
+        leave_out: a folder whose files are no part of a source that contains it.
+
+    Raises:
+        UserError: there is no such file, folder or dataset, or it cannot be read.
+    """
+    try:
+        path = Path(no_address(source))
+    except ValueError as error:
+        raise UserError(f"a source: {error}") from None
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the path contains a NUL
+        mode = 0
+    except OSError as error:
+        raise UserError(f"{short_name(source, LONGEST_PATH)}: cannot be read: {error.strerror}") from None
+    if S_ISDIR(mode):
+        return _resolve_folder(source, path, preferred_kinds, leave_out)
+    if mode:
+        if file_kind(path) is None:
+            raise UserError(f"{path}: not a kind of file that can be read; {_readable(preferred_kinds)}")
+        if not S_ISREG(mode):  # a pipe can be read only once, and reading it may block for ever
+            raise UserError(f"{path}: not a regular file; write its content to one")
+        return _with_status(source, [path])
+    if (match := HUB_ID.fullmatch(source)) and file_kind(path) is None:
+        return ResolvedSource(source, revision=hub_revision(match["id"]))
+    raise UserError(f"{short_name(source, LONGEST_PATH)}: no such file or folder")
+
+
+def _resolve_folder(source: str, path: Path, preferred_kinds: Sequence[str], leave_out: Path | None) -> ResolvedSource:
+    """Find the files of a folder: all of a saved dataset's, otherwise those whose content is data."""
+    is_saved_dataset = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    excluded = None if leave_out is None else leave_out.resolve()
+    try:
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if (is_saved_dataset or _may_hold_data(file.relative_to(path)))
+            and file.is_file()
+            and (excluded is None or excluded not in file.absolute().parents)
+        ]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not files:
+        raise UserError(f"{path}: no readable file in this folder; {_readable(preferred_kinds)}")
+    if not is_saved_dataset:
+        files = [file for file in files if file_kind(file) in preferred_kinds] or files
+    return _with_status(source, files, is_saved_dataset)
+
+
+def _with_status(source: str, files: Sequence[Path], is_saved_dataset: bool = False) -> ResolvedSource:
+    """Add the sizes and modification times of the files."""
+    try:
+        found = [file.stat() for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    sizes = tuple(status.st_size for status in found)
+    return ResolvedSource(source, tuple(files), sizes, tuple(status.st_mtime_ns for status in found), is_saved_dataset)
+
+
+def _may_hold_data(relative: Path) -> bool:
+    """Return whether a file in a folder can be read, and is neither hidden, in a hidden folder, nor a README."""
+    is_hidden = any(part.startswith(".") for part in relative.parts)
+    return not is_hidden and not relative.name.startswith("README") and file_kind(relative) is not None
+
+
+def _readable(preferred_kinds: Sequence[str]) -> str:
+    """Return the end of a message that lists the kinds of files that can be read, preferred ones first."""
+    kinds = [*preferred_kinds, *(kind for kind in READERS if kind not in preferred_kinds)]
+    return f"readable are {', '.join(kinds)}, also with {' or '.join(COMPRESSIONS)}"
+
+
+class SourceReader(ABC, Generic[Item]):
+    """Read the items of several sources in order, as often as asked, and keep count of the bytes read.
+
+    A subclass says what an item is by `item_of`: documents in `pretraining.corpus`, records in `finetuning.records`.
+
+    Args:
+        sources: paths or hub ids, see the module.
+        column: the only column that items need; all columns unless given.
+        skip_bad: count records that cannot be used (`skipped_records`) instead of refusing them.
+        leave_out: a folder whose files are no part of a source that contains it.
+
+    Raises:
+        UserError: a source is not there; while reading, that a file, or unless `skip_bad` a record, cannot be used.
+    """
+
+    preferred_kinds: ClassVar[tuple[str, ...]]
+    """Kinds of files to which a folder is restricted if it has any of them."""
+    item_name: ClassVar[str]
+    """The word for an item in the message about a file that holds none."""
+    skip_option: ClassVar[str]
+    """The name under which the user knows `skip_bad`."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        column: str | None = None,
+        skip_bad: bool = False,
+        leave_out: Path | None = None,
+    ) -> None:
+        if not sources:
+            raise UserError("no source given; give a file, a folder or a dataset")
+        self.sources = [resolve(source, self.preferred_kinds, leave_out) for source in sources]
+        self.skipped_records = 0
+        """Records that could not be used, in the last or current pass."""
+        self._column = column
+        self._skip_bad = skip_bad
+        self._finished_bytes = 0
+        self._dataset_bytes = 0
+        self._open_file: BinaryIO | None = None
+
+    @abstractmethod
+    def item_of(self, where: str, fields: Mapping[str, Any]) -> Item | None:
+        """Return the item in a record; None if there is none, which is reported to `bad` if it is a mistake."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes on disk that the current pass has read, of all sources that are not on the hub."""
+        if self._open_file is not None:
+            return self._finished_bytes + self._open_file.tell()
+        return self._finished_bytes + self._dataset_bytes
+
+    def start_pass(self) -> None:
+        """Set the counts of bytes read and of skipped records back to zero."""
+        self.skipped_records = self._finished_bytes = self._dataset_bytes = 0
+        self._open_file = None
+
+    def parts(self, source: ResolvedSource) -> Iterator[Iterable[Item]]:
+        """Yield the items of a source, one iterable per file; of a dataset, one for the whole."""
+        if source.is_saved_dataset:
+            yield self._saved_dataset(source)
+        elif source.files:
+            for file, size in zip(source.files, source.sizes, strict=True):
+                yield self._file(file)
+                self._finished_bytes += size
+        else:
+            match = HUB_ID.fullmatch(source.name)
+            assert match is not None  # `resolve` has checked it
+            yield self._items(read_hub_dataset(match["id"], match["config"], source.revision))
+
+    def bad(self, message: str) -> None:
+        """Refuse a record or file that cannot be used, or count it."""
+        if not self._skip_bad:
+            raise UserError(f"{message} ({self.skip_option} leaves such records out)")
+        self.skipped_records += 1
+
+    def _items(self, rows: Iterable[Row]) -> Iterator[Item]:
+        """Yield the items of the rows that a reader yields."""
+        for where, fields in rows:
+            if not isinstance(fields, dict):
+                self.bad(f"{where}: not a JSON object")
+            elif (item := self.item_of(where, fields)) is not None:
+                yield item
+
+    def _file(self, file: Path) -> Iterator[Item]:
+        """Yield the items of a file; an error that concerns the whole file counts as one bad record."""
+        is_empty = True
+        read = READERS[str(file_kind(file))]
+        try:
+            with file.open("rb") as raw:
+                self._open_file = raw
+                try:
+                    for item in self._items(read(decompressed(raw, file.name), str(file), self.bad, self._column)):
+                        is_empty = False
+                        yield item
+                finally:  # also when the consumer stops in the middle of the file
+                    self._open_file = None
+            if is_empty:
+                self.bad(f"{file}: holds no {self.item_name}")
+        except UnicodeDecodeError as error:
+            self.bad(f"{file}: not UTF-8 text ({error.reason}); convert it, e.g. with iconv")
+        except (OSError, pyarrow.ArrowException) as error:
+            self.bad(f"{file}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}")
+
+    def _saved_dataset(self, source: ResolvedSource) -> Iterator[Item]:
+        """Yield the items of a saved dataset; its share of rows read stands for its share of bytes read."""
+        size = sum(source.sizes)
+
+        def read_share(share: float) -> None:
+            self._dataset_bytes = int(share * size)
+
+        try:
+            yield from self._items(read_saved_dataset(Path(source.name), self.bad, self._column, read_share))
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            self.bad(f"{source.name}: cannot be read: {one_line(error)}")
+        self._dataset_bytes = 0
+        self._finished_bytes += size
