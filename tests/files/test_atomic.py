@@ -130,6 +130,17 @@ def test_links_in_a_folder_are_kept_and_not_followed(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o600
 
 
+def test_a_link_to_a_folder_is_replaced_and_the_folder_is_not(tmp_path: Path) -> None:
+    write_folder(tmp_path / "other", "theirs")
+    for content in ("ours", "ours again"):
+        (tmp_path / "target").symlink_to(tmp_path / "other")
+        write_folder(tmp_path / "target", content)
+        assert content_of(tmp_path / "target") == content and names_in(tmp_path) == ["other", "target"]
+        (tmp_path / "target").rename(tmp_path / content)
+        (tmp_path / content).rename(tmp_path.with_name(f"{tmp_path.name}-{content}"))
+    assert content_of(tmp_path / "other") == "theirs"
+
+
 # Permissions
 
 

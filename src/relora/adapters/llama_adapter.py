@@ -16,8 +16,6 @@ The gradient of P has the factor g, so it is zero in the first step; that of g i
 """
 
 import copy
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import apply_umask, sync
+from relora.files.atomic import atomic_folder, write_json
 from relora.files.untrusted import MB, check_folder, check_header, read_json
 from relora.messages import first_line, short_name, short_repr
 from relora.seeding import keyed_generator
@@ -115,8 +113,8 @@ def remove_prompts(model: PreTrainedModel) -> None:
 def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None) -> Path:
     """Write a new folder that PEFT's `PeftModel.from_pretrained` reads too: prompts, gates and nothing else.
 
-    It is written aside, synced to disk and then renamed, so `folder` is whole or absent. `base` is the path or hub id
-    of the model that they belong to, for whoever loads them.
+    The folder is whole or absent (see `files.atomic`). `base` is the path or hub id of the model that the prompts
+    belong to, for whoever loads them.
 
     Raises:
         UserError: there are no prompts, or `folder` exists. RunStopped: the disk is full or refuses the write.
@@ -139,19 +137,11 @@ def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None
         "target_modules": _family(model).attention,
         "task_type": "CAUSAL_LM",
     }
-    aside = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        apply_umask(aside / WEIGHTS)
-        (aside / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            sync(path)
-        aside.rename(folder)
-        sync(folder.parent)
+        with atomic_folder(folder, replace=False, parents=True) as partial:
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+            write_json(partial / CONFIG, settings, indent=2, sort_keys=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise RunStopped(f"{folder}: the prompts could not be written: {first_line(str(error))}") from error
     return folder
 

@@ -10,7 +10,6 @@ training put in the place of a weight cannot be subtracted.
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
@@ -24,8 +23,9 @@ from torch import Tensor
 from relora.adapters.multi_adapter import Adapters
 from relora.adapters.peft_format import CONFIG, TENSORS, Adapter, Factors, read_adapter
 from relora.adapters.save_load import check_fits, check_ties
-from relora.adapters.stored_model import Place, StoredModel, aside, copied, copy_rest, sha256
+from relora.adapters.stored_model import Place, StoredModel, copied, copy_rest, new_model_folder, sha256
 from relora.errors import NonFinite, UserError
+from relora.files.atomic import write_json
 from relora.files.untrusted import MB, inside, read_json
 from relora.model.load import max_positions, model_folder, open_model
 from relora.seeding import keyed_generator
@@ -112,13 +112,13 @@ def merge_adapter(
     check_ties(adapter, stored.model, folder)
     changes = _changes(stored, adapter, lambda weight, factors: factors.added_to(weight))
     difference: float | None = None
-    with aside(out) as partial:
+    with new_model_folder(out) as partial:
         base_files = stored.copy_to(partial)
         _write_over(changes, partial)
         merged_files = {name: sha256(partial / name) or "" for name in base_files}
         summed = adapter_sum(folder) or ""
         record = Record(_full_name(base), _full_name(folder), summed, base_files, merged_files)
-        (partial / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        write_json(partial / RECORD, asdict(record))
         if check and 4 * stored.parameters < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
             difference = _largest_logit_difference(stored, folder, partial)
     return MergeReport(
@@ -155,7 +155,7 @@ def unmerge_adapter(
             raise UserError(f"{merged / name}: has changed since the merge, so the adapter cannot be taken out")
     original = _folder_of(record.base if base is None else base)
     if original is not None and all(sha256(original / name) == sum_ for name, sum_ in record.base_files.items()):
-        with aside(out) as partial:
+        with new_model_folder(out) as partial:
             copy_rest(merged, partial, but=RECORD)
             for name in record.base_files:
                 copied(inside(original, name), partial / name)
@@ -221,7 +221,7 @@ def _subtract(merged: Path, out: Path, record: Record, folder: Path) -> float:
         raise UserError(f"{merged}: {what}, which only the base ({record.base}) can undo; give it by --base")
     stored = StoredModel(merged)
     changes = _changes(stored, adapter, _subtracted)
-    with aside(out) as partial:
+    with new_model_folder(out) as partial:
         stored.copy_to(partial)
         (partial / RECORD).unlink()
         return _write_over(changes, partial)

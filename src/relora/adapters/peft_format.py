@@ -13,10 +13,8 @@ adapter fits its own base and no other. What changes the function and is not kno
 key; what does not is passed over.
 """
 
-import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,10 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import apply_umask, sync, write_durably
+from relora.files.atomic import atomic_folder, write_json
 from relora.files.untrusted import MB, check_folder, check_header, read_json
 from relora.lowrank.dora import row_norms
-from relora.lowrank.patterns import at_the_end, by_pattern
+from relora.lowrank.patterns import by_pattern, compile_end_pattern
 from relora.messages import first_line, first_mistake, short_name, short_repr
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -228,7 +226,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a folder that PEFT loads; written aside, synced and renamed, so it is whole or absent.
+    """Write a folder that PEFT loads; it is whole or absent (see `files.atomic`).
 
     Raises:
         UserError: `folder` is there; with `overwrite`, if it is anything but an adapter.
@@ -246,27 +244,13 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
     for key, tensor in adapter.others.items():
         path, _, name = key.rpartition(".")
         tensors[f"{PREFIX}{path}.base_layer.{name}" if path in adapter.layers else f"{PREFIX}{key}"] = tensor
-    aside, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "replaced"))
+    # copies: tied weights are one tensor under two names, which the file format does not allow
+    stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        # copies: tied weights are one tensor under two names, which the file format does not allow
-        stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        save_file(stored, aside / TENSORS, metadata={"format": "pt"})
-        apply_umask(aside / TENSORS)
-        sync(aside / TENSORS)
-        write_durably(aside / CONFIG, json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n")
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        aside.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with atomic_folder(folder, replace=overwrite, parents=True) as partial:
+            save_file(stored, partial / TENSORS, metadata={"format": "pt"})
+            write_json(partial / CONFIG, _peft_config(adapter), indent=2, sort_keys=True)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
         raise RunStopped(f"{folder}: the adapter could not be written: {first_line(str(error))}") from None
     return folder
 
@@ -284,7 +268,7 @@ def common_and_patterns(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
 
 
 def _matched(key: str, path: str) -> bool:
-    return bool(at_the_end(key, "").match(path))
+    return bool(compile_end_pattern(key, "").match(path))
 
 
 def _parsed(tree: dict[str, Any], file: Path) -> _Config:
@@ -316,7 +300,7 @@ def _check_pattern(key: str, where: str) -> None:
     repeats = len(re.findall(r"[*+{]", key))
     if len(key) > LONGEST_PATTERN or repeats > MOST_REPEATS or re.search(r"\)[*+{]|\{[^}]*\d{3}", key):
         raise UserError(f"{where}: {short_repr(key)} has more repeats (`*`, `+`) than the name of a layer needs")
-    at_the_end(key, where)
+    compile_end_pattern(key, where)
 
 
 def _factors(path: str, tensors: Mapping[str, Tensor], config: _Config, folder: Path) -> Factors:

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from relora.adapters.save_load import all_tensors
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import sync
+from relora.files.atomic import atomic_folder
 from relora.files.untrusted import INDEX_BYTES, check_model_folder, inside, read_json
 from relora.lowrank.inject import is_conv1d
 from relora.messages import first_line
@@ -119,24 +119,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it, synced, if nothing goes wrong, and otherwise goes."""
+def new_model_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` when the block ends (see `files.atomic`).
+
+    Raises:
+        UserError: `out` is there already.
+        RunStopped: the disk refuses a write. Nothing is left behind.
+    """
     if out.exists():
         raise UserError(f"{out}: is there already and was left as it is; give another --out")
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        partial.rename(out)
-        sync(out.parent)
+        with atomic_folder(out, replace=False, parents=True) as partial:
+            yield partial
     except OSError as error:
         raise RunStopped(f"{out}: not written ({error.strerror or error}); nothing was left behind") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def copy_rest(source: Path, target: Path, *, but: str = "") -> None:

@@ -1,7 +1,7 @@
-"""What an evaluation leaves: a new folder with its scores, and with what was asked, expected and answered.
+"""The folder that an evaluation writes: its scores, and what was asked, expected and answered.
 
-scores.json     figures and settings, and the versions of what computed them
-samples.jsonl   one sample a line, each with its own figures
+scores.json     figures and settings, and the versions of the libraries that computed them
+samples.jsonl   one sample per line, with its own figures
 """
 
 import json
@@ -20,18 +20,19 @@ SCORES, SAMPLES = "scores.json", "samples.jsonl"
 
 
 def check_free(out: Path) -> None:
-    """`UserError` unless a folder can be made there: what was scored before is not overwritten."""
+    """Raise `UserError` if `out` exists, so that earlier scores are not overwritten, or if it cannot be created."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists, and was left as it is; give a new folder")
-    parent = next(place for place in out.absolute().parents if place.exists())
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be made, since {parent} cannot be written; give another folder")
 
 
 def save_scores(out: Path, scores: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-    """Write a new folder: scores.json, with what it ran on, and samples.jsonl, one sample a line.
+    """Write scores.json, with a description of the software and hardware, and samples.jsonl to the new folder `out`.
 
-    It is written aside and then renamed, so `out` is whole or absent. A number that is not finite is null.
+    The folder is written under another name and then renamed, so `out` is complete or absent. Numbers that are not
+    finite become null.
 
     Raises:
         RunStopped: the disk is full or refuses the write.
@@ -40,9 +41,9 @@ def save_scores(out: Path, scores: Mapping[str, Any], samples: Sequence[Mapping[
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        write_durably(aside / SAMPLES, "".join(_json(sample) + "\n" for sample in samples))
+        write_durably(aside / SAMPLES, "".join(_to_json(sample) + "\n" for sample in samples))
         described = {**scores, "environment": describe_environment()}
-        write_durably(aside / SCORES, _json(described, indent=1) + "\n")
+        write_durably(aside / SCORES, _to_json(described, indent=1) + "\n")
         aside.rename(out)
         sync(out.parent)
     except OSError as error:
@@ -50,13 +51,13 @@ def save_scores(out: Path, scores: Mapping[str, Any], samples: Sequence[Mapping[
         raise RunStopped(f"{out}: the scores could not be written: {error.strerror or error}") from error
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    """What JSON has no word for is written as Python prints it."""
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Convert a value to JSON text; an object that JSON cannot represent becomes its `str`."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _finite(value: Any) -> Any:
-    """None in place of every number that is not finite."""
+    """Replace every number in a value that is not finite by None, at any depth."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -34,7 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from relora.errors import RunStopped, UserError
 from relora.export.gguf_vocabulary import Value, vocabulary
-from relora.files.atomic import sync
+from relora.files.atomic import atomic_file
 from relora.files.untrusted import INDEX_BYTES, inside, read_json
 from relora.messages import first_line, short_name, short_repr
 from relora.model.load import DTYPES, open_model
@@ -79,7 +79,7 @@ def check_gguf(file: Path, dtype: str) -> None:
 
 
 def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dtype: str = "fp32") -> Path:
-    """Write `file` from a model folder and its tokenizer: aside, synced and renamed, so it is whole or absent.
+    """Write `file` from a model folder and its tokenizer; it is whole or absent (see `files.atomic`).
 
     Raises:
         UserError: what `check_gguf`, `open_model` and `vocabulary` refuse; an architecture that is none of
@@ -98,19 +98,13 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
     _check_computed_alike(config, folder)
     rows = shapes.get_input_embeddings().num_embeddings
     keys = {**_shape_keys(config, rows), **vocabulary(tokenizer, rows)}
-    aside = file.with_name(f".{file.name}.partial")
     try:
         with ExitStack() as opened:
             entries = _entries(shapes, folder, dtype, opened)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(aside, ARCHITECTURES[config.model_type], keys, entries, dtype)
-        sync(aside)
-        aside.rename(file)
-        sync(file.parent)
+            with atomic_file(file, replace=False, parents=True) as partial:
+                _write(partial, ARCHITECTURES[config.model_type], keys, entries, dtype)
     except OSError as error:
         raise RunStopped(f"{file}: could not be written: {error.strerror or first_line(str(error))}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return file
 
 
@@ -254,10 +248,10 @@ def _rope_factors(config: PreTrainedConfig) -> Tensor:
     return factors
 
 
-def _write(aside: Path, architecture: str, keys: Mapping[str, Value], entries: list[_Entry], dtype: str) -> None:
+def _write(file: Path, architecture: str, keys: Mapping[str, Value], entries: list[_Entry], dtype: str) -> None:
     import gguf
 
-    with closing(gguf.GGUFWriter(aside, architecture)) as writer:
+    with closing(gguf.GGUFWriter(file, architecture)) as writer:
         writer.add_file_type(gguf.LlamaFileType[GGUF_DTYPES[dtype][1]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in keys.items():

@@ -88,7 +88,7 @@ def atomic_folder(path: Path, *, replace: bool, parents: bool = False) -> Iterat
     partial, replaced = _hidden(path, "partial"), _hidden(path, "replaced")
     if replaced.is_dir():  # left by a writer that was killed
         _restore(replaced, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
     _refuse_existing(path, replace)
     _create_parents(path, parents)
     try:
@@ -110,7 +110,7 @@ def atomic_folder(path: Path, *, replace: bool, parents: bool = False) -> Iterat
             _restore(replaced, path)
         raise
     sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def write_text(path: Path, text: str, *, replace: bool = True) -> None:
@@ -172,6 +172,14 @@ def _restore(replaced: Path, path: Path) -> None:
     """Put a folder that was renamed to make room for its successor back to its place, if that is free."""
     if replaced.is_dir() and not os.path.lexists(path):
         replaced.rename(path)
+
+
+def _remove(replaced: Path) -> None:
+    """Delete a folder that has been replaced, or the link to it; what cannot be deleted stays for the next writer."""
+    if replaced.is_symlink():
+        replaced.unlink()
+    else:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def apply_umask(file: Path) -> None:

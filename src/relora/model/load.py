@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import apply_umask, sync
+from relora.files.atomic import atomic_folder
 from relora.files.untrusted import check_model_folder, no_address, remote_code
 from relora.messages import first_line
 from relora.model.presets import preset_settings
@@ -162,9 +161,8 @@ def save_model(
 ) -> Path:
     """Write a plain Hugging Face model folder: configurations, safetensors, tokenizer.
 
-    It is written aside, synced to disk and then renamed, so `folder` is whole or absent; a model folder that was there
-    is replaced. After a kill between the two renames the old one stands as `.NAME.replaced` until the next call.
-    Weights are stored as `dtype` (by default the widest in the model); the model is left as it is.
+    The folder is whole or absent, and replaces a model folder that was there (see `files.atomic`). Weights are stored
+    as `dtype` (by default the widest in the model); the model is left as it is.
 
     Raises:
         UserError: low-rank factors are still in the model, or `folder` holds something other than a model.
@@ -180,29 +178,13 @@ def save_model(
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: exists and is not a model folder; it was left as it is")
     dtype = dtype or functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
-    aside = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()  # here, since transformers would make the folder around it anew, too
-        with quiet_transformers():
-            model.save_pretrained(aside, state_dict=_cast(weights, dtype))
-            tokenizer.save_pretrained(aside)
-        _state_dtype(aside / "config.json", dtype)
-        for file in aside.glob("*.safetensors"):
-            apply_umask(file)
-        for file in (*aside.rglob("*"), aside):
-            sync(file)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        aside.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with atomic_folder(folder, replace=True) as partial:
+            with quiet_transformers():
+                model.save_pretrained(partial, state_dict=_cast(weights, dtype))
+                tokenizer.save_pretrained(partial)
+            _state_dtype(partial / "config.json", dtype)
     except Exception as error:  # whatever a full disk is called: tokenizers gives it no class of its own
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
         raise RunStopped(f"{folder}: the model could not be written: {_first_line(error)}") from error
     return folder
 
