@@ -1,4 +1,4 @@
-"""Held-out scores of a classifier, and a small one that learns."""
+"""Held-out metrics of classifiers: a small one that learns, and the arithmetic over batches."""
 
 import random
 from pathlib import Path
@@ -11,7 +11,7 @@ from relora.data.finetuning.classification import ClassBatches, ClassExamples, H
 from relora.data.finetuning.records import Record
 from relora.data.tokenizer import train_tokenizer
 from relora.errors import UserError
-from relora.evaluation import label_metrics as scores
+from relora.evaluation import label_metrics
 from relora.evaluation.classification import ClassEvaluation, evaluate_classes
 from relora.model.classifier import class_logits, class_loss, open_classifier
 
@@ -34,7 +34,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reviews(number: int, seed: int) -> list[Record]:
-    """Sentences with one word that tells the label, somewhere among words that do not."""
+    """Sentences with one word that decides the label, among neutral words."""
     draw = random.Random(seed)
     rows = []
     for line in range(number):
@@ -46,7 +46,7 @@ def reviews(number: int, seed: int) -> list[Record]:
 
 
 def ratings(number: int, seed: int) -> list[Record]:
-    """The share of good words among the words that tell."""
+    """Sentences labelled with the share of good words in them."""
     draw = random.Random(seed)
     rows = []
     for line in range(number):
@@ -98,7 +98,7 @@ def test_numbers_are_learnt(llama: Path, tokenizer: PreTrainedTokenizerBase) -> 
     assert (after.accuracy, after.f1, after.matthews) == (None, None, None)
 
 
-def test_an_evaluation_is_that_of_all_examples_at_once(llama: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_batches_are_scored_as_all_examples_at_once(llama: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     records = [
         Record(record.where, {**record.fields, "label": number % 3})
         for number, record in enumerate(reviews(50, seed=3))
@@ -119,25 +119,25 @@ def test_an_evaluation_is_that_of_all_examples_at_once(llama: Path, tokenizer: P
     assert len(set(predictions)) > 1
     for result in results:
         assert result.loss == pytest.approx(loss.item() / 50, rel=1e-5)
-        assert result.accuracy == scores.accuracy(predictions, labels.tolist())
-        assert result.f1 == scores.macro_f1(predictions, labels.tolist())
-        assert result.matthews == scores.matthews(predictions, labels.tolist())
+        assert result.accuracy == label_metrics.accuracy(predictions, labels.tolist())
+        assert result.f1 == label_metrics.macro_f1(predictions, labels.tolist())
+        assert result.matthews == label_metrics.matthews(predictions, labels.tolist())
 
 
-def test_two_classes_are_scored_by_the_second() -> None:
+def test_f1_of_two_classes_is_that_of_class_1() -> None:
     predictions, labels = [1, 1, 0, 0], [1, 0, 0, 0]
     assert ClassEvaluation.of(2.0, predictions, labels, 2).f1 == pytest.approx(2 / 3)
     assert ClassEvaluation.of(2.0, predictions, labels, 3).f1 == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert ClassEvaluation.of(2.0, predictions, labels, 2).loss == 0.5
 
 
-def test_each_batch_is_announced_and_nothing_to_score_is_refused(
+def test_each_batch_is_called_for_and_an_empty_evaluation_is_refused(
     llama: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     examples = encode_classes(reviews(10, seed=0), tokenizer, sequence_length=32)
     model = open_classifier(llama, examples.names, pad_token_id=examples.pad_token_id, seed=0)
-    announced: list[int] = []
-    evaluate_classes(model, HeldOutClasses(examples, sequences=4), each_batch=lambda: announced.append(1))
-    assert len(announced) == 3
+    calls: list[int] = []
+    evaluate_classes(model, HeldOutClasses(examples, sequences=4), each_batch=lambda: calls.append(1))
+    assert len(calls) == 3
     with pytest.raises(UserError, match="no example to score"):
         evaluate_classes(model, [])

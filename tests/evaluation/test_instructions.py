@@ -1,6 +1,5 @@
-"""Answers are those that a model gives one by one, the loss is that of the responses, and nothing is overwritten."""
+"""Answers in a batch equal answers one by one, the loss is that of the responses, and nothing is overwritten."""
 
-import io
 import json
 import math
 from dataclasses import asdict
@@ -8,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tests.adapters.adapted import factors, lora, needs_data
 from tests.adapters.adapted import prompts as prompts_of
 from tests.paths import DATA
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from relora.cli.tables.scores import print_instruction_scores
 from relora.data.finetuning.instruct import InstructionForm
 from relora.data.finetuning.records import Record
 from relora.data.tokenizer import load_tokenizer, train_tokenizer
 from relora.errors import UserError
-from relora.evaluation.instructions import Answer, answer, evaluate_instructions, score_records
+from relora.evaluation.instructions import Answer, answer_greedily, evaluate_instructions, score_records
 from relora.evaluation.text_metrics import TextScorer
 from relora.inference.loading import load_model_or_run
 from relora.model import build_model, open_model, save_model
@@ -37,7 +34,7 @@ PLAIN = InstructionForm(template="plain")
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model with sharp opinions, and a byte-level tokenizer."""
+    """A tiny random model, whose large weights make its predictions far from uniform, and a byte-level tokenizer."""
     tokenizer = train_tokenizer([TEXT], 300)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = build_model("llama-9m", {**shape, "vocab_size": 300, "max_position_embeddings": 64}, seed=1)
@@ -49,7 +46,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(model_folder: Path) -> PreTrainedModel:
-    """In fp64, where a batch rounds too little to change a choice."""
+    """The model in fp64, in which the rounding of a batch is too small to change the likeliest token."""
     return open_model(model_folder).double()
 
 
@@ -60,7 +57,7 @@ def tokenizer(model_folder: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def tokenizer_with_chat(model_folder: Path) -> PreTrainedTokenizerFast:
-    """Its responses end with another token than its EOS."""
+    """The tokenizer with a chat template that ends responses with a token other than EOS."""
     tokenizer = load_tokenizer(str(model_folder))
     tokenizer.eos_token = "<|pad|>"
     tokenizer.chat_template = (
@@ -90,8 +87,8 @@ def prompt_ids(tokenizer, record: dict) -> list[int]:
 
 
 @torch.no_grad()
-def alone(model: PreTrainedModel, ids: list[int], most: int) -> list[int]:
-    """The likeliest next token, over and over, without a cache."""
+def greedy_tokens(model: PreTrainedModel, ids: list[int], most: int) -> list[int]:
+    """Append the likeliest next token `most` times, without a cache, and return the new tokens."""
     ids = list(ids)
     model.eval()
     for _ in range(most):
@@ -100,7 +97,7 @@ def alone(model: PreTrainedModel, ids: list[int], most: int) -> list[int]:
 
 
 def slow_loss(model: PreTrainedModel, tokenizer, records: list[dict]) -> tuple[float, int]:
-    """Each token of each response alone; the sum in nats, and their number."""
+    """Score each token of each response by itself; return the sum in nats and the number of tokens."""
     total, number = 0.0, 0
     model.eval()
     for record in records:
@@ -115,19 +112,19 @@ def slow_loss(model: PreTrainedModel, tokenizer, records: list[dict]) -> tuple[f
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_answers_together_are_answers_alone(model, tokenizer, batch: int) -> None:
+def test_answers_in_a_batch_equal_answers_one_by_one(model, tokenizer, batch: int) -> None:
     asked = [prompt_ids(tokenizer, record) for record in RECORDS]
     assert len({len(ids) for ids in asked}) > 2
-    answers = answer(model, tokenizer, asked, max_new_tokens=9, batch=batch)
+    answers = answer_greedily(model, tokenizer, asked, max_new_tokens=9, batch=batch)
     for ids, found in zip(asked, answers, strict=True):
-        assert found == Answer(tokenizer.decode(alone(model, ids, 9)).strip(), 9, False)
+        assert found == Answer(tokenizer.decode(greedy_tokens(model, ids, 9)).strip(), 9, False)
 
 
 def test_an_answer_ends_at_an_end_token(model, tokenizer) -> None:
     asked = [prompt_ids(tokenizer, record) for record in RECORDS]
-    first, *_ = written = [alone(model, ids, 9) for ids in asked]
+    first, *_ = written = [greedy_tokens(model, ids, 9) for ids in asked]
     model.generation_config.eos_token_id = [first[4], tokenizer.eos_token_id]
-    answers = answer(model, tokenizer, asked, max_new_tokens=9, batch=4)
+    answers = answer_greedily(model, tokenizer, asked, max_new_tokens=9, batch=4)
     for new, found in zip(written, answers, strict=True):
         end = new.index(first[4]) if first[4] in new else 9
         assert found.text == tokenizer.decode(new[:end]).strip()
@@ -136,7 +133,7 @@ def test_an_answer_ends_at_an_end_token(model, tokenizer) -> None:
 
 
 def test_an_answer_ends_where_the_template_ends_a_response(model, tokenizer_with_chat) -> None:
-    """With a head of zeros the likeliest token is the first id: the control token that ends every response."""
+    """With a head of zeros the likeliest token is id 0, which is the special token that ends every response."""
     with torch.no_grad():
         model.lm_head.weight.zero_()
     model.generation_config.eos_token_id = tokenizer_with_chat.eos_token_id
@@ -156,37 +153,37 @@ def test_an_answer_ends_where_the_template_ends_a_response(model, tokenizer_with
     assert samples[1].prompt == "user: Who barked?\nassistant: "
 
 
-def test_what_a_model_says_of_generation_does_not_count(model, tokenizer) -> None:
+def test_the_generation_settings_of_the_model_are_not_used(model, tokenizer) -> None:
     asked = [prompt_ids(tokenizer, record) for record in RECORDS]
-    plain = answer(model, tokenizer, asked, max_new_tokens=6, batch=4)
-    likely = alone(model, asked[0], 1)
+    plain = answer_greedily(model, tokenizer, asked, max_new_tokens=6, batch=4)
+    likely = greedy_tokens(model, asked[0], 1)
     eos = model.generation_config.eos_token_id
     own = model.generation_config = GenerationConfig(
         eos_token_id=eos, num_beams=3, repetition_penalty=3.0, suppress_tokens=likely, min_new_tokens=4, do_sample=True
     )
     model.train()
-    assert answer(model, tokenizer, asked, max_new_tokens=6, batch=4) == plain
+    assert answer_greedily(model, tokenizer, asked, max_new_tokens=6, batch=4) == plain
     assert model.generation_config is own
     assert own.num_beams == 3
     assert model.training
 
 
-def test_random_streams_stay(model, tokenizer) -> None:
+def test_the_random_streams_are_not_used(model, tokenizer) -> None:
     state = torch.get_rng_state()
-    answer(model, tokenizer, [[5, 6, 7]], max_new_tokens=3, batch=1)
+    answer_greedily(model, tokenizer, [[5, 6, 7]], max_new_tokens=3, batch=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_answer_has_the_room_that_its_prompt_leaves(model, tokenizer) -> None:
     asked = [[7] * length for length in (70, 64, 62, 10, 61)]  # of 64 positions
-    answers = answer(model, tokenizer, asked, max_new_tokens=5, batch=4)
+    answers = answer_greedily(model, tokenizer, asked, max_new_tokens=5, batch=4)
     assert [one.tokens for one in answers] == [0, 0, 2, 5, 3]
     assert answers[0] == Answer("", 0, False)
 
 
-def test_an_empty_prompt_begins_a_text(model, tokenizer) -> None:
-    (empty,) = answer(model, tokenizer, [[]], max_new_tokens=4, batch=1)
-    assert (empty,) == tuple(answer(model, tokenizer, [[tokenizer.bos_token_id]], max_new_tokens=4, batch=1))
+def test_an_empty_prompt_is_replaced_by_the_start_token(model, tokenizer) -> None:
+    (empty,) = answer_greedily(model, tokenizer, [[]], max_new_tokens=4, batch=1)
+    assert (empty,) == tuple(answer_greedily(model, tokenizer, [[tokenizer.bos_token_id]], max_new_tokens=4, batch=1))
 
 
 def test_the_loss_is_that_of_the_responses(model, tokenizer) -> None:
@@ -207,8 +204,10 @@ def test_the_loss_is_that_of_the_responses(model, tokenizer) -> None:
         assert scores.perplexity == pytest.approx(math.exp(total / number), rel=1e-9)
 
 
-def test_who_answers_as_the_reference_has_all_points(model, tokenizer) -> None:
-    texts = answer(model, tokenizer, [prompt_ids(tokenizer, record) for record in RECORDS], max_new_tokens=12, batch=4)
+def test_answers_equal_to_the_references_score_100(model, tokenizer) -> None:
+    texts = answer_greedily(
+        model, tokenizer, [prompt_ids(tokenizer, record) for record in RECORDS], max_new_tokens=12, batch=4
+    )
     own = [record | {"response": one.text} for record, one in zip(RECORDS, texts, strict=True)]
     assert max(len(one.text.split()) for one in texts) > 3
     settings = {"sequence_length": 64, "max_new_tokens": 12, "batch": 2, "scorer": TextScorer()}
@@ -267,15 +266,11 @@ def test_limit_and_columns(model_folder: Path, tmp_path: Path) -> None:
     assert again.loss == scores.loss
 
 
-def test_what_was_cut_and_what_has_no_room_is_said(model_folder: Path, tmp_path: Path) -> None:
+def test_records_that_are_cut_or_leave_no_room_are_counted(model_folder: Path, tmp_path: Path) -> None:
     records = [RECORDS[0], {"prompt": TEXT, "response": "A cat."}, {"prompt": "empty", "response": " "}]
     file = write(tmp_path / "long.jsonl", records)
     scores = evaluate_instructions(model_folder, file, template="plain", max_new_tokens=2, sequence_length=30)
     assert (scores.records, scores.cut, scores.without_room) == (2, 1, 1)
-    stream = io.StringIO()
-    print_instruction_scores(scores, Console(file=stream, width=200))
-    for words in ("2 records, template plain", "1 cut to 30", "1 prompts left no room", f"{scores.rougeL:.2f}"):
-        assert words in stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -346,16 +341,16 @@ def test_an_adapter_answers_in_place_of_its_base(tmp_path: Path) -> None:
 
 
 @needs_data
-def test_prompts_of_llama_adapter_answer_together_as_alone(tmp_path: Path) -> None:
-    finished = load_model_or_run(STORIES, adapters=[str(prompts_of(tmp_path / "prompts"))])
-    asked = [finished.encode(text) for text in ("Once upon a time", "The dog", "Lily went to the park and saw")]
-    plain = answer(finished.model, finished.tokenizer, asked, max_new_tokens=10, batch=3)
-    finished.adapters.use("prompts")
-    finished.model.double()
-    together, alone_ = (
-        answer(finished.model, finished.tokenizer, asked, max_new_tokens=10, batch=batch) for batch in (3, 1)
+def test_llama_adapter_answers_in_a_batch_as_one_by_one(tmp_path: Path) -> None:
+    loaded = load_model_or_run(STORIES, adapters=[str(prompts_of(tmp_path / "prompts"))])
+    asked = [loaded.encode(text) for text in ("Once upon a time", "The dog", "Lily went to the park and saw")]
+    plain = answer_greedily(loaded.model, loaded.tokenizer, asked, max_new_tokens=10, batch=3)
+    loaded.adapters.use("prompts")
+    loaded.model.double()
+    in_a_batch, one_by_one = (
+        answer_greedily(loaded.model, loaded.tokenizer, asked, max_new_tokens=10, batch=batch) for batch in (3, 1)
     )
-    assert together == alone_ != plain
+    assert in_a_batch == one_by_one != plain
 
 
 @needs_data
@@ -363,6 +358,6 @@ def test_real_instructions(tmp_path: Path) -> None:
     source = str(DATA / "instruction" / "llms_from_scratch_1100.jsonl")
     scores = evaluate_instructions(STORIES, source, limit=12, max_new_tokens=16, out=tmp_path / "out")
     assert (scores.records, scores.template, scores.without_room) == (12, "alpaca", 0)
-    assert 2 < scores.loss < 10  # it knows stories only
+    assert 2 < scores.loss < 10  # the model was trained on stories only
     assert 0 < scores.rouge1 < 60
     assert scores.answer_tokens <= 12 * 16

@@ -1,7 +1,6 @@
-"""The harness's figures on local tasks are those of a plain loop over the records, and task files can do no harm."""
+"""Figures on local tasks equal those of a plain loop over the records, and untrusted task files run no code."""
 
 import gzip
-import io
 import json
 import shutil
 import sys
@@ -9,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tests.adapters.adapted import lora
 from tests.paths import DATA
 
-from relora.cli.tables.scores import print_task_scores
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
-from relora.evaluation.lm_eval import TaskScore, evaluate_tasks
+from relora.evaluation.lm_eval import evaluate_tasks
 from relora.inference.loading import load_model_or_run
 from relora.model import open_model
 
@@ -49,7 +46,7 @@ RECORDS = [
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the data sets library makes of a file is not to stay with the user."""
+    """Keep the cache of the `datasets` library out of the user's home."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
@@ -57,7 +54,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """One task over three records."""
+    """A folder with one task over three records."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "colours.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     write_task(tmp_path / "tasks")
@@ -71,14 +68,14 @@ def write_task(folder: Path, text: str = "{{question}}", more: str = "", name: s
 
 @torch.no_grad()
 def likelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """Of the continuation's tokens, in nats."""
+    """Log-likelihood of the continuation after the context, in nats."""
     whole = tokenizer(context + continuation).input_ids
     start = len(tokenizer(context).input_ids)
     scores = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
     return sum(scores[at - 1, whole[at]].item() for at in range(start, len(whole)))
 
 
-def test_a_choice_is_the_likeliest_continuation(folder: Path, tmp_path: Path) -> None:
+def test_the_chosen_answer_is_the_likeliest_continuation(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (score,) = evaluate_tasks(STORIES, ["colours"], tasks_folder=folder, out=out, batch=2)
     model, tokenizer = open_model(STORIES).eval(), load_tokenizer(str(STORIES))
@@ -110,9 +107,9 @@ def test_an_adapter_is_scored_in_place_of_its_base(folder: Path, tmp_path: Path)
         ]
         for name in ("base", "beside")
     )
-    finished = load_model_or_run(STORIES, adapters=[str(adapter)])
-    finished.adapters.use(finished.adapters.names[0])
-    expected = [likelihood(finished.model, finished.tokenizer, r["question"], " " + r["options"][0]) for r in RECORDS]
+    loaded = load_model_or_run(STORIES, adapters=[str(adapter)])
+    loaded.adapters.use(loaded.adapters.names[0])
+    expected = [likelihood(loaded.model, loaded.tokenizer, r["question"], " " + r["options"][0]) for r in RECORDS]
     assert beside == pytest.approx(expected, abs=1e-3)
     assert base != pytest.approx(expected, abs=1e-1)
 
@@ -142,14 +139,9 @@ def test_the_sample_tasks_run(task: str, metrics: list[str], tmp_path: Path, mon
 
 def test_it_is_silent_and_leaves_the_random_streams(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     state = torch.get_rng_state()
-    scores = evaluate_tasks(STORIES, ["colours"], tasks_folder=folder)
+    evaluate_tasks(STORIES, ["colours"], tasks_folder=folder)
     assert torch.equal(torch.get_rng_state(), state)
     assert capfd.readouterr() == ("", "")
-    stream = io.StringIO()
-    group = TaskScore("all", "acc", 0.5, None, None, None, None)
-    print_task_scores([*scores, group], Console(file=stream, width=100))
-    assert "0.6667" in stream.getvalue()
-    assert "colours" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -176,23 +168,23 @@ def test_task_files_that_name_code_are_refused(folder: Path, text: str, more: st
     assert not mark.exists()
 
 
-def test_code_runs_for_whoever_trusts_it(folder: Path) -> None:
+def test_code_runs_if_the_folder_is_trusted(folder: Path) -> None:
     (folder / "good.py").write_text("def first_two(docs):\n    return docs.select(range(2))\n")
     write_task(folder, more="process_docs: !function good.first_two\n")
     (score,) = evaluate_tasks(STORIES, ["colours"], tasks_folder=folder, trust_remote_code=True)
     assert score.examples == 2
 
 
-def test_templates_reach_nothing_outside(folder: Path) -> None:
+def test_templates_cannot_reach_python_internals(folder: Path) -> None:
     write_task(folder, "{{''.__class__.__mro__[1].__subclasses__()|length}}")
     with pytest.raises(UserError, match=r"colours: the harness cannot use it: .*unsafe"):
         evaluate_tasks(STORIES, ["colours"], tasks_folder=folder)
 
 
-def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
+def test_tasks_that_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task hellaswag: not known; there are colours$"):
         evaluate_tasks(STORIES, ["hellaswag"], tasks_folder=folder)
-    with pytest.raises(UserError, match="not known"):  # a file is no name: it would go past the check of the folder
+    with pytest.raises(UserError, match="not known"):  # a path in place of a name would bypass the check of the folder
         evaluate_tasks(STORIES, [str(folder / "colours.yaml")], tasks_folder=folder)
     with pytest.raises(UserError, match="no task given; there are colours"):
         evaluate_tasks(STORIES, [], tasks_folder=folder)

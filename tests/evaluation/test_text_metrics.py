@@ -1,4 +1,4 @@
-"""Scores are those of the published definitions, worked out by hand, and of the libraries' own calls."""
+"""Scores agree with the published definitions, worked out by hand, and with the libraries' own calls."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ def scorer() -> TextScorer:
     [
         ("The  Cat, sat!", "cat sat"),
         ("an apple a day", "apple day"),
-        ("Athens' theatre", "athens theatre"),  # an article is a word
+        ("Athens' theatre", "athens theatre"),  # an article inside a word stays
         ("U.S.A.", "usa"),
         ("the a an", ""),
         ("Über\tall\n", "über all"),
@@ -39,7 +39,7 @@ def test_squad_normalisation(text: str, expected: str) -> None:
     [
         ("the cat sat", "A cat sat.", 100),
         ("cat", "cat sat", 100 * 2 * (1 * 1 / 2) / (1 + 1 / 2)),
-        ("cat cat dog", "cat dog dog", 100 * 2 / 3),  # a word is shared as often as both have it
+        ("cat cat dog", "cat dog dog", 100 * 2 / 3),  # a word counts as shared as often as both texts have it
         ("horse", "cat", 0),
         ("", "cat", 0),
         ("cat", "the", 0),
@@ -66,7 +66,10 @@ def test_token_f1_is_the_harmonic_mean(answer: str, reference: str) -> None:
 
 
 def test_rouge_by_hand(scorer: TextScorer) -> None:
-    """The example of rouge-score's own page: 6 of 9 and 8 words shared, 2 of 8 and 7 pairs, a subsequence of 5."""
+    """The example of rouge-score's own page.
+
+    The texts have 9 and 8 words and share 6; of 8 and 7 pairs they share 2; the longest common subsequence has 5 words.
+    """
     whole, (one,) = scorer.score(["The quick brown dog jumps on the log."], [REFERENCE.removesuffix(".")])
     assert one.rouge1 == pytest.approx(100 * 2 * 6 / (9 + 8))
     assert one.rouge2 == pytest.approx(100 * 2 * 2 / (8 + 7))
@@ -79,7 +82,7 @@ def test_words_are_stemmed(scorer: TextScorer) -> None:
 
 
 def test_bleu_by_hand(scorer: TextScorer) -> None:
-    """Of 5 words 4 are right, of 4 pairs 2, of 3 triples 1, of 2 quadruples none: half of one by smoothing."""
+    """The answer shares 4 of 5 words, 2 of 4 pairs, 1 of 3 triples and 0 of 2 quadruples, smoothed to half of one."""
     whole, (one,) = scorer.score(["a b c x d"], ["a b c d y"])
     precisions = [4 / 5, 2 / 4, 1 / 3, 1 / (2 * 2)]
     assert whole.bleu == pytest.approx(100 * math.prod(precisions) ** (1 / 4))
@@ -93,15 +96,17 @@ def test_bleu_of_many_is_that_of_sacrebleu(scorer: TextScorer) -> None:
     references = [REFERENCE, "It is raining.", "yes", "nothing"]
     whole, each = scorer.score(answers, references)
     assert whole.bleu == sacrebleu.corpus_bleu(answers, [references], force=True).score
-    assert each[2].bleu == pytest.approx(100)  # of one word there are no pairs to miss
+    assert each[2].bleu == pytest.approx(
+        100
+    )  # a text of one word has no pairs, which effective_order takes into account
     assert each[3].bleu == each[3].rouge1 == each[3].f1 == each[3].exact_match == 0
     assert "tok:13a" in scorer.bleu_signature
 
 
-def test_the_same_text_is_all_right(scorer: TextScorer) -> None:
+def test_equal_texts_score_100(scorer: TextScorer) -> None:
     whole, each = scorer.score([REFERENCE, "Two words"], [REFERENCE, "two words!"])
     assert [one.exact_match for one in each] == [100, 100]
-    assert (whole.rouge1, whole.rouge2, whole.rougeL, whole.f1) == pytest.approx((100,) * 4)
+    assert (whole.rouge1, whole.rouge2, whole.rougeL, whole.f1) == pytest.approx((100, 100, 100, 100))
     assert each[0].bleu == pytest.approx(100)
 
 
@@ -111,7 +116,7 @@ def test_means_are_over_texts(scorer: TextScorer) -> None:
     assert whole.f1 == pytest.approx(sum(one.f1 for one in each) / 3)
 
 
-def test_as_many_answers_as_references(scorer: TextScorer) -> None:
+def test_answers_without_references_are_refused(scorer: TextScorer) -> None:
     with pytest.raises(ValueError, match="zip"):
         scorer.score(["cat"], ["cat", "dog"])
 

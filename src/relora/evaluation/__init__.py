@@ -1,1 +1,1 @@
-"""Scoring a trained model: perplexity of text, answers to instructions, lm-eval tasks, classes; and their metrics."""
+"""Score a trained model: perplexity of text, answers to instructions, lm-eval tasks, classes; and their metrics."""

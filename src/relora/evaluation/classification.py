@@ -1,6 +1,7 @@
-"""How well a classifier does on held-out examples: its loss, and the scores that its task is known by.
+"""Score a classifier on held-out examples: its loss, and the metrics by which its task is judged.
 
-`label_metrics` knows no tensors and `relora.measure` no classes, and the training loop needs neither.
+This module joins `label_metrics`, which knows no tensors, with `relora.measure`, which knows no classes. The training
+loop needs neither.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,29 +20,43 @@ from relora.model.classifier import class_logits, logits_loss
 
 @dataclass(frozen=True)
 class ClassEvaluation:
-    """What a classifier makes of held-out examples; scores (see `label_metrics`) that the task has not are None."""
+    """Loss and metrics of a classifier on held-out examples.
+
+    Accuracy, F1 and Matthews' correlation are those of classes, the correlations of Pearson and Spearman those of
+    numbers (regression); the metrics of the other kind are None. `label_metrics` defines them.
+    """
 
     loss: float
-    """Mean over the examples: nats, or squared error."""
+    """Mean over the examples: cross-entropy in nats, or squared error for numbers."""
     accuracy: float | None
     f1: float | None
-    """Of class 1 where there are two classes, otherwise the mean over classes."""
+    """F1 of class 1 if there are two classes, otherwise the mean of F1 over the classes."""
     matthews: float | None
     pearson: float | None
     spearman: float | None
     examples: int
+    """Number of scored examples."""
 
     @classmethod
     def of(cls, loss_sum: float, predictions: Sequence[Any], labels: Sequence[Any], classes: int) -> "ClassEvaluation":
-        """From the summed loss, predictions and labels: of `classes` classes, or with 1 of numbers."""
+        """Compute the metrics.
+
+        Args:
+            loss_sum: sum of the loss over all examples.
+            predictions: predicted class, or number, of each example.
+            labels: true class, or number, of each example.
+            classes: number of classes; 1 means that predictions and labels are numbers.
+
+        Raises:
+            UserError: there is no example.
+        """
         if not labels:
             raise UserError("the held-out data has no example to score")
         loss, examples = loss_sum / len(labels), len(labels)
-        sides = predictions, labels
         if classes == 1:
-            return cls(loss, None, None, None, pearson(*sides), spearman(*sides), examples)
-        f1_score = f1(*sides) if classes == 2 else macro_f1(*sides)
-        return cls(loss, accuracy(*sides), f1_score, matthews(*sides), None, None, examples)
+            return cls(loss, None, None, None, pearson(predictions, labels), spearman(predictions, labels), examples)
+        f1_score = f1(predictions, labels) if classes == 2 else macro_f1(predictions, labels)
+        return cls(loss, accuracy(predictions, labels), f1_score, matthews(predictions, labels), None, None, examples)
 
 
 def evaluate_classes(
@@ -52,23 +67,29 @@ def evaluate_classes(
     autocast: torch.dtype | None = None,
     each_batch: Callable[[], None] = lambda: None,
 ) -> ClassEvaluation:
-    """Score batches of `(input_ids, labels, lengths)` (see `class_loss`); the model comes back in the mode it was in.
+    """Score a classifier on batches of examples.
 
-    Draws nothing, so training goes on as if it had not been called.
+    The model's mode is as before when this returns. No random numbers are drawn, so training goes on as if this had not
+    been called.
 
     Args:
-        device: where the model is; by default that of its first parameter.
-        autocast: the dtype of matrix products, where it is not that of the weights.
-        each_batch: called before every batch; what it raises ends the evaluation.
+        batches: (input ids, labels, lengths) of each batch, see `relora.model.classifier.class_loss`.
+        device: the device of the model; by default that of its first parameter.
+        autocast: dtype of matrix products, if it differs from that of the weights.
+        each_batch: called before every batch; an exception that it raises ends the evaluation.
+
+    Raises:
+        UserError: there is no example.
     """
     device = device or next(model.parameters()).device
-    loss_sum, predictions, true, classes = 0.0, [], [], 0
+    loss_sum, predictions, all_labels, classes = 0.0, [], [], 0
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for input_ids, labels, lengths in batches:
             each_batch()
-            logits = class_logits(model, input_ids.to(device), lengths.to(device))
+            logits = class_logits(model, input_ids.to(device), lengths.to(device))  # [n, classes]
             loss_sum += logits_loss(logits, labels.to(device))[0].item()  # a Python float is fp64
             classes = logits.shape[-1]
-            predictions += (logits.squeeze(-1) if classes == 1 else logits.argmax(dim=-1)).tolist()
-            true += labels.tolist()
-    return ClassEvaluation.of(loss_sum, predictions, true, classes)
+            predicted = logits.squeeze(-1) if classes == 1 else logits.argmax(dim=-1)  # [n]
+            predictions += predicted.tolist()
+            all_labels += labels.tolist()
+    return ClassEvaluation.of(loss_sum, predictions, all_labels, classes)

@@ -1,10 +1,11 @@
-"""How well a model answers an instruction set: its own answers beside the responses, and the loss of the responses.
+"""Score a model on an instruction set: its own answers compared with the responses, and the loss of the responses.
 
-Every prompt is answered greedily, as the template of the model's training writes it; the answers are scored against
-the responses by `text_metrics`. Prompts of about one length are answered together, padded on the left, where no
-token of an answer can come; which prompts share a batch changes an answer by rounding only. The loss is that of the
-responses alone, ends included, as a fine-tuning run measures its held-out examples; a response that is part of the
-prompt of a later one counts there, too, while only the last of a conversation is compared with an answer.
+Every prompt is written with the template of the model's training and answered greedily; `text_metrics` compares the
+answers with the responses. Prompts of similar length are answered in one batch, padded on the left, because the answer
+follows on the right; which prompts share a batch changes an answer only through rounding.
+
+The loss is that of the responses alone, end tokens included, as a fine-tuning run measures it on its held-out examples.
+In a conversation of several turns every response counts for the loss, but only the last one is compared with an answer.
 """
 
 import sys
@@ -25,9 +26,9 @@ from relora.data.finetuning.records import Record, Records
 from relora.data.finetuning.templates import TemplateName
 from relora.errors import UserError
 from relora.evaluation.output_folder import check_free, save_scores
-from relora.evaluation.perplexity import check_counts, open_scored, scored_length
+from relora.evaluation.scored_model import check_counts, open_scored_model, scored_length
 from relora.evaluation.text_metrics import TextScorer, TextScores
-from relora.inference.decoding import end_ids, without_settings
+from relora.inference.decoding import end_token_ids, without_generation_settings
 from relora.measure import evaluate, evaluating
 from relora.model.load import max_positions, quiet_transformers
 from relora.report.progress import with_progress
@@ -35,53 +36,56 @@ from relora.report.progress import with_progress
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote after one prompt."""
+    """The text that a model generated after one prompt."""
 
     text: str
     tokens: int
-    """New ones, the end among them."""
+    """Number of generated tokens, including the end token."""
     ended: bool
-    """By the model, and not because no more tokens were allowed."""
+    """Whether the model ended the answer itself; False if it reached the largest number of tokens."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, the response to it, and what the model answered."""
+    """A prompt, its response and the model's answer."""
 
     where: str
-    """The record."""
+    """The place of the record in the data, for example file and line."""
     prompt: str
-    """As the model sees it, special tokens spelt out."""
+    """The prompt as the model is given it, with its special tokens."""
     reference: str
+    """The response of the record."""
     answer: Answer
     scores: TextScores
+    """Scores of this answer alone."""
 
-    def line(self) -> dict[str, Any]:
-        """As in samples.jsonl."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the sample as an object of samples.jsonl."""
         texts = {"where": self.where, "prompt": self.prompt, "reference": self.reference, "answer": self.answer.text}
         return {**texts, "answer_tokens": self.answer.tokens, "ended": self.answer.ended, **asdict(self.scores)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionScores(TextScores):
-    """What a model makes of an instruction set; texts in percent (see `TextScores`)."""
+    """Scores of a model on an instruction set; those of the answers are percentages (see `TextScores`)."""
 
     loss: float
-    """Nats per token of the responses."""
+    """Mean over the tokens of the responses, in nats."""
     perplexity: float
     response_tokens: int
-    """That the loss is the mean of."""
+    """Number of tokens that the loss is the mean of."""
     records: int
-    """Answered: all with a response, up to the limit."""
+    """Answered records: all that have a response, up to the limit."""
     cut: int
-    """Of them those that were too long for `sequence_length`, and lost a part for the loss."""
+    """Answered records that exceed `sequence_length` and were shortened for the loss."""
     without_room: int
-    """Of them those whose prompt fills the model's positions, so that there is no answer."""
+    """Answered records whose prompt fills the model's positions, so that their answer is empty."""
     ended: int
-    """Answers that ended by themselves."""
+    """Answers that the model ended itself."""
     answer_tokens: int
+    """Generated tokens of all answers together."""
     seconds: float
-    """Of answering."""
+    """Time of generating the answers."""
     tokens_per_second: float
     max_new_tokens: int
     sequence_length: int
@@ -106,22 +110,26 @@ def evaluate_instructions(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
 ) -> InstructionScores:
-    """Answer every record of an instruction set and score the answers and the loss of the responses.
+    """Answer every record of an instruction set; score the answers and the loss of the responses.
 
     Args:
         model_or_run: a run folder, a model folder or a hub id.
         source: a file, a folder or a hub dataset of records (see `data.finetuning.records` and `layouts`).
-        adapter: a folder or run whose adapter is used, beside the model that it belongs to.
+        adapter: a folder or run whose adapter is used with the model.
         template: alpaca, chat, plain or auto; by default that of the run which trained the model.
-        prompt_column: with `response_column`, where the texts are, if in columns of no known name.
-        limit: at most so many records, from the start.
-        sequence_length: tokens of an example for the loss; by default those of the run, else the model's positions.
-        batch: prompts, and examples, per forward pass.
-        out: a new folder for scores.json and samples.jsonl; unless given, nothing is kept.
+        prompt_column: column of the prompts; needed together with `response_column` if the columns have no known names.
+        response_column: column of the responses.
+        limit: use at most so many records, from the start.
+        max_new_tokens: longest answer, in tokens.
+        sequence_length: longest example for the loss, in tokens; by default that of the run, else the model's
+            positions.
+        batch: prompts, or examples, per forward pass.
+        out: a new folder for scores.json and samples.jsonl; by default nothing is written.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: no such model, adapter or data, ones that do not fit each other, the extra `eval` is absent, or
-            `out` holds something. Nothing was written.
+        UserError: the model, the adapter or the data do not exist or do not fit each other, the extra `eval` is not
+            installed, or `out` exists. Nothing was written.
     """
     scorer = TextScorer()
     check_counts(limit=limit, max_new_tokens=max_new_tokens, sequence_length=sequence_length, batch=batch)
@@ -130,19 +138,19 @@ def evaluate_instructions(
     if out is not None:
         check_free(Path(out))
     records = list(islice(Records([source]), limit))
-    finished = open_scored(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    trained_with = finished.adapters.template(finished.adapters.in_use) or finished.template
+    loaded = open_scored_model(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    trained_with = loaded.adapters.template(loaded.adapters.in_use) or loaded.template
     form = InstructionForm(
         template=template or trained_with or "auto",  # type: ignore[arg-type]  # one of its names
         prompt_column=prompt_column,
         response_column=response_column,
     )
     scores, samples = score_records(
-        finished.model,
-        finished.tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         records,
         form,
-        sequence_length=scored_length(finished, sequence_length),
+        sequence_length=scored_length(loaded, sequence_length),
         max_new_tokens=max_new_tokens,
         batch=batch,
         scorer=scorer,
@@ -150,7 +158,7 @@ def evaluate_instructions(
     )
     if out is not None:
         settings = {"model": str(model_or_run), "adapter": adapter, "instructions": source}
-        save_scores(Path(out), {**settings, **asdict(scores)}, [sample.line() for sample in samples])
+        save_scores(Path(out), {**settings, **asdict(scores)}, [sample.to_json() for sample in samples])
     return scores
 
 
@@ -166,9 +174,14 @@ def score_records(
     scorer: TextScorer,
     label: str | None = None,
 ) -> tuple[InstructionScores, list[Sample]]:
-    """The scores of a model that is there, in whatever mode, and a sample for every record with a response.
+    """Score a model that is already open; its mode stays as it is. See `evaluate_instructions`.
 
-    `label`: of a progress bar; none is shown unless given. See `evaluate_instructions`.
+    Args:
+        form: layout and template of the records.
+        label: name of the progress bar; None shows no bar.
+
+    Returns:
+        The scores of all records together, and a sample for every record that has a response, in order.
     """
     examples = encode(records, tokenizer, form, sequence_length=sequence_length)
     asked = list(prompts(records, tokenizer, form))
@@ -177,22 +190,22 @@ def score_records(
     held_out = HeldOutExamples(by_length, micro_sequences=batch, pad_id=0, tokens=sys.maxsize)
     measured = evaluate(model, held_out if label is None else with_progress(held_out, len(held_out), label))
     begin = time.perf_counter()
-    answers = answer(
+    answers = answer_greedily(
         model,
         tokenizer,
-        [each.input_ids for each in asked],
+        [prompt.input_ids for prompt in asked],
         max_new_tokens=max_new_tokens,
         batch=batch,
         ends=_ends_of_responses(examples.examples, tokenizer),
         label=label,
     )
     seconds = time.perf_counter() - begin
-    texts, each_text = scorer.score([one.text for one in answers], [each.response for each in asked])
+    texts, scores_of_each = scorer.score([answer.text for answer in answers], [prompt.response for prompt in asked])
     samples = [
-        Sample(each.where, tokenizer.decode(each.input_ids), each.response, one, scores)
-        for each, one, scores in zip(asked, answers, each_text, strict=True)
+        Sample(prompt.where, tokenizer.decode(prompt.input_ids), prompt.response, answer, scores)
+        for prompt, answer, scores in zip(asked, answers, scores_of_each, strict=True)
     ]
-    answer_tokens = sum(one.tokens for one in answers)
+    answer_tokens = sum(answer.tokens for answer in answers)
     scores = InstructionScores(
         **asdict(texts),
         loss=measured.loss,
@@ -200,8 +213,8 @@ def score_records(
         response_tokens=measured.tokens,
         records=len(samples),
         cut=examples.counts.prompt_cut + examples.counts.response_cut,
-        without_room=sum(not one.tokens for one in answers),
-        ended=sum(one.ended for one in answers),
+        without_room=sum(answer.tokens == 0 for answer in answers),
+        ended=sum(answer.ended for answer in answers),
         answer_tokens=answer_tokens,
         seconds=seconds,
         tokens_per_second=answer_tokens / seconds,
@@ -213,68 +226,103 @@ def score_records(
     return scores, samples
 
 
-def answer(
+def answer_greedily(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    asked: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch: int,
     ends: Iterable[int] = (),
     label: str | None = None,
 ) -> list[Answer]:
-    """Greedy answers to prompts, in their order; the model's mode and its settings for generation stay.
+    """Answer prompts with the likeliest token at every position.
 
-    Where a model's positions have no room for `max_new_tokens` after a prompt, its answer is shorter.
-    `ends`: ids that end an answer, beside the EOS of the model and of the tokenizer.
+    The model's mode and its generation settings are as before when this returns. If a prompt leaves less room than
+    `max_new_tokens` in the model's positions, its answer is shorter; without any room it is empty.
+
+    Args:
+        prompt_ids: token ids of each prompt; an empty prompt is replaced by the start token.
+        batch: prompts per forward pass.
+        ends: ids that end an answer, in addition to the EOS of the model and of the tokenizer.
+        label: name of the progress bar; None shows no bar.
+
+    Returns:
+        The answers in the order of the prompts.
     """
-    positions = max_positions(model) or sys.maxsize
     start: int = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    asked = [list(ids) or [start] for ids in asked]
-    answers = [Answer("", 0, False)] * len(asked)
-    jobs: list[tuple[int, list[int]]] = []
-    longest_first = sorted(range(len(asked)), key=lambda number: -len(asked[number]))
-    for room, same in groupby(longest_first, lambda number: min(max_new_tokens, positions - len(asked[number]))):
-        numbers = list(same)
-        if room > 0:
-            jobs += [(room, numbers[first : first + batch]) for first in range(0, len(numbers), batch)]
-    stops = end_ids(model, tokenizer, ends)
-    with evaluating(model), quiet_transformers(), without_settings(model):
-        for room, numbers in jobs if label is None else with_progress(jobs, len(jobs), label):
-            for number, ids in zip(numbers, _written(model, [asked[n] for n in numbers], room, stops), strict=True):
-                length = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+    prompt_ids = [list(ids) or [start] for ids in prompt_ids]
+    batches = _batches_with_equal_room(model, [len(ids) for ids in prompt_ids], max_new_tokens, batch)
+    stops = end_token_ids(model, tokenizer, ends)
+    answers = [Answer("", 0, False)] * len(prompt_ids)
+    with evaluating(model), quiet_transformers(), without_generation_settings(model):
+        for room, numbers in batches if label is None else with_progress(batches, len(batches), label):
+            generated = _generate_batch(model, [prompt_ids[number] for number in numbers], room, stops)
+            for number, ids in zip(numbers, generated, strict=True):
+                length = next((position for position, token in enumerate(ids) if token in stops), len(ids))
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 answers[number] = Answer(text.strip(), min(length + 1, len(ids)), length < len(ids))
     return answers
 
 
-def _written(model: PreTrainedModel, asked: Sequence[Sequence[int]], most: int, ends: list[int]) -> list[list[int]]:
-    """The new ids after each prompt; what ended before the others is filled up with an end."""
-    lengths = torch.tensor([len(ids) for ids in asked])
+def _batches_with_equal_room(
+    model: PreTrainedModel, lengths: Sequence[int], max_new_tokens: int, batch: int
+) -> list[tuple[int, list[int]]]:
+    """Group prompts, the longest first, into batches whose prompts leave room for equally many tokens.
+
+    Args:
+        lengths: tokens of each prompt.
+
+    Returns:
+        For each batch the most tokens that can be generated and the numbers of its prompts. Prompts that leave no room
+        are in no batch.
+    """
+    positions = max_positions(model) or sys.maxsize
+    batches: list[tuple[int, list[int]]] = []
+    longest_first = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    for room, group in groupby(longest_first, lambda number: min(max_new_tokens, positions - lengths[number])):
+        numbers = list(group)
+        if room > 0:
+            batches += [(room, numbers[first : first + batch]) for first in range(0, len(numbers), batch)]
+    return batches
+
+
+def _generate_batch(
+    model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, ends: list[int]
+) -> list[list[int]]:
+    """Return the generated ids after each prompt, all of one length: those that ended earlier are padded with an end.
+
+    Args:
+        ends: ids that end an answer; the first one serves as padding.
+    """
+    lengths = torch.tensor([len(ids) for ids in prompt_ids])
     longest = int(lengths.max())
-    input_ids = torch.full((len(asked), longest), ends[0])
-    for row, ids in enumerate(asked):
+    input_ids = torch.full((len(prompt_ids), longest), ends[0])
+    for row, ids in enumerate(prompt_ids):
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-    seen = torch.arange(longest) >= longest - lengths.unsqueeze(1)  # [prompts, longest]
-    whole: Tensor = model.generate(
+    is_prompt = torch.arange(longest) >= longest - lengths.unsqueeze(1)  # [prompts, longest]
+    output: Tensor = model.generate(  # [prompts, longest + generated]
         input_ids.to(model.device),
-        attention_mask=seen.long().to(model.device),
+        attention_mask=is_prompt.long().to(model.device),
         generation_config=GenerationConfig(
-            max_new_tokens=most, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
         ),
     )
-    new: list[list[int]] = whole[:, longest:].tolist()
-    return new
+    generated: list[list[int]] = output[:, longest:].tolist()
+    return generated
 
 
 def _ends_of_responses(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The control tokens with which a template ends a response: a model trained on it stops there."""
-    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return control & {int(example.input_ids[-1]) for example in examples}
+    """Collect the special tokens with which the template ends a response: a model trained with it stops at them."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special & {int(example.input_ids[-1]) for example in examples}
 
 
 def _check_ids(model: PreTrainedModel, asked: Sequence[Prompt], examples: Sequence[Example]) -> None:
+    """Raise `UserError` if a prompt or an example has an id without a row in the model's embedding."""
     rows = model.get_input_embeddings().num_embeddings
-    largest = max([max(one.input_ids, default=0) for one in asked] + [int(one.input_ids.max()) for one in examples])
+    largest_in_prompts = [max(prompt.input_ids, default=0) for prompt in asked]
+    largest_in_examples = [int(example.input_ids.max()) for example in examples]
+    largest = max(largest_in_prompts + largest_in_examples)
     if largest >= rows:
         raise UserError(f"the tokenizer gives id {largest} but the model has {rows} ids; they do not belong together")

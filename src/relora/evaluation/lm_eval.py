@@ -1,12 +1,12 @@
-"""Scores on the tasks of EleutherAI's lm-evaluation-harness: its own, or those of a folder, with local data.
+"""Scores on tasks of EleutherAI's lm-evaluation-harness: its own tasks, or those of a folder, with local data.
 
-A task is a YAML file that says which data it takes, how a record is asked and what counts as right
-(https://github.com/EleutherAI/lm-evaluation-harness, docs/task_guide.md). What is asked and how it is scored is the
-harness's affair alone, so figures compare with those that others publish. With a folder its tasks are known and no
-others, and nothing is fetched; without one, those that come with the harness, whose data it fetches from the hub.
+A task is a YAML file that says which data it uses, how a record becomes a question and what counts as right
+(https://github.com/EleutherAI/lm-evaluation-harness, docs/task_guide.md). Questions and scoring are left to the harness
+alone, so the figures compare with published ones. If a folder is given, only its tasks are known and nothing is
+downloaded; otherwise the tasks that come with the harness are known, and it downloads their data from the hub.
 
-Task files can name Python and code of the hub, and their templates are programs. Unless the caller trusts the folder,
-files that name any are refused before the harness sees them, and its templates are run in Jinja's sandbox.
+Task files can name Python code and code on the hub, and their templates are programs. Unless the caller trusts the
+folder, task files that name code are refused before the harness reads them, and templates run in Jinja's sandbox.
 """
 
 import io
@@ -21,20 +21,24 @@ from typing import Any
 
 from relora.errors import ReloraError, UserError
 from relora.evaluation.output_folder import check_free, save_scores
-from relora.evaluation.perplexity import check_counts, open_scored, scored_length
+from relora.evaluation.scored_model import check_counts, open_scored_model, scored_length
 from relora.files.untrusted import check_folder, inside, read_yaml
 from relora.inference.loading import LoadedModel
 from relora.messages import first_line, short_name, short_repr
 from relora.model.load import quiet_transformers
 
 FORMATS = ("arrow", "csv", "json", "parquet", "text")
-"""What `dataset_path` of a task in a folder may be: a kind of local file, rather than something of the hub."""
+"""Permitted values of `dataset_path` in a task file: kinds of local files. Other values name data sets on the hub."""
 _CODE_KEYS = ("class", "use_prompt", "hf_evaluate", "unsafe_code", "trust_remote_code")
+"""Keys of a task file that make the harness run code."""
 _TRUST = "read it, and if you trust it give --trust-remote-code"
+"""The way out that is named whenever a task file is refused."""
 _FEWSHOT_SEED = 1234
-"""The harness's own."""
+"""Seed for drawing the examples before a question; the harness's own default."""
 _RESAMPLINGS = 1000
-"""For the standard error of a figure that is no mean."""
+"""Number of bootstrap resamplings, from which the harness takes the standard error of figures that are not means."""
+_MOST_NAMES_SHOWN = 12
+"""Names of known tasks that an error message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,15 @@ class TaskScore:
 
     task: str
     metric: str
-    """With the filter in parentheses, where the answers went through one."""
+    """Name of the metric, followed by the harness's filter in parentheses if the answers went through one."""
     value: float
     stderr: float | None
     higher_is_better: bool | None
-    """None where the task does not say."""
+    """None if the task does not say."""
     examples: int | None
-    """None for a group."""
+    """Number of scored records; None for a group."""
     shots: int | None
-    """Examples with their answers before the question."""
+    """Number of examples with their answers that precede each question."""
 
 
 def evaluate_tasks(
@@ -73,17 +77,21 @@ def evaluate_tasks(
     Args:
         model_or_run: a run folder, a model folder or a hub id.
         tasks: names of tasks, groups or tags.
-        adapter: a folder or run whose adapter is used, beside the model that it belongs to.
-        tasks_folder: where the task files are; unless given, the tasks of the harness are known.
-        limit: at most so many records of each task, from the start.
-        sequence_length: by default that of the run, else the model's positions; what is longer loses its beginning.
+        adapter: a folder or run whose adapter is used with the model.
+        tasks_folder: folder of task files; by default the tasks of the harness are known.
+        limit: use at most so many records of each task, from the start.
+        sequence_length: longest request, in tokens; by default that of the run, else the model's positions. A longer
+            request loses its beginning.
         batch: requests per forward pass.
-        out: a new folder for scores.json and samples.jsonl; unless given, nothing is kept.
-        trust_remote_code: run code that comes with the model, or with the task files of `tasks_folder`.
+        out: a new folder for scores.json and samples.jsonl; by default nothing is written.
+        trust_remote_code: run code that comes with the model or with the task files of `tasks_folder`.
+
+    Returns:
+        The figures of all tasks, in the order of the harness.
 
     Raises:
-        UserError: no such model, adapter or task, a task file that cannot be used, the extra `eval` is absent, or
-            `out` holds something. Nothing was written.
+        UserError: the model, the adapter or a task does not exist, a task file cannot be used, the extra `eval` is not
+            installed, or `out` exists. Nothing was written.
     """
     check_counts(limit=limit, sequence_length=sequence_length, batch=batch)
     if out is not None:
@@ -91,13 +99,14 @@ def evaluate_tasks(
     harness = _Harness()
     folder = None if tasks_folder is None else Path(tasks_folder)
     if folder is not None:
-        harness.check(folder, trusted=trust_remote_code)
+        harness.check_folder(folder, trusted=trust_remote_code)
     with _quiet():
-        harness.find(tasks, folder)
-    finished = open_scored(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    length = scored_length(finished, sequence_length)
-    with _quiet(), harness.templates(sandboxed=folder is not None and not trust_remote_code):
-        results = harness.run(finished, tasks, length=length, batch=batch, limit=limit)
+        harness.find_tasks(tasks, folder)
+    loaded = open_scored_model(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    length = scored_length(loaded, sequence_length)
+    is_sandboxed = folder is not None and not trust_remote_code
+    with _quiet(), harness.template_environment(sandboxed=is_sandboxed):
+        results = harness.evaluate(loaded, tasks, length=length, batch=batch, limit=limit)
     scores = _scores(results)
     if out is not None:
         settings: dict[str, Any] = {"model": str(model_or_run), "adapter": adapter, "tasks_folder": tasks_folder}
@@ -107,23 +116,28 @@ def evaluate_tasks(
 
 
 class _Harness:
-    """The library, and the tasks that it knows."""
+    """The library lm-evaluation-harness and the tasks that it was told of.
+
+    Raises:
+        UserError: the extra `eval` is not installed.
+    """
 
     def __init__(self) -> None:
         try:
             import lm_eval.utils
-            from lm_eval.api.metrics import bypass  # noqa: F401  # fills the registry
+            from lm_eval.api.metrics import bypass  # noqa: F401  # importing it fills the registry of metrics
             from lm_eval.api.registry import metric_registry
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             missing = str(error.name).partition(".")[0]
             raise UserError(f"tasks need {missing}, which is not installed; run: pip install 'relora[eval]'") from None
-        self._lm_eval, self._metrics, self._model, self._manager = lm_eval, metric_registry, HFLM, TaskManager
+        self._lm_eval, self._metrics = lm_eval, metric_registry
+        self._model_class, self._manager_class = HFLM, TaskManager
         self._tasks: Any = None
 
-    def check(self, folder: Path, *, trusted: bool) -> None:
-        """`UserError` for a folder that is none, and, unless it is trusted, for a task file that names code."""
+    def check_folder(self, folder: Path, *, trusted: bool) -> None:
+        """Raise `UserError` if a folder has no task files or, unless it is trusted, if one of them names code."""
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder of task files")
         waiting = sorted(folder.rglob("*.yaml"))
@@ -137,22 +151,26 @@ class _Harness:
             file = waiting.pop()
             if file not in seen:
                 seen.add(file)
-                waiting += self._included(file)
+                waiting += self._check_file(file)
 
-    def find(self, tasks: Sequence[str], folder: Path | None) -> None:
-        """`UserError` unless all tasks are known: of `folder`, or the harness's."""
-        self._tasks = self._manager(include_path=folder and str(folder), include_defaults=folder is None)
+    def find_tasks(self, tasks: Sequence[str], folder: Path | None) -> None:
+        """Read the task files of `folder`, or those of the harness; raise `UserError` if one of `tasks` is missing."""
+        self._tasks = self._manager_class(include_path=folder and str(folder), include_defaults=folder is None)
         known = self._tasks.all_tasks
         if not tasks:
-            raise UserError(f"no task given; there are {_some(known)}")
+            raise UserError(f"no task given; there are {_first_names(known)}")
         for name in tasks:
             if name not in known:
                 mend = "" if folder is not None else "; for tasks of your own give --tasks-folder"
-                raise UserError(f"task {short_name(name)}: not known; there are {_some(known)}{mend}")
+                raise UserError(f"task {short_name(name)}: not known; there are {_first_names(known)}{mend}")
 
     @contextmanager
-    def templates(self, *, sandboxed: bool) -> Iterator[None]:
-        """Inside, the templates of tasks reach no attribute that leads out of the values that they are given."""
+    def template_environment(self, *, sandboxed: bool) -> Iterator[None]:
+        """Run the templates of tasks in Jinja's sandbox inside the context, if `sandboxed`.
+
+        In the sandbox a template can neither change the values that it is given nor reach attributes that lead to
+        Python's internals.
+        """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         plain = self._lm_eval.utils.env
@@ -167,35 +185,36 @@ class _Harness:
         finally:
             self._lm_eval.utils.env = plain
 
-    def run(
-        self, finished: LoadedModel, tasks: Sequence[str], *, length: int, batch: int, limit: int | None
+    def evaluate(
+        self, loaded: LoadedModel, tasks: Sequence[str], *, length: int, batch: int, limit: int | None
     ) -> Mapping[str, Any]:
-        """What the harness returns."""
-        model = self._model(
-            pretrained=finished.model,
-            tokenizer=finished.tokenizer,
+        """Run the harness and return its results as they are; an error about a task becomes a `UserError`."""
+        model = self._model_class(
+            pretrained=loaded.model,
+            tokenizer=loaded.tokenizer,
             backend="causal",
             max_length=length,
             batch_size=batch,
         )
         try:
-            loaded = self._tasks.load(list(tasks))
-            for task in loaded["tasks"].values():
+            found = self._tasks.load(list(tasks))
+            for task in found["tasks"].values():
                 if task.get_config("num_fewshot") is None:
                     task.set_config("num_fewshot", 0)
                 task.set_fewshot_seed(_FEWSHOT_SEED)
-            results: Mapping[str, Any] = self._lm_eval.evaluate(
-                model, loaded, limit=limit, bootstrap_iters=_RESAMPLINGS
-            )
-        except (ReloraError, RuntimeError, MemoryError):  # of the model, and of the machine
+            results: Mapping[str, Any] = self._lm_eval.evaluate(model, found, limit=limit, bootstrap_iters=_RESAMPLINGS)
+        except (ReloraError, RuntimeError, MemoryError):  # errors of the model and of the machine
             raise
         except Exception as error:  # whatever the harness, its data sets and its templates raise about a task
             reason = first_line(str(error)) or type(error).__name__
             raise UserError(f"{', '.join(map(short_name, tasks))}: the harness cannot use it: {reason}") from None
         return results
 
-    def _included(self, file: Path) -> list[Path]:
-        """The files that a task file includes; `UserError` for one that names code, or data that are not local."""
+    def _check_file(self, file: Path) -> list[Path]:
+        """Return the files that a task file includes; raise `UserError` if it names code, or data that are not local.
+
+        Only the file itself is checked; the caller has to check the included ones, too.
+        """
         try:
             tree = read_yaml(file)
         except OSError as error:
@@ -207,7 +226,8 @@ class _Harness:
         included = []
         for key, value in _entries(tree):
             if key == "include":
-                included += [inside(file.parent, name) for name in (value if isinstance(value, list) else [value])]
+                names = value if isinstance(value, list) else [value]
+                included += [inside(file.parent, name) for name in names]
             elif key in _CODE_KEYS and value:
                 raise UserError(f"{file}: `{key}` asks for code, which is not run; {_TRUST}")
             elif key == "metric" and value not in self._metrics:
@@ -220,22 +240,27 @@ class _Harness:
 
 
 def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every mapping at any depth."""
-    for inner in tree if isinstance(tree, list) else []:
-        yield from _entries(inner)
-    for key, value in tree.items() if isinstance(tree, dict) else []:
-        yield str(key), value
-        yield from _entries(value)
+    """Yield the key and the value of every entry of every mapping in a YAML tree, at any depth."""
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _entries(item)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield str(key), value
+            yield from _entries(value)
 
 
-def _some(names: Sequence[str]) -> str:
-    some = ", ".join(map(short_name, names[:12]))
-    return f"{some}, ... ({len(names):,} in all)" if len(names) > 12 else some or "none"
+def _first_names(names: Sequence[str]) -> str:
+    """Join names for a message; of many names only the first ones are shown, with the number of all."""
+    if not names:
+        return "none"
+    shown = ", ".join(map(short_name, names[:_MOST_NAMES_SHOWN]))
+    return f"{shown}, ... ({len(names):,} in all)" if len(names) > _MOST_NAMES_SHOWN else shown
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness logs, and without its progress bars where nobody watches them."""
+    """Silence the harness's log inside the context and, if standard error is no terminal, its progress bars."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -248,18 +273,22 @@ def _quiet() -> Iterator[None]:
 
 
 def _scores(results: Mapping[str, Any]) -> list[TaskScore]:
-    """The figures of tasks, in the order of the harness: `{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}` of each."""
+    """Collect the figures of all tasks, in the order of the harness.
+
+    The harness's figures of a task are a mapping such as `{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}`; a key is
+    the metric and the filter.
+    """
     scores = []
     for task, figures in results["results"].items():
         for key, value in figures.items():
-            metric, comma, filtered = key.partition(",")
+            metric, comma, answer_filter = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            stderr = figures.get(f"{metric}_stderr,{filtered}")
+            stderr = figures.get(f"{metric}_stderr,{answer_filter}")
             scores.append(
                 TaskScore(
                     task=task,
-                    metric=metric if filtered == "none" else f"{metric} ({filtered})",
+                    metric=metric if answer_filter == "none" else f"{metric} ({answer_filter})",
                     value=float(value),
                     stderr=stderr if isinstance(stderr, float) else None,
                     higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
@@ -271,7 +300,7 @@ def _scores(results: Mapping[str, Any]) -> list[TaskScore]:
 
 
 def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was asked and answered, a record of a task each, with its figures."""
+    """Return an object of samples.jsonl for every record of every task: question, answers and figures."""
     kept = ("doc_id", "doc", "target", "arguments", "filtered_resps", "filter")
     return [
         {"task": task, **{key: sample[key] for key in (*kept, *sample["metrics"])}}

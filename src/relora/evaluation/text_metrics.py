@@ -1,14 +1,15 @@
-"""How near written text comes to a reference: BLEU, ROUGE, exact match and token F1, all in percent.
+"""Similarity of generated texts to reference texts: BLEU, ROUGE, exact match and token F1, all in percent.
 
-bleu          of all texts together: 4-gram precision with a penalty for brevity (Papineni et al. 2002), by sacrebleu
-              with its own tokenization and smoothing; of one text, of as many orders as it has
-rouge1, 2, L  F1 of the words, the pairs of words and the longest common subsequence that both have (Lin 2004), by
-              rouge-score, words stemmed
-exact_match   whether both are the same after SQuAD's normalisation: case, punctuation, articles and white space gone
-f1            of the words that both have after that normalisation (Rajpurkar et al. 2016, arXiv 1606.05250)
+bleu          4-gram precision with a penalty for brevity, over all texts together (Papineni et al. 2002), by sacrebleu
+              with its own tokenization and smoothing; for a single text, up to the longest n-grams that it has
+rouge1, 2, L  F1 of the words, the pairs of words and the longest common subsequence that both texts share (Lin 2004),
+              by rouge-score, with stemmed words
+exact_match   100 if both texts are the same after the normalisation of SQuAD (case, punctuation, articles and extra
+              white space removed), else 0
+f1            F1 of the words that both texts share after that normalisation (Rajpurkar et al. 2016, arXiv 1606.05250)
 
-All but BLEU are means over texts. They count shared words and know nothing of meaning; ROUGE drops every letter
-outside a-z and 0-9, so that text in another script scores 0, and a text of one word has no pairs to share.
+All but BLEU are means over the texts. All of them count shared words and know nothing of meaning. ROUGE drops every
+character outside a-z and 0-9, so texts in another script score 0, and a text of one word has no pairs to share.
 """
 
 import re
@@ -21,6 +22,7 @@ from statistics import fmean
 from relora.errors import UserError
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+"""Names of the ROUGE variants, as rouge-score and `TextScores` have them."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -28,7 +30,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class TextScores:
-    """0 to 100; of one text, or of many."""
+    """The metrics of one text, or of many together, each from 0 to 100."""
 
     bleu: float
     rouge1: float
@@ -39,7 +41,9 @@ class TextScores:
 
 
 class TextScorer:
-    """The scorers, ready: made before the texts are, so that a missing library is found first.
+    """Computes the metrics of texts.
+
+    Create it before the texts are generated, so that a missing library is reported first.
 
     Raises:
         UserError: the extra `eval` is not installed.
@@ -55,40 +59,58 @@ class TextScorer:
                 f"BLEU and ROUGE need {missing}, which is not installed; run: pip install 'relora[eval]'"
             ) from None
         self._rouge = RougeScorer(ROUGE, use_stemmer=True)
-        # force: what looks tokenized is scored without a warning about it
-        self._bleu, self._bleu_of_one = BLEU(force=True), BLEU(force=True, effective_order=True)
+        # force: do not warn about texts that look tokenized already
+        self._bleu, self._single_text_bleu = BLEU(force=True), BLEU(force=True, effective_order=True)
 
     def score(self, answers: Sequence[str], references: Sequence[str]) -> tuple[TextScores, list[TextScores]]:
-        """The scores of all answers together and of each; the answers and their references are as many, not none."""
-        each = [self._of_one(answer, reference) for answer, reference in zip(answers, references, strict=True)]
+        """Compare every answer with its reference.
+
+        Args:
+            answers: the generated texts, at least one.
+            references: a reference for each answer.
+
+        Returns:
+            The scores of all answers together, and the scores of each.
+
+        Raises:
+            ValueError: there are not as many answers as references.
+        """
+        each = [self._score_one(answer, reference) for answer, reference in zip(answers, references, strict=True)]
         bleu = self._bleu.corpus_score(answers, [references]).score
-        means = {name: fmean(getattr(one, name) for one in each) for name in (*ROUGE, "exact_match", "f1")}
+        means = {name: fmean(getattr(scores, name) for scores in each) for name in (*ROUGE, "exact_match", "f1")}
         return TextScores(bleu, **means), each
 
     @property
     def bleu_signature(self) -> str:
-        """What sacrebleu asks to be told with a BLEU: its settings and its version; known once something is scored."""
+        """The signature that sacrebleu wants reported with a BLEU: its settings and its version.
+
+        It is complete only after something was scored.
+        """
         return str(self._bleu.get_signature())
 
-    def _of_one(self, answer: str, reference: str) -> TextScores:
+    def _score_one(self, answer: str, reference: str) -> TextScores:
         rouge = self._rouge.score(reference, answer)
         return TextScores(
-            bleu=self._bleu_of_one.sentence_score(answer, [reference]).score,
-            exact_match=100.0 * (normalized(answer) == normalized(reference)),
+            bleu=self._single_text_bleu.sentence_score(answer, [reference]).score,
+            exact_match=100.0 if normalized(answer) == normalized(reference) else 0.0,
             f1=token_f1(answer, reference),
             **{name: 100 * rouge[name].fmeasure for name in ROUGE},
         )
 
 
 def normalized(text: str) -> str:
-    """Lower case without punctuation and articles, one space between words: SQuAD's normalisation."""
+    """Apply SQuAD's normalisation: lower case, no punctuation, no articles, one space between words."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the reference's words, in percent; two texts without words agree."""
-    words, wanted = normalized(answer).split(), normalized(reference).split()
-    if not words or not wanted:
-        return 100.0 * (words == wanted)
-    # 2 p r / (p + r), with p = shared / words and r = shared / wanted
-    return 200 * (Counter(words) & Counter(wanted)).total() / (len(words) + len(wanted))
+    """Return the harmonic mean of precision and recall of the reference's words, in percent.
+
+    Two texts that both have no words after normalisation score 100.
+    """
+    answer_words, reference_words = normalized(answer).split(), normalized(reference).split()
+    if not answer_words or not reference_words:
+        return 100.0 if answer_words == reference_words else 0.0
+    shared = (Counter(answer_words) & Counter(reference_words)).total()
+    # 2 p r / (p + r), with precision p = shared / answer words and recall r = shared / reference words
+    return 200 * shared / (len(answer_words) + len(reference_words))
