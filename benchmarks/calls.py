@@ -16,7 +16,7 @@ from sides.machine import machine
 from torch import Tensor, nn
 
 from relora.lowrank import LowRankConfig, LowRankLinear
-from relora.lowrank.costs import ANY
+from relora.lowrank.costs import NOMINAL_RATES
 
 TOKENS, INN, OUT, RANK = 20, 16, 24, 4
 CALLS, ROUNDS = 300, 7
@@ -35,7 +35,9 @@ class PlainLora(nn.Module):
 
 
 def ours(**options: str) -> LowRankLinear:
-    return LowRankLinear(nn.Linear(INN, OUT, bias=False), LowRankConfig(r=RANK, rates=ANY, **options), name="x")
+    return LowRankLinear(
+        nn.Linear(INN, OUT, bias=False), LowRankConfig(r=RANK, rates=NOMINAL_RATES, **options), name="x"
+    )
 
 
 def microseconds(call: Callable[[], object]) -> float:

@@ -17,7 +17,7 @@ from relora.device import deterministic
 from relora.errors import UserError
 from relora.export.checkpoint import export
 from relora.lowrank import low_rank_layers
-from relora.lowrank.costs import ANY
+from relora.lowrank.costs import NOMINAL_RATES
 from relora.recipes.from_settings import settled_lowrank
 from relora.recipes.job import assemble
 from relora.recipes.pretrain import job_of, pretrain
@@ -92,7 +92,7 @@ def execute(config: RunConfig, change: Callable[[Run], Run] = lambda run: run) -
             Reporter(folder, config.total_steps, [], Console(quiet=True)) as reporter,
             Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints,
         ):
-            lowrank = settled_lowrank(config, parts.model, parts.device, ANY)
+            lowrank = settled_lowrank(config, parts.model, parts.device, NOMINAL_RATES)
             run = change(assemble(job_of(config, parts), Start(None, lowrank, {}, []), reporter, checkpoints))
             with deterministic(parts.device):
                 train(run, restore(run, checkpoints.latest()[0]))

@@ -8,7 +8,7 @@ import torch
 
 from relora.lowrank import calibrate
 from relora.lowrank.calibrate import calibrated, from_json, measure, rates_file, to_json
-from relora.lowrank.costs import ANY
+from relora.lowrank.costs import NOMINAL_RATES
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_the_first_measurement_stays(tmp_path: Path) -> None:
 def test_measured_anew_where_that_is_asked_for(tmp_path: Path) -> None:
     calibrated(CPU, tmp_path)
     file = rates_file(CPU, tmp_path)
-    file.write_text(to_json(replace(ANY, bandwidth=12345.0)))
+    file.write_text(to_json(replace(NOMINAL_RATES, bandwidth=12345.0)))
     again = calibrated(CPU, tmp_path, anew=True)
     assert again.bandwidth != 12345.0 and from_json(file.read_text()) == again == calibrated(CPU, tmp_path)
 
@@ -60,11 +60,15 @@ def test_a_folder_that_cannot_be_written_is_no_mistake(tmp_path: Path) -> None:
 
 
 def test_round_trip_and_refusals() -> None:
-    assert from_json(to_json(ANY)) == ANY
-    for bad in (replace(ANY, bandwidth=0.0), replace(ANY, bf16=float("inf")), replace(ANY, int8=-1.0)):
+    assert from_json(to_json(NOMINAL_RATES)) == NOMINAL_RATES
+    for bad in (
+        replace(NOMINAL_RATES, bandwidth=0.0),
+        replace(NOMINAL_RATES, bf16=float("inf")),
+        replace(NOMINAL_RATES, int8=-1.0),
+    ):
         assert from_json(to_json(bad)) is None
     assert from_json("None") is None
 
 
 def test_a_model_without_memory_needs_no_machine() -> None:
-    assert calibrated(torch.device("meta")) is ANY
+    assert calibrated(torch.device("meta")) is NOMINAL_RATES

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora.lowrank.costs import ANY, FACTORED, Rates, Way, _backward, _forward, cheapest, layer_seconds
+from relora.lowrank.costs import (
+    FACTORED,
+    NOMINAL_RATES,
+    ProductOrder,
+    Rates,
+    _backward_seconds,
+    _forward_seconds,
+    cheapest_order,
+    layer_seconds,
+)
 
 COUNTING = Rates(fp32=((1, 1.0),), bf16=2.0, int8=4.0, bandwidth=float("inf"))
 """Every operation costs the same and memory nothing: seconds are operations."""
@@ -12,23 +21,27 @@ COUNTING = Rates(fp32=((1, 1.0),), bf16=2.0, int8=4.0, bandwidth=float("inf"))
 
 def test_operations_are_those_of_the_formulas() -> None:
     tokens, out, inn, r = 11, 7, 5, 3
-    assert _forward(COUNTING, tokens, out, inn, r, False) == 2 * tokens * r * (inn + out)
-    assert _forward(COUNTING, tokens, out, inn, r, True) == 2 * r * out * inn
+    assert _forward_seconds(COUNTING, tokens, out, inn, r, False) == 2 * tokens * r * (inn + out)
+    assert _forward_seconds(COUNTING, tokens, out, inn, r, True) == 2 * r * out * inn
     factored = 2 * tokens * r * (inn + out) + 4 * tokens * r * inn + 2 * tokens * r * out
-    assert _backward(COUNTING, tokens, out, inn, r, False, False) == factored
-    assert _backward(COUNTING, tokens, out, inn, r, True, True) == 2 * tokens * out * inn + 6 * r * out * inn
+    assert _backward_seconds(COUNTING, tokens, out, inn, r, False, False) == factored
+    assert _backward_seconds(COUNTING, tokens, out, inn, r, True, True) == 2 * tokens * out * inn + 6 * r * out * inn
 
 
 @pytest.mark.parametrize(
     ("tokens", "r", "way"),
     [
         (1, 64, FACTORED),  # one token: no sum over the weight pays
-        (8192, 16, Way(True, True, False)),  # many tokens: merging is all but free, thin factors cheaper than dW
-        (8192, 512, Way(True, True, True)),  # thick factors cost more than dW
+        (
+            8192,
+            16,
+            ProductOrder(True, True, False),
+        ),  # many tokens: merging is all but free, thin factors cheaper than dW
+        (8192, 512, ProductOrder(True, True, True)),  # thick factors cost more than dW
     ],
 )
-def test_the_known_ends(tokens: int, r: int, way: Way) -> None:
-    assert cheapest(COUNTING, tokens, 1024, 1024, r, mergeable=True) == way
+def test_the_known_ends(tokens: int, r: int, way: ProductOrder) -> None:
+    assert cheapest_order(COUNTING, tokens, 1024, 1024, r, mergeable=True) == way
 
 
 @given(
@@ -43,16 +56,16 @@ def test_no_way_is_predicted_to_be_faster(
     tokens: int, out: int, inn: int, r: int, mergeable: bool, weight_gradient: bool
 ) -> None:
     """Where dW is asked for, of the ways that form it."""
-    way = cheapest(ANY, tokens, out, inn, r, mergeable=mergeable, weight_gradient=weight_gradient)
+    way = cheapest_order(NOMINAL_RATES, tokens, out, inn, r, mergeable=mergeable, weight_gradient=weight_gradient)
 
-    def seconds(way: Way) -> float:
-        return _forward(ANY, tokens, out, inn, r, way.merged_forward) + _backward(
-            ANY, tokens, out, inn, r, way.merged_backward, way.dense
+    def seconds(way: ProductOrder) -> float:
+        return _forward_seconds(NOMINAL_RATES, tokens, out, inn, r, way.merged_forward) + _backward_seconds(
+            NOMINAL_RATES, tokens, out, inn, r, way.merged_backward, way.dense
         )
 
     merges = (False, True) if mergeable else (False,)
     forms = (True,) if weight_gradient else (False, True)
-    every = [Way(forward, backward, dense) for forward in merges for backward in merges for dense in forms]
+    every = [ProductOrder(forward, backward, dense) for forward in merges for backward in merges for dense in forms]
     assert way in every and seconds(way) <= min(map(seconds, every)) * (1 + 1e-12)
 
 

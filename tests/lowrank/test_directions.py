@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
-from relora.lowrank.directions import gradient_frames, leading_frame, random_frame
+from relora.lowrank.directions import gradient_bases, leading_basis, random_basis
 from relora.seeding import keyed_generator
 
 
@@ -18,7 +18,7 @@ def matrix(out: int, inn: int, decay: float) -> torch.Tensor:
 @pytest.mark.parametrize(("out", "inn"), [(60, 40), (40, 60), (6, 50)])
 def test_leading_frame_holds_what_the_decomposition_holds(out: int, inn: int) -> None:
     whole, r = matrix(out, inn, 0.8), 5
-    u, v = leading_frame(whole, r, keyed_generator(1, "frame"))
+    u, v = leading_basis(whole, r, keyed_generator(1, "frame"))
     assert u.shape == (out, r) and v.shape == (inn, r)
     for side in (u, v):
         torch.testing.assert_close(side.T @ side, torch.eye(r).double())
@@ -29,8 +29,8 @@ def test_leading_frame_holds_what_the_decomposition_holds(out: int, inn: int) ->
 
 def test_frames_are_keyed() -> None:
     layer = next(iter(injected()[0].values()))
-    same = [random_frame(layer, 2, keyed_generator(3, "redraw"))[1] for _ in range(2)]
-    assert torch.equal(*same) and not torch.equal(same[0], random_frame(layer, 2, keyed_generator(4, "redraw"))[1])
+    same = [random_basis(layer, 2, keyed_generator(3, "redraw"))[1] for _ in range(2)]
+    assert torch.equal(*same) and not torch.equal(same[0], random_basis(layer, 2, keyed_generator(4, "redraw"))[1])
 
 
 def injected() -> tuple[dict, nn.Module, torch.Tensor]:
@@ -42,7 +42,7 @@ def injected() -> tuple[dict, nn.Module, torch.Tensor]:
 
 def test_gradient_frames_are_those_of_the_dense_gradient() -> None:
     layers, model, x = injected()
-    frames = gradient_frames(model, layers, lambda model: model(x).square().mean(), cycle=1)
+    frames = gradient_bases(model, layers, lambda model: model(x).square().mean(), cycle=1)
     assert all(parameter.grad is None for parameter in model.parameters())
     for layer in layers.values():
         layer.weight.requires_grad_()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.lowrank.live import PeakBytes
+from tests.lowrank.peak_bytes import PeakBytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,13 +18,13 @@ from relora.lowrank import (
     merge,
     restart,
 )
-from relora.lowrank.costs import ANY
+from relora.lowrank.costs import NOMINAL_RATES
 
 
 def layer_of(out: int = 12, inn: int = 16, dtype: torch.dtype = torch.float64, **config: object) -> LowRankLinear:
     """Somewhere in its training: no factor and no magnitude is as it began."""
     torch.manual_seed(0)
-    settings = {"r": 3, "lora_alpha": 3.0, "dora": True, "rates": ANY, **config}
+    settings = {"r": 3, "lora_alpha": 3.0, "dora": True, "rates": NOMINAL_RATES, **config}
     layer = LowRankLinear(nn.Linear(inn, out, dtype=dtype), LowRankConfig(**settings), name="x")
     with torch.no_grad():
         nn.init.normal_(layer.lora_B, std=0.3)
@@ -133,7 +133,7 @@ def test_merge_gives_the_weight_that_it_multiplies_by(transposed: bool) -> None:
     delta = layer.merge_()
     torch.testing.assert_close(layer.weight - start, delta, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer(x), outputs, rtol=1e-12, atol=1e-12)
-    weight = layer.plain().weight.T if transposed else layer.plain().weight
+    weight = layer.unwrap().weight.T if transposed else layer.unwrap().weight
     torch.testing.assert_close(nn.functional.linear(x, weight, layer.bias), outputs, rtol=1e-12, atol=1e-12)
 
 
@@ -160,7 +160,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
 
 
 def test_forms_one_matrix_of_the_weights_size_and_keeps_none() -> None:
-    layer = LowRankLinear(nn.Linear(512, 512, bias=False), LowRankConfig(r=2, dora=True, rates=ANY), name="x")
+    layer = LowRankLinear(nn.Linear(512, 512, bias=False), LowRankConfig(r=2, dora=True, rates=NOMINAL_RATES), name="x")
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept = []
     x = torch.randn(2, 512, requires_grad=True)
@@ -204,7 +204,9 @@ def test_under_autocast(dtype: torch.dtype) -> None:
 def test_small_changes_of_the_magnitude_are_seen_in_half_precision() -> None:
     """1.003 is 1 in bf16; times a number it moves some of the products, by 0.3% on the whole."""
     torch.manual_seed(0)
-    layer = LowRankLinear(nn.Linear(64, 48, bias=False).bfloat16(), LowRankConfig(r=4, dora=True, rates=ANY), name="x")
+    layer = LowRankLinear(
+        nn.Linear(64, 48, bias=False).bfloat16(), LowRankConfig(r=4, dora=True, rates=NOMINAL_RATES), name="x"
+    )
     x = torch.randn(4096, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         before = layer(x).float()

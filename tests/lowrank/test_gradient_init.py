@@ -161,7 +161,7 @@ def test_an_update_relative_to_the_weight_as_it_was(
         a, b, scaling = update_factors(layer)
         assert len(a) == b.shape[1] == (4 if init == "kaiming" else 8) and scaling == layer.initial_scaling
         layer.merge_()
-        merged, weight = (layer.base.rows(each) for each in (layer.weight, weights[f"{name}.weight"]))
+        merged, weight = (layer.base.reorient(each) for each in (layer.weight, weights[f"{name}.weight"]))
         torch.testing.assert_close(merged, weight + scaling * b @ a, rtol=1e-9, atol=1e-10)
         a, b, _ = update_factors(layer)  # of what is merged nothing is left
         assert len(a) == 4 and not b.any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests.lowrank.live import PeakBytes
+from tests.lowrank.peak_bytes import PeakBytes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from relora.lowrank import LowRankConfig, inject, low_rank_layers, restart
-from relora.lowrank.costs import ANY
+from relora.lowrank.costs import NOMINAL_RATES
 
 ARITHMETICS = ["native", "int8"]
 
@@ -37,7 +37,7 @@ class Blocks(nn.Module):
 def built(arithmetic: str, **sizes: int) -> Blocks:
     torch.manual_seed(0)
     model = Blocks(**sizes)
-    inject(model, LowRankConfig(r=4, frozen=arithmetic, rates=ANY))
+    inject(model, LowRankConfig(r=4, frozen=arithmetic, rates=NOMINAL_RATES))
     for layer in low_rank_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     return model
@@ -113,7 +113,7 @@ def test_a_restart_takes_one_layer_of_memory_more(base: str, arithmetic: str) ->
     side = 512
     torch.manual_seed(0)
     model = Blocks(depth=3, side=side)
-    inject(model, LowRankConfig(r=4, base=base, frozen=arithmetic, rates=ANY))
+    inject(model, LowRankConfig(r=4, base=base, frozen=arithmetic, rates=NOMINAL_RATES))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with PeakBytes() as bytes_held:
         restart(model, optimizer, cycle=1)

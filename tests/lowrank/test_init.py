@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from relora.lowrank import LowRankConfig, LowRankLinear, inject, low_rank_layers, restart
-from relora.lowrank.init import along_gradient, orthogonal, principal
+from relora.lowrank.init import gradient_factors, orthogonal, principal_factors
 from relora.seeding import keyed_generator
 
 
@@ -54,7 +54,7 @@ def test_principal_factors_are_the_best_approximation_of_their_rank(scaling: flo
     """Eckart and Young: what is left is as long as the other singular values; both factors carry equal shares."""
     torch.manual_seed(0)
     weight = torch.randn(9, 7, dtype=torch.float64)
-    a, b = principal(weight, 3, scaling)
+    a, b = principal_factors(weight, 3, scaling)
     assert a.shape == (3, 7) and b.shape == (9, 3)
     values = torch.linalg.svdvals(weight)
     torch.testing.assert_close((weight - scaling * b @ a).norm(), values[3:].norm(), rtol=1e-12, atol=0)
@@ -64,7 +64,7 @@ def test_principal_factors_are_the_best_approximation_of_their_rank(scaling: flo
 def test_gradient_factors_are_scaled_singular_vectors() -> None:
     torch.manual_seed(0)
     gradient = torch.randn(16, 9, dtype=torch.float64)
-    a, b = along_gradient(gradient, 2, stable_gamma=4.0)
+    a, b = gradient_factors(gradient, 2, stable_gamma=4.0)
     u, _, vt = torch.linalg.svd(gradient)
     torch.testing.assert_close((a, b), (vt[:2], u[:, 2:4]))  # 16^(1/4) / sqrt(4) = 1
-    torch.testing.assert_close(along_gradient(gradient, 2, stable_gamma=1.0)[1], 2 * b)
+    torch.testing.assert_close(gradient_factors(gradient, 2, stable_gamma=1.0)[1], 2 * b)

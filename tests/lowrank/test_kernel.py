@@ -12,10 +12,10 @@ from tests.gpu import needs_gpu
 from torch import Tensor, nn
 
 from relora.lowrank import LowRankConfig, LowRankLinear, kernel
-from relora.lowrank.costs import ANY, Way
+from relora.lowrank.costs import NOMINAL_RATES, ProductOrder
 from relora.lowrank.kernel import low_rank_linear
 
-WAYS = [Way(*choice) for choice in product((False, True), repeat=3)]
+WAYS = [ProductOrder(*choice) for choice in product((False, True), repeat=3)]
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -40,7 +40,7 @@ def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
     data=st.data(),
 )
 def test_every_way_equals_plain_pytorch(
-    way: Way,
+    way: ProductOrder,
     tokens: int,
     out: int,
     inn: int,
@@ -58,8 +58,8 @@ def test_every_way_equals_plain_pytorch(
     beta = drawn(out, seed=4).requires_grad_() if bias else None
     s = torch.tensor(0.7, dtype=torch.float64, requires_grad=trained_scaling)
     leaves = [t for t in (x, a, b, beta, s, stored) if t is not None and t.requires_grad]
-    with mock.patch.object(kernel, "_way", return_value=way):
-        y = low_rank_linear(x, weight, beta, a, b, s if trained_scaling else 0.7, rates=ANY)
+    with mock.patch.object(kernel, "_choose_order", return_value=way):
+        y = low_rank_linear(x, weight, beta, a, b, s if trained_scaling else 0.7, rates=NOMINAL_RATES)
         ours = gradients(y, *leaves)
     twin = F.linear(x, weight + s * b @ a, beta)
     torch.testing.assert_close(y, twin, rtol=1e-10, atol=1e-10)
@@ -69,14 +69,14 @@ def test_every_way_equals_plain_pytorch(
 
 @needs_gpu
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_on_a_gpu(way: Way) -> None:
+def test_every_way_on_a_gpu(way: ProductOrder) -> None:
     """In float64 as in plain PyTorch; in bf16 as close to that as bf16 is."""
     x, weight, a, b = drawn(70, 48), drawn(56, 48, seed=3), drawn(8, 48, seed=1), drawn(56, 8, seed=2)
     for dtype, rtol in ((torch.float64, 1e-10), (torch.bfloat16, 2e-2)):
         leaves = [t.to("cuda", dtype).requires_grad_() for t in (x, a, b)]
         frozen = weight.to("cuda", dtype)
-        with mock.patch.object(kernel, "_way", return_value=way):
-            y = low_rank_linear(leaves[0], frozen, None, *leaves[1:], 0.7, rates=ANY)
+        with mock.patch.object(kernel, "_choose_order", return_value=way):
+            y = low_rank_linear(leaves[0], frozen, None, *leaves[1:], 0.7, rates=NOMINAL_RATES)
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
         twin = F.linear(exact[0], frozen.double() + 0.7 * exact[2] @ exact[1])
         weights = torch.randn(y.shape, device="cuda", dtype=torch.float64)
@@ -88,37 +88,37 @@ def test_every_way_on_a_gpu(way: Way) -> None:
 
 @pytest.mark.parametrize("weight_gradient", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradcheck(way: Way, weight_gradient: bool) -> None:
+def test_gradcheck(way: ProductOrder, weight_gradient: bool) -> None:
     """Against finite differences, so that a mistake shared with the twin above would show."""
     x, a, b, s = drawn(4, 6), drawn(2, 6, seed=1), drawn(5, 2, seed=2), torch.tensor(0.3, dtype=torch.float64)
     weight, beta = drawn(5, 6, seed=3), drawn(5, seed=4)
     leaves = [t.requires_grad_(t is not weight or weight_gradient) for t in (x, weight, beta, a, b, s)]
-    with mock.patch.object(kernel, "_way", return_value=way):
+    with mock.patch.object(kernel, "_choose_order", return_value=way):
         assert torch.autograd.gradcheck(
-            lambda x, weight, beta, a, b, s: low_rank_linear(x, weight, beta, a, b, s, rates=ANY), leaves
+            lambda x, weight, beta, a, b, s: low_rank_linear(x, weight, beta, a, b, s, rates=NOMINAL_RATES), leaves
         )
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.dense or not way.merged_backward])
-def test_only_the_gradients_that_are_asked_for(way: Way) -> None:
+def test_only_the_gradients_that_are_asked_for(way: ProductOrder) -> None:
     """The first layer's input wants none; frozen factors want none."""
     x, weight, a, b = drawn(3, 6), drawn(5, 6, seed=3), drawn(2, 6, seed=1), drawn(5, 2, seed=2)
-    with mock.patch.object(kernel, "_way", return_value=way):
+    with mock.patch.object(kernel, "_choose_order", return_value=way):
         a.requires_grad_(), b.requires_grad_()
-        low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
+        low_rank_linear(x, weight, None, a, b, 1.0, rates=NOMINAL_RATES).sum().backward()
         assert x.grad is None and a.grad is not None and b.grad is not None
         x.requires_grad_(), a.requires_grad_(False), b.requires_grad_(False)
-        low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
+        low_rank_linear(x, weight, None, a, b, 1.0, rates=NOMINAL_RATES).sum().backward()
         torch.testing.assert_close(x.grad, (weight + b @ a).sum(0).expand(3, 6))
         weight.requires_grad_(), x.requires_grad_(False)
-        low_rank_linear(x, weight, None, a, b, 1.0, rates=ANY).sum().backward()
+        low_rank_linear(x, weight, None, a, b, 1.0, rates=NOMINAL_RATES).sum().backward()
         torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(5, 6))
 
 
 def test_keeps_its_input_and_no_more() -> None:
     """By reference: three layers fed by one tensor keep that tensor once, and nothing of [tokens, r] or [out, in]."""
     kept: dict[int, int] = {}
-    layers = [LowRankLinear(nn.Linear(32, 24), LowRankConfig(r=4, rates=ANY), name=str(i)) for i in range(3)]
+    layers = [LowRankLinear(nn.Linear(32, 24), LowRankConfig(r=4, rates=NOMINAL_RATES), name=str(i)) for i in range(3)]
     own = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
     x = torch.randn(64, 32, requires_grad=True)
 
@@ -135,7 +135,7 @@ def test_keeps_its_input_and_no_more() -> None:
 
 def test_a_weight_that_asks_for_its_gradient_costs_no_memory_but_that() -> None:
     """x is kept once, and dW is handed over, not copied."""
-    layer = LowRankLinear(nn.Linear(32, 24), LowRankConfig(r=4, rates=ANY), name="x")
+    layer = LowRankLinear(nn.Linear(32, 24), LowRankConfig(r=4, rates=NOMINAL_RATES), name="x")
     layer.weight.requires_grad_(True)
     formed: list[int] = []
     layer.weight.register_hook(lambda gradient: formed.append(gradient.data_ptr()))
@@ -146,7 +146,9 @@ def test_a_weight_that_asks_for_its_gradient_costs_no_memory_but_that() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_of_weights_add_up_over_calls(dropout: float) -> None:
     """Micro-batches, and with dropout, which the weight's part of the layer does not see."""
-    layer = LowRankLinear(nn.Linear(8, 6).double(), LowRankConfig(r=2, rates=ANY, lora_dropout=dropout), name="x")
+    layer = LowRankLinear(
+        nn.Linear(8, 6).double(), LowRankConfig(r=2, rates=NOMINAL_RATES, lora_dropout=dropout), name="x"
+    )
     layer.weight.requires_grad_(True)
     inputs, weighing = (drawn(7, 8), drawn(3, 8, seed=1)), (drawn(7, 6, seed=2), drawn(3, 6, seed=3))
     for x, by in zip(inputs, weighing, strict=True):
@@ -155,7 +157,7 @@ def test_gradients_of_weights_add_up_over_calls(dropout: float) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_fp32_is_as_close_to_the_truth_as_plain_pytorch(way: Way) -> None:
+def test_fp32_is_as_close_to_the_truth_as_plain_pytorch(way: ProductOrder) -> None:
     """Errors against float64 may be twice plain fp32's: the same products, with sums in other orders."""
     x, weight, a, b = (
         drawn(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(96, 64), (48, 64), (8, 64), (48, 8)])
@@ -166,8 +168,8 @@ def test_fp32_is_as_close_to_the_truth_as_plain_pytorch(way: Way) -> None:
     truths = [truth, *gradients(truth, *exact_leaves)]
     plain = F.linear(x, weight) + 0.5 * F.linear(F.linear(x, a), b)
     plains = [plain, *gradients(plain, *leaves)]
-    with mock.patch.object(kernel, "_way", return_value=way):
-        y = low_rank_linear(x, weight, None, a, b, 0.5, rates=ANY)
+    with mock.patch.object(kernel, "_choose_order", return_value=way):
+        y = low_rank_linear(x, weight, None, a, b, 0.5, rates=NOMINAL_RATES)
         ours = [y, *gradients(y, *leaves)]
     for mine, theirs, true in zip(ours, plains, truths, strict=True):
         assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
@@ -183,7 +185,7 @@ def test_every_storage_and_arithmetic_is_near_the_plain_formula(arithmetic: str,
     plain = nn.Linear(out, inn, bias=False) if conv1d else nn.Linear(inn, out, bias=False)
     exact = (plain.weight.T if conv1d else plain.weight).detach().clone()
     layer = LowRankLinear(
-        plain, LowRankConfig(r=4, base=base, frozen=arithmetic, rates=ANY), name="x", fan_in_fan_out=conv1d
+        plain, LowRankConfig(r=4, base=base, frozen=arithmetic, rates=NOMINAL_RATES), name="x", fan_in_fan_out=conv1d
     )
     nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(40, inn, requires_grad=True)
@@ -200,7 +202,7 @@ def test_every_storage_and_arithmetic_is_near_the_plain_formula(arithmetic: str,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_like_plain_pytorch_under_autocast(dtype: torch.dtype) -> None:
     """bf16 has 8 bits: outputs and gradients within 1% of float64, fp32 weights and gradients in fp32."""
-    layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, rates=ANY), name="x")
+    layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, rates=NOMINAL_RATES), name="x")
     layer.weight.requires_grad_(True)
     nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(40, 64, requires_grad=True)
@@ -216,7 +218,7 @@ def test_under_autocast_like_plain_pytorch_under_autocast(dtype: torch.dtype) ->
 
 def test_small_updates_are_seen_in_half_precision() -> None:
     """s B A of a ten-thousandth of W would be rounded away in a bf16 sum of both; the output must hold it."""
-    layer = LowRankLinear(nn.Linear(64, 48, dtype=torch.bfloat16), LowRankConfig(r=4, rates=ANY), name="x")
+    layer = LowRankLinear(nn.Linear(64, 48, dtype=torch.bfloat16), LowRankConfig(r=4, rates=NOMINAL_RATES), name="x")
     x = torch.randn(4096, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight.fill_(1.0)

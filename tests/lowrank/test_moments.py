@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from relora.lowrank import LowRankConfig, RestartConfig, inject, low_rank_layers, restart
-from relora.lowrank.moments import Change, reset_moments
+from relora.lowrank.moments import PartnerChange, reset_moments
 
 
 def state_of(factor: nn.Parameter, first: torch.Tensor, second: torch.Tensor) -> torch.optim.AdamW:
@@ -21,7 +21,7 @@ def projected(
     """Moments of a lora_B [out, r] beside another lora_A."""
     factor = nn.Parameter(torch.zeros_like(first))
     optimizer = state_of(factor, first, second)
-    change = Change(before, after, slice(0, first.shape[1]), along=1)
+    change = PartnerChange(before, after, slice(0, first.shape[1]), rank_dim=1)
     assert reset_moments(optimizer, factor, "project", change, 0.1, (0, 1, "B")) == 0
     assert optimizer.state[factor]["step"] == 7
     return optimizer.state[factor]["exp_avg"], optimizer.state[factor]["exp_avg_sq"]

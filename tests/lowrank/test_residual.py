@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig, LowRankLinear, inject, low_rank_layers, merge
 from relora.lowrank.config import Residual
-from relora.lowrank.costs import ANY
-from relora.lowrank.residual import outside_, residual_steps
+from relora.lowrank.costs import NOMINAL_RATES
+from relora.lowrank.residual import remove_row_space_, residual_steps
 from relora.lowrank.storage.int8 import quantize_rows
 
 ALWAYS = Residual(scale=1.0)
@@ -41,7 +41,7 @@ def layer_of(inn: int = 12, out: int = 9, r: int = 3, conv1d: bool = False, **op
         weight = drawn(out, inn, seed=5) / inn**0.5
         plain.weight.copy_(weight.T if conv1d else weight)
         plain.bias.copy_(drawn(out, seed=8) / 10)
-    inject(model, LowRankConfig(r=r, lora_alpha=2 * r, target_modules=("0",), rates=ANY, **options))  # type: ignore[arg-type]
+    inject(model, LowRankConfig(r=r, lora_alpha=2 * r, target_modules=("0",), rates=NOMINAL_RATES, **options))  # type: ignore[arg-type]
     layer = low_rank_layers(model)["0"]
     with torch.no_grad():
         layer.lora_A.copy_(drawn(r, inn, seed=6) / inn**0.5)
@@ -82,17 +82,17 @@ def take_step(
 def test_what_is_left_lies_outside_of_the_row_space_of_a() -> None:
     gradient, a = drawn(7, 10), drawn(4, 10, seed=1)
     expected = gradient @ (torch.eye(10, dtype=torch.float64) - torch.linalg.pinv(a) @ a)
-    left = outside_(gradient.clone(), a)
+    left = remove_row_space_(gradient.clone(), a)
     torch.testing.assert_close(left, expected, rtol=1e-10, atol=1e-10)
     assert (left @ a.T).abs().max() < 1e-10 < left.abs().max()
-    torch.testing.assert_close(outside_(left.clone(), a), left, rtol=1e-10, atol=1e-10)  # once is enough
+    torch.testing.assert_close(remove_row_space_(left.clone(), a), left, rtol=1e-10, atol=1e-10)  # once is enough
 
 
 def test_in_fp32_it_is_as_exact_as_fp32_is() -> None:
     """Beside a ridge of a few roundings: a thousandth where A has half as many rows as columns."""
     gradient, a = drawn(96, 128, dtype=torch.float32), drawn(64, 128, seed=1, dtype=torch.float32)
-    expected = outside_(gradient.double(), a.double())
-    assert (outside_(gradient.clone(), a) - expected).norm() < 1e-3 * expected.norm()
+    expected = remove_row_space_(gradient.double(), a.double())
+    assert (remove_row_space_(gradient.clone(), a) - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("defect", ["dependent", "zero row", "zero"])
@@ -102,7 +102,7 @@ def test_dependent_rows_of_a_break_nothing(defect: str) -> None:
         a[3] = 2 * a[0] - a[1]
     else:
         a[3 if defect == "zero row" else slice(None)] = 0
-    left = outside_(gradient.clone(), a)
+    left = remove_row_space_(gradient.clone(), a)
     rows = torch.linalg.pinv(a.double(), rtol=1e-5) @ a.double()
     expected = gradient.double() @ (torch.eye(10) - rows)
     assert (left - expected).norm() < 0.05 * expected.norm()
@@ -202,7 +202,7 @@ def test_lowers_the_loss_further_than_the_factors_alone() -> None:
 
 def test_is_merged_and_left_like_any_weight() -> None:
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)).double()
-    report = inject(model, LowRankConfig(r=2, rates=ANY, residual=ALWAYS))
+    report = inject(model, LowRankConfig(r=2, rates=NOMINAL_RATES, residual=ALWAYS))
     assert report.moved == report.frozen == 6 * 5 + 5 * 4 and "of which 50 follow their residual" in str(report)
     optimizer, x = adamw(model, weight_decay=0.0), drawn(10, 6)
     for step in range(3):

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from relora.errors import NonFinite, RunStopped, UserError
 from relora.lowrank import LowRankConfig, RestartConfig, inject, low_rank_layers, restart
-from relora.lowrank.restart import effective_rank, initial_directions, update_spectrum
+from relora.lowrank.restart import effective_rank, set_initial_directions_, update_spectrum
 
 
 def trained(steps: int = 5, **config: object) -> tuple[nn.Module, torch.optim.AdamW, torch.Tensor]:
@@ -145,7 +145,7 @@ def test_nothing_moves_when_the_gradient_is_not_finite() -> None:
 def test_the_first_factors_begin_along_the_same_directions(init: str) -> None:
     model, _, x = trained(steps=0)
     layers, before = low_rank_layers(model), model(x)
-    initial_directions(model, RestartConfig(init=init), lambda model: loss(model, x))
+    set_initial_directions_(model, RestartConfig(init=init), lambda model: loss(model, x))
     torch.testing.assert_close(model(x), before)
     for layer in layers.values():
         torch.testing.assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(3), rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 
 from relora.config import RunConfig, parse_config
 from relora.lowrank.calibrate import from_json
-from relora.lowrank.costs import ANY, Rates
+from relora.lowrank.costs import NOMINAL_RATES, Rates
 from relora.recipes.from_settings import frozen_arithmetic, lowrank_of
 from relora.recipes.pretrain import pretrain
 from relora.recipes.pretraining_inputs import open_configured_model
@@ -49,10 +49,10 @@ def configured(folder: Path, prepared: Path, width: int = 32, **precision: str) 
     [
         ({}, FAST_INT8, 1024, "int8"),  # wide layers on a machine with fast int8 products
         ({}, FAST_INT8, 32, "native"),  # quantizing takes longer than the product
-        ({}, ANY, 1024, "native"),  # no int8 products
+        ({}, NOMINAL_RATES, 1024, "native"),  # no int8 products
         ({"frozen": "fp32"}, FAST_INT8, 1024, "native"),
-        ({"frozen": "int8"}, ANY, 32, "int8"),
-        ({"frozen": "bf16"}, ANY, 32, "bf16"),
+        ({"frozen": "int8"}, NOMINAL_RATES, 32, "int8"),
+        ({"frozen": "bf16"}, NOMINAL_RATES, 32, "bf16"),
         ({"dtype": "bf16-mixed"}, FAST_INT8, 1024, "int8"),
     ],
 )

@@ -193,7 +193,7 @@ def _weight(module: nn.Module) -> Tensor:
     """What a linear layer of any kind multiplies by [out, in]."""
     if isinstance(module, LowRankLinear):
         exact = module.base.exact.to(module.weight.device)
-        return module.base.rows(exact + module.delta().to(exact))
+        return module.base.reorient(exact + module.delta().to(exact))
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if is_conv1d(module) else weight

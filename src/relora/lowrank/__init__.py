@@ -1,4 +1,9 @@
-"""Low-rank layers for any `nn.Module`: what they compute, how they get in and out, and the restart."""
+"""Low-rank layers for any `nn.Module`: injection, the layer, merge and restart.
+
+To read how ReLoRA works (arXiv 2307.05695), start with `linear` (the layer) and `restart` (what happens between two
+cycles). `inject` puts the layers into a model, `config` has their settings, `kernel` and `costs` compute them fast, and
+`storage/` keeps the frozen weights.
+"""
 
 from relora.lowrank.config import LowRankConfig as LowRankConfig
 from relora.lowrank.inject import InjectReport as InjectReport

@@ -1,8 +1,9 @@
-"""What this machine's products and memory do in a second: measured once, in a fraction of a second, and kept in a file.
+"""Calibration: the rates of a machine's matrix products and memory, measured once and kept in a file.
 
-The figures decide between ways of computing the same (`costs`), and so the last bits of a result. That is why the first
-measurement of a machine stays: later processes read it, whatever else the machine is doing, and a run's checkpoints
-keep the one that it began with. `relora doctor --calibrate` measures anew.
+The measurement takes a fraction of a second. Its figures decide in which order a layer's products are computed
+(`costs`), and thereby the last bits of the results. Therefore the first measurement of a machine is kept: later
+processes read it, whatever else the machine is doing then, and a run's checkpoints keep the rates that the run started
+with. `relora doctor --calibrate` measures again.
 """
 
 import contextlib
@@ -21,23 +22,31 @@ from pathlib import Path
 import torch
 
 from relora.files.cache import user_cache
-from relora.lowrank.costs import ANY, Rates
-from relora.lowrank.storage.int8 import LEVELS, columnwise
+from relora.lowrank.costs import NOMINAL_RATES, Rates
+from relora.lowrank.storage.int8 import LEVELS, column_major
 
-_SIDE, _SIDES = 1024, (8, 32, 128, 512)
+_SIDE = 1024
+"""Side of the square matrices that are multiplied on a CPU; four times as much on other devices."""
+_NARROW_SIDES = (8, 32, 128, 512)
+"""Narrowest sides at which the fp32 rate is measured, besides the square product."""
 _ROUNDS = 6
+"""Repetitions of every measurement; the fastest counts."""
 
 
 def calibrated(device: torch.device, folder: Path | None = None, *, anew: bool = False) -> Rates:
-    """The rates of a device: those kept in `folder` (by default the user's cache), else measured now and kept there.
+    """Return the rates of a device: those kept in `folder` if there are any, else measured now and kept there.
 
-    A folder that cannot be written costs a measurement per process and no more.
+    If the folder cannot be written, every process measures again; that is not an error.
 
     Args:
-        anew: forget the ones that are kept; they may have been measured while the machine was busy.
+        folder: the user's cache unless given.
+        anew: discard the rates that are kept, which may have been measured while the machine was busy.
+
+    Returns:
+        The rates; `NOMINAL_RATES` for the meta device, on which nothing is computed.
     """
     if device.type == "meta":
-        return ANY
+        return NOMINAL_RATES
     file = rates_file(device, folder)
     if anew:
         _calibrated.cache_clear()
@@ -47,7 +56,7 @@ def calibrated(device: torch.device, folder: Path | None = None, *, anew: bool =
 
 
 def rates_file(device: torch.device, folder: Path | None = None) -> Path:
-    """Where the rates of this machine, with this number of threads and this PyTorch, are kept."""
+    """Return the file that keeps the rates of this machine with this number of threads and this version of PyTorch."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -58,54 +67,55 @@ def rates_file(device: torch.device, folder: Path | None = None) -> Path:
 
 
 def measure(device: torch.device) -> Rates:
-    """Measure for some tenths of a second."""
+    """Measure the rates of a device; this takes some tenths of a second."""
     side = _SIDE if device.type == "cpu" else 4 * _SIDE
 
     def product(narrowest: int, dtype: torch.dtype) -> Callable[[], object]:
+        """Return a function that multiplies [side, side] by [side, narrowest]."""
         x = torch.ones(side, side, device=device, dtype=dtype)
         y = torch.ones(side, narrowest, device=device, dtype=dtype)
         if dtype == torch.int8:
-            y = columnwise(y)
+            y = column_major(y)
         return lambda: (torch._int_mm if dtype == torch.int8 else torch.mm)(x, y)
 
     numbers = torch.zeros(16 * side * side, device=device)
     copy = torch.empty_like(numbers)
-    works = {f"fp32 {narrowest}": product(narrowest, torch.float32) for narrowest in (*_SIDES, side)}
-    works |= {"bf16": product(side, torch.bfloat16), "copy": lambda: copy.copy_(numbers)}
-    if _int8_pays_at_all(device):
-        works["int8"] = product(side, torch.int8)
-    seconds = _seconds(works, device)
-    rates, best = [], 0.0
-    for narrowest in (*_SIDES, side):  # a wider product is not slower; where it seems so, other work came between
-        best = max(best, 2 * side * side * narrowest / seconds[f"fp32 {narrowest}"])
-        rates.append((narrowest, best))
+    calls = {f"fp32 {narrowest}": product(narrowest, torch.float32) for narrowest in (*_NARROW_SIDES, side)}
+    calls |= {"bf16": product(side, torch.bfloat16), "copy": lambda: copy.copy_(numbers)}
+    if _int8_is_usable(device):
+        calls["int8"] = product(side, torch.int8)
+    seconds = _best_seconds(calls, device)
+    fp32_rates, best_rate = [], 0.0
+    for narrowest in (*_NARROW_SIDES, side):  # a wider product is never slower; if it seems so, other work interfered
+        best_rate = max(best_rate, 2 * side * side * narrowest / seconds[f"fp32 {narrowest}"])
+        fp32_rates.append((narrowest, best_rate))
     return Rates(
-        fp32=tuple(rates),
+        fp32=tuple(fp32_rates),
         bf16=2 * side**3 / seconds["bf16"],
-        int8=2 * side**3 / seconds["int8"] if "int8" in works else 0.0,
+        int8=2 * side**3 / seconds["int8"] if "int8" in calls else 0.0,
         bandwidth=2 * 4 * numbers.numel() / seconds["copy"],
     )
 
 
-def _int8_pays_at_all(device: torch.device) -> bool:
-    """Whether there is more than a plain loop behind `torch._int_mm`, and its sums are exact."""
+def _int8_is_usable(device: torch.device) -> bool:
+    """Tell whether `torch._int_mm` gives exact sums, in less than twice the time of the same product in fp32."""
     if device.type not in ("cpu", "cuda"):
         return False
     side = 256
     codes = torch.full((side, side), LEVELS, device=device, dtype=torch.int8)
     numbers = codes.float()
-    seconds = _seconds({"int8": lambda: torch._int_mm(codes, codes), "fp32": lambda: numbers @ numbers}, device)
+    seconds = _best_seconds({"int8": lambda: torch._int_mm(codes, codes), "fp32": lambda: numbers @ numbers}, device)
     exact = bool((torch._int_mm(codes, codes) == side * LEVELS**2).all())
     return exact and seconds["int8"] < 2 * seconds["fp32"]
 
 
 def to_json(rates: Rates) -> str:
-    """For a file, or a checkpoint."""
+    """Convert rates to JSON, for a file or a checkpoint."""
     return json.dumps(asdict(rates))
 
 
 def from_json(text: str) -> Rates | None:
-    """Inverse of `to_json`; None for what it did not write."""
+    """Convert the text that `to_json` returned back to rates; return None for any other text."""
     try:
         kept = json.loads(text)
         rates = Rates(
@@ -117,38 +127,43 @@ def from_json(text: str) -> Rates | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     measured = (rates.bf16, rates.bandwidth, *(figure for pair in rates.fp32 for figure in pair))
-    sound = rates.fp32 and rates.int8 >= 0 and all(0 < figure < math.inf for figure in measured)
-    return rates if sound else None
+    plausible = rates.fp32 and rates.int8 >= 0 and all(0 < figure < math.inf for figure in measured)
+    return rates if plausible else None
 
 
 @functools.cache
 def _calibrated(device: torch.device, file: Path) -> Rates:
+    """Read the rates from `file`, or measure and write them; once per process."""
     if kept := _read(file):
         return kept
     measured = measure(device)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # one that cannot be read
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as aside:
-            aside.write(to_json(measured))
-            aside.flush()
-            file.hardlink_to(aside.name)  # fails where another process was first, whose figures are then taken over
+        file.unlink(missing_ok=True)  # it exists only if it could not be read
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as temporary:
+            temporary.write(to_json(measured))
+            temporary.flush()
+            file.hardlink_to(temporary.name)  # fails if another process was first; its rates are read below
     return _read(file) or measured
 
 
 def _read(file: Path) -> Rates | None:
+    """Return the rates in `file`; None if it is absent or its content is not valid."""
     with contextlib.suppress(OSError, ValueError):
         return from_json(file.read_text(encoding="utf-8"))
     return None
 
 
-def _seconds(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Of one call each, the best of some rounds: other work can only slow a call down, and seldom all rounds of one."""
-    best = dict.fromkeys(works, math.inf)
+def _best_seconds(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Return the seconds of one call of each function, the fastest of several rounds.
+
+    Other work on the machine can only slow a call down, and it seldom slows down all rounds of one function.
+    """
+    best = dict.fromkeys(calls, math.inf)
     for _ in range(_ROUNDS):
-        for name, work in works.items():
+        for name, call in calls.items():
             started = time.perf_counter()
-            work()
+            call()
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             best[name] = min(best[name], time.perf_counter() - started)

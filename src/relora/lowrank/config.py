@@ -1,4 +1,10 @@
-"""Settings of the low-rank layers: what `inject` puts where, and which layers it can."""
+"""Settings of the low-rank layers, and the conditions that a target module must meet.
+
+`LowRankConfig` holds one setting for each choice that the method leaves open: which modules get factors, the rank r and
+the scale s of the update s·B A, how the factors start, how the frozen weights are stored and multiplied, and what
+happens to the rest of the model. `inject` applies it to a model. r and lora_alpha can differ between layers, by
+patterns in PEFT's format. Impossible combinations are refused when the object is created, before any model is loaded.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +13,7 @@ from typing import Literal, get_args
 
 from relora.errors import UserError
 from relora.lowrank.costs import Rates
-from relora.lowrank.init import FROM_WEIGHT, Init
+from relora.lowrank.init import NONZERO_INITS, Init
 from relora.lowrank.kernel import Arithmetic
 from relora.lowrank.patterns import by_pattern
 from relora.lowrank.storage.frozen_weight import Storage
@@ -15,28 +21,29 @@ from relora.lowrank.storage.nf4 import check_sides
 from relora.messages import short_repr
 
 Rest = Literal["trained", "frozen"]
+"""Whether the parameters that are no targets train at full rank or are frozen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """Whether frozen weights follow what their factors cannot express, and how often (see `residual`)."""
+    """Settings of the residual steps, which frozen weights take along their gradient (see `residual`)."""
 
     scale: float = 0.0
-    """Of their rate, in units of the factors'; 0: they stay where they are."""
+    """Learning rate of the residual steps, relative to the factors' learning rate; 0: frozen weights do not move."""
     every_steps: int = 1
-    """They follow in every step whose number is a multiple of this."""
+    """Interval of the residual steps: one in every step whose number is a multiple of this."""
 
     def due(self, step: int) -> bool:
-        """Whether they do at this step."""
+        """Tell whether the frozen weights take a residual step at this step."""
         return self.scale > 0 and step % self.every_steps == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig:
-    """What `inject` puts beside the frozen weights.
+    """Settings of the low-rank layers that `inject` puts into a model.
 
     Raises:
-        UserError: of options that exclude one another.
+        UserError: a value is not one of those allowed, or two options exclude each other.
     """
 
     r: int = 128
@@ -44,34 +51,35 @@ class LowRankConfig:
     lora_alpha: float = 32.0
     """Scale of the update, in units of 1/r (1/sqrt(r) with rslora)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Regular expression for the end of a layer's path -> its r; the first that matches counts. As in PEFT."""
+    """Regular expression for the end of a layer's path -> r of that layer; the first match counts, as in PEFT."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Likewise -> its lora_alpha."""
+    """Regular expression for the end of a layer's path -> lora_alpha of that layer; the first match counts."""
     lora_dropout: float = 0.0
-    """Dropout on the factors' input, while training."""
+    """Probability of dropout on the factors' input, in training only."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear`, names (matched at the end of a module's path), or one regular expression for whole paths."""
     rslora: bool = False
+    """Scale the update by lora_alpha / sqrt(r) instead of lora_alpha / r (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
-    """Train the length of every row apart from its direction."""
+    """Train the norm of every row of the weight separately from its direction (see `dora`)."""
     trainable_scaling: bool = False
-    """One trained scale per layer, back at its start after every merge."""
+    """Train the scale s, one per layer; every restart sets it back to its initial value."""
     init: Init = "kaiming"
-    """How the factors begin; with `gradient-svd` as with `kaiming`, until `gradient_svd_`."""
+    """Initialization of the factors (see `init`); `gradient-svd` is like `kaiming` until `gradient_svd_` is called."""
     rest: Rest = "trained"
-    """What is no target: trained at full rank (pretraining), or frozen (fine-tuning)."""
+    """State of all parameters that are no targets: trained at full rank (pretraining), or frozen (fine-tuning)."""
     trained_modules: tuple[str, ...] = ()
-    """Modules that train in full though the rest is frozen: regular expressions for the end of a module's path."""
+    """Modules that train at full rank although the rest is frozen: regular expressions for the ends of their paths."""
     base: Storage = "auto"
-    """Storage of frozen weights: as they are, fp32, or bf16, int8 or nf4 with an fp32 master in main memory."""
+    """Storage of frozen weights: unchanged, fp32, or bf16, int8 or nf4 with an fp32 master in main memory."""
     master: bool = True
-    """False: no master, so that a rounded weight is the exact one until something is merged into it."""
+    """Keep the fp32 master. Without it, a rounded weight counts as the exact one until something is merged into it."""
     frozen: Arithmetic = "native"
-    """Of the products with frozen weights, while training."""
+    """Arithmetic of the products with frozen weights, in training only."""
     residual: Residual = Residual()
-    """A full-rank path beside the factors; needs a base in fp32 or better and native products."""
+    """Full-rank path beside the factors; needs a base in fp32 or better and native products."""
     rates: Rates | None = None
-    """Of the device, to choose between ways of computing the same; measured once per machine unless given."""
+    """Rates of the device, which decide the order of the products; measured once per machine unless given."""
 
     def __post_init__(self) -> None:
         for key, value, valid in (("init", self.init, get_args(Init)), ("rest", self.rest, get_args(Rest))):
@@ -86,16 +94,17 @@ class LowRankConfig:
 
     @property
     def scaling(self) -> float:
-        """s in y = W x + s B A x."""
+        """The scale s in y = W x + s B A x, for the r and lora_alpha of this configuration."""
         return self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def of_layer(self, path: str) -> "LowRankConfig":
-        """With the r and lora_alpha that the patterns have for one layer."""
+        """Return the configuration of one layer: with the r and lora_alpha of its patterns, and without patterns."""
         r = by_pattern(self.rank_pattern, path, self.r, "lowrank.rank_pattern")
         alpha = by_pattern(self.alpha_pattern, path, self.lora_alpha, "lowrank.alpha_pattern")
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def _check_residual(self) -> None:
+        """Raise `UserError` if the residual's numbers are impossible, or another option rules it out."""
         if self.residual.scale < 0 or self.residual.every_steps < 1:
             raise UserError("lowrank.residual: scale must be 0 or more, every_steps 1 or more")
         if self.base not in ("auto", "fp32"):
@@ -103,16 +112,23 @@ class LowRankConfig:
                 f"lowrank.residual moves the weight in every step, and base: {self.base} would round it anew each "
                 "time; it needs base: fp32"
             )
-        if self.rest == "frozen" or self.dora or self.init in FROM_WEIGHT:
+        if self.rest == "frozen" or self.dora or self.init in NONZERO_INITS:
             raise UserError("lowrank.residual moves weights that an adapter has no place for; it is for pretraining")
 
 
-def check_target(config: LowRankConfig, path: str, out: int, inn: int) -> None:
-    """`UserError` where a weight [out, in] cannot be a target: an update of rank r would be as large as the weight."""
-    r, most = config.of_layer(path).r, min(out, inn)
-    if not 1 <= r <= most:
+def check_target(config: LowRankConfig, path: str, out_features: int, in_features: int) -> None:
+    """Raise `UserError` if a weight [out, in] cannot be a target.
+
+    Its r must be between 1 and the smaller side (the update would be as large as the weight otherwise), and nf4 needs
+    an even number of inputs.
+    """
+    r, largest_r = config.of_layer(path).r, min(out_features, in_features)
+    if not 1 <= r <= largest_r:
         key = "lowrank.r" if r == config.r else "lowrank.rank_pattern"
-        mistake = "exceeds the smaller side" if r > most else "is too small a rank"
-        raise UserError(f"{key} ({r}) {mistake} of {path or 'the layer'} ({out} x {inn}); r may be at most {most} here")
+        mistake = "exceeds the smaller side" if r > largest_r else "is too small a rank"
+        raise UserError(
+            f"{key} ({r}) {mistake} of {path or 'the layer'} ({out_features} x {in_features}); "
+            f"r may be at most {largest_r} here"
+        )
     if config.base == "nf4":
-        check_sides(inn, path)
+        check_sides(in_features, path)

@@ -1,11 +1,12 @@
-"""Where fresh factors point: at random, or along the leading singular vectors of the weight or of its gradient.
+"""Directions for new factors: drawn at random, or the leading singular vectors of the weight or of its gradient.
 
     dW ≈ U S Vᵀ,  rank r          lora_A's rows along V [in, r], lora_B's columns along U [out, r]
 
-With B = 0 the first update of B is -lr·s·dW Aᵀ, so A along V lets it follow most of dW; at random it sees r of `in`
-directions. The gradient's is LoQT's way (Loeschcke et al. 2024, arXiv 2405.16528), the weight's that of sparse spectral
-training (Zhao et al. 2024, arXiv 2405.15481). The price: a randomized singular value decomposition per layer, for the
-gradient a forward and a backward pass more, too.
+With B = 0 the first update of B is -lr·s·dW Aᵀ, so it depends on A how much of dW the update can follow: with A along V
+most of it, with a random A only its part in r random directions of the `in` there are. LoQT takes the directions from
+the gradient (Loeschcke et al. 2024, arXiv 2405.16528), sparse spectral training from the weight (Zhao et al. 2024,
+arXiv 2405.15481). The price: a randomized singular value decomposition per layer, and for the gradient also a forward
+and a backward pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,45 +23,55 @@ from relora.seeding import keyed_generator
 
 Directions = Literal["orthogonal", "gradient-svd", "weight-svd"]
 SingularBasis = tuple[Tensor, Tensor]
-"""Orthonormal U [out, r] and V [in, r]."""
+"""Orthonormal columns U [out, r] and V [in, r]."""
 
-_MORE = 8
-_ROUNDS = 2
-"""Directions beyond r, and passes over the matrix, that make a randomized decomposition a good one."""
+_EXTRA_DIRECTIONS = 8
+"""Directions beyond r in the randomized decomposition, which make its first r accurate."""
+_POWER_ITERATIONS = 2
+"""Further passes over the matrix and its transpose, which make them more accurate."""
 
 
-def random_frame(layer: LowRankLinear, r: int, generator: torch.Generator) -> SingularBasis:
-    """All directions alike."""
+def random_basis(layer: LowRankLinear, r: int, generator: torch.Generator) -> SingularBasis:
+    """Draw orthonormal U [out, r] and V [in, r], uniformly over all directions."""
     u = orthogonal((r, layer.out_features), generator).T
-    return u.to(layer.lora_B), orthogonal((r, layer.in_features), generator).T.to(layer.lora_A)
+    v = orthogonal((r, layer.in_features), generator).T
+    return u.to(layer.lora_B), v.to(layer.lora_A)
 
 
-def leading_frame(matrix: Tensor, r: int, generator: torch.Generator) -> SingularBasis:
-    """The leading singular vectors of a matrix [out, in], nearly (Halko et al. 2011, algorithms 4.4 and 5.1)."""
-    wide = min(r + _MORE, *matrix.shape)
-    start = torch.randn(matrix.shape[1], wide, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q  # [out, wide]
-    for _ in range(_ROUNDS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    u, _, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u[:, :r], vt[:r].T
+def leading_basis(matrix: Tensor, r: int, generator: torch.Generator) -> SingularBasis:
+    """Approximate the r leading singular vectors of a matrix [out, in].
+
+    Randomized decomposition with subspace iteration (Halko et al. 2011, algorithms 4.4 and 5.1).
+    """
+    width = min(r + _EXTRA_DIRECTIONS, *matrix.shape)
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    range_basis = torch.linalg.qr(matrix @ start).Q  # [out, width]
+    for _ in range(_POWER_ITERATIONS):
+        range_basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ range_basis).Q).Q
+    u, _, vt = torch.linalg.svd(range_basis.T @ matrix, full_matrices=False)
+    return range_basis @ u[:, :r], vt[:r].T
 
 
-def gradient_frames(
+def gradient_bases(
     model: nn.Module, layers: Mapping[str, LowRankLinear], loss_of: Callable[[nn.Module], Tensor], *, cycle: int
 ) -> dict[str, SingularBasis]:
-    """Of each layer the frame of its dW for one loss, of all its ranks.
+    """Return by path the leading singular vectors of each layer's dW for one loss, for all ranks of the layer.
+
+    Args:
+        loss_of: computes the loss with the model.
+        cycle: number of the cycle that begins; part of the key of the randomized decomposition.
 
     Raises:
         NonFinite: a gradient is not finite.
     """
-    frames: dict[str, SingularBasis] = {}
+    bases: dict[str, SingularBasis] = {}
 
-    def keep(name: str, gradient: Tensor) -> None:
+    def decompose(name: str, gradient: Tensor) -> None:
         if not torch.isfinite(gradient.sum()):
             raise NonFinite(f"the gradient of {name} is not finite before the restart into cycle {cycle}")
         layer = layers[name]
-        frames[name] = leading_frame(gradient, layer.r, keyed_generator(layer.seed, "frame", cycle, name))
+        # the purpose "frame" is part of the key of recorded runs: another word would draw other numbers
+        bases[name] = leading_basis(gradient, layer.r, keyed_generator(layer.seed, "frame", cycle, name))
 
-    visit_weight_gradients(model, layers, loss_of, keep)
-    return frames
+    visit_weight_gradients(model, layers, loss_of, decompose)
+    return bases

@@ -1,39 +1,44 @@
-"""Put low-rank layers into a model, and take them out again.
+"""Injection of low-rank layers into a model, and their removal.
 
-`inject` walks any `nn.Module`, swaps the targets in place, freezes their weights and reports what it matched. The rest
-(embeddings, norms, biases, the head) trains at full rank in pretraining (ReLoRA, arXiv 2307.05695, section 3) and is
-frozen in fine-tuning, but for modules that are named. `merge` is the way back: a plain model with no trace of the
-factors.
+`inject` walks any `nn.Module`, replaces the target modules in place, freezes their weights and reports what it matched.
+The rest (embeddings, norms, biases, the head) trains at full rank in pretraining (ReLoRA, arXiv 2307.05695, section 3)
+and is frozen in fine-tuning, except for the modules that the configuration names. `merge` is the inverse: it leaves a
+plain model with no trace of the factors.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from relora.errors import UserError
+from relora.lowrank.blocks import block_lists, is_inside
 from relora.lowrank.config import LowRankConfig, check_target
 from relora.lowrank.linear import LowRankLinear
-from relora.lowrank.patterns import at_the_end, compiled
+from relora.lowrank.patterns import compile_end_pattern, compile_pattern
 from relora.lowrank.storage.nf4 import check_installed
 from relora.messages import short_repr
 
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What an injection matched, froze and trains; counts are parameters."""
+    """Result of an injection: what it matched, and how many parameters are frozen or train."""
 
     targets: dict[str, tuple[int, int]]
     """Path of every replaced layer -> (out, in)."""
     frozen: int
+    """Parameters that the optimizer does not train, those of the targets' weights included."""
     low_rank: int
+    """Parameters in the factors."""
     full_rank: int
+    """Parameters outside the factors that train."""
     moved: int = 0
-    """Of the frozen ones, those that follow their gradient without moments (see `residual`)."""
+    """Parameters among the frozen ones that take residual steps, without moments (see `residual`)."""
 
     @property
     def trainable(self) -> int:
-        """Parameters that the optimizer trains."""
+        """The number of parameters that the optimizer trains."""
         return self.low_rank + self.full_rank
 
     def __str__(self) -> str:
@@ -45,17 +50,20 @@ class InjectReport:
 
 
 def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectReport:
-    """Replace the targets of `config` by `LowRankLinear` in place, freeze their weights, and the rest if it says so.
+    """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights; the rest as `config` says.
 
-    Build the optimizer afterwards: what trains has changed.
+    Create the optimizer afterwards, because other parameters train than before.
+
+    Args:
+        seed: the run's seed, which together with a layer's path keys the draw of its factors.
 
     Raises:
-        UserError: see `find_targets`, or the model has low-rank layers already. The model is left untouched.
+        UserError: see `find_targets`, or the model has low-rank layers already. The model has not changed.
     """
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise UserError("the model has low-rank layers already; relora.merge(model) first")
     paths = find_targets(model, config)
-    in_full = _trained_in_full(model, config, paths)
+    full_rank = _full_rank_parameters(model, config, paths)
     targets = {}
     for name in paths:
         module = model.get_submodule(name)
@@ -64,17 +72,18 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectR
         model.set_submodule(name, layer)
         targets[name] = (layer.out_features, layer.in_features)
     if config.rest == "frozen":
-        _switch_rest(model, in_full)
+        _freeze_rest(model, full_rank)
     return _report(model, targets, config)
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every factor into its weight (fp32 or better) and put the plain layers back, in place; inverse of `inject`.
+    """Merge every update into its weight (in fp32 or better) and put the original layers back, in place.
 
-    A weight that was stored coarsely comes back as its exact fp32 master; what was frozen trains again.
+    This is the inverse of `inject`. A weight that was stored in lower precision comes back as its exact fp32 master.
+    Parameters that `inject` froze train again.
 
     Raises:
-        NonFinite: an update is not finite; it names the layer.
+        NonFinite: an update is not finite; the message names the layer.
     """
     for layer in low_rank_layers(model).values():
         layer.merge_()
@@ -82,39 +91,40 @@ def merge(model: nn.Module) -> None:
 
 
 def strip(model: nn.Module) -> None:
-    """Put the plain layers back, in place, with their weights as they are; what the factors hold is dropped.
+    """Put the original layers back, in place, without merging: the updates in the factors are dropped.
 
-    Factors that began with a part of the weight give that back. What `inject` froze trains again.
+    An initial product that was subtracted from the weight (pissa, gradient-svd) is added back. Parameters that `inject`
+    froze train again.
     """
     for name, layer in low_rank_layers(model).items():
-        for parameter, trained in layer.switched:
-            parameter.requires_grad_(trained)
-        model.set_submodule(name, layer.plain())
+        for parameter, required_grad in layer.saved_requires_grad:
+            parameter.requires_grad_(required_grad)
+        model.set_submodule(name, layer.unwrap())
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Every low-rank layer by its path."""
+    """Return every low-rank layer of the model by its path, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that must be saved to continue: parameters and persistent buffers by name, frozen weights unrounded.
+    """Return all tensors that must be saved to continue: parameters and persistent buffers by name.
 
-    Tied parameters appear once, under their first name. Of a weight that is codes alone, what they stand for is made in
-    main memory, 4 bytes a parameter.
+    Frozen weights are the exact ones. Tied parameters appear once, under their first name. A weight that is stored as
+    codes without a master is dequantized into main memory, 4 bytes per parameter.
     """
     exact = {f"{name}.weight": layer.base.exact for name, layer in low_rank_layers(model).items()}
     return _stored_tensors(model) | exact
 
 
 def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `exact_tensors` into a model of the same structure.
+    """Copy the tensors that `exact_tensors` returned into a model of the same structure.
 
     Raises:
-        UserError: names, a shape or a type differ. Nothing was copied.
+        UserError: a name, a shape or a kind of number (floating point or not) differs. Nothing has been copied.
     """
     layers = low_rank_layers(model)
-    own = _stored_tensors(model) | {f"{name}.weight": layer.base.outline for name, layer in layers.items()}
+    own = _stored_tensors(model) | {f"{name}.weight": layer.base.exact_meta for name, layer in layers.items()}
     if own.keys() != tensors.keys():
         differing = ", ".join(sorted(own.keys() ^ tensors.keys())[:4])
         raise UserError(f"the saved tensors are another model's: {differing} are not in both")
@@ -132,14 +142,15 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
-    """Paths of the layers that `config.target_modules` names, in model order; nothing is changed.
+    """Find the paths of the layers that `config.target_modules` names, in model order; the model does not change.
 
-    `all-linear` takes every linear layer inside the repeated blocks (those in an `nn.ModuleList`), or, in a model
+    `all-linear` takes every linear layer inside the repeated blocks (those in one of `block_lists`), or, in a model
     without such, every linear layer that is not tied and not the output head.
 
     Raises:
-        UserError: a pattern matches nothing, a target shares its weight with another module or is to train in full, r
-            is too large for one, or the library that stores the base is not installed.
+        UserError: a pattern matches nothing, a target shares its weight with another module or is one of
+            `config.trained_modules`, r is too large for a target, or the library for the base's storage is not
+            installed.
     """
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
@@ -155,17 +166,24 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
             raise UserError(
                 f"lowrank.target_modules: {name} shares its weight with another module (tied embeddings); leave it out"
             )
-        out, inn = model.get_parameter(f"{name}.weight").shape[:: -1 if is_conv1d(linears[name]) else 1]
-        check_target(config, name, out, inn)
-    _trained_in_full(model, config, found)
+        out_features, in_features = model.get_parameter(f"{name}.weight").shape
+        if is_conv1d(linears[name]):
+            out_features, in_features = in_features, out_features
+        check_target(config, name, out_features, in_features)
+    _full_rank_parameters(model, config, found)
     if config.base == "nf4":
         check_installed()
     return found
 
 
 def _linear_layers_of_blocks(model: nn.Module, linears: dict[str, nn.Module], shared: set[int]) -> list[str]:
-    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    in_blocks = [name for name in linears if name.startswith(lists)]
+    """Return the paths of the linear layers inside the blocks; in a model without blocks, of all but head and tied.
+
+    Args:
+        shared: identities of the weights that several modules hold.
+    """
+    lists = block_lists(model)
+    in_blocks = [name for name in linears if is_inside(name, lists)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     free = [name for name, layer in linears.items() if id(layer.weight) not in shared and layer is not head]
     if not (in_blocks or free):
@@ -174,9 +192,9 @@ def _linear_layers_of_blocks(model: nn.Module, linears: dict[str, nn.Module], sh
 
 
 def _matching(linears: dict[str, nn.Module], patterns: str | tuple[str, ...]) -> list[str]:
-    """Names matched by one regular expression on whole paths, or by any of a list of path endings."""
+    """Return the paths that match: one regular expression for whole paths, or any of several endings of paths."""
     if isinstance(patterns, str):
-        expression = compiled(patterns, "lowrank.target_modules")
+        expression = compile_pattern(patterns, "lowrank.target_modules")
         found = [name for name in linears if expression.fullmatch(name)]
         missing = [] if found else [patterns]
     else:
@@ -191,20 +209,26 @@ def _matching(linears: dict[str, nn.Module], patterns: str | tuple[str, ...]) ->
 
 
 def _check_patterns(config: LowRankConfig, targets: list[str]) -> None:
-    """A pattern that matches no target is a mistake, and would go unseen."""
+    """Raise `UserError` if a pattern for r or lora_alpha matches no target: it would have no effect."""
     for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            expression = at_the_end(pattern, f"lowrank.{setting}")
+            expression = compile_end_pattern(pattern, f"lowrank.{setting}")
             if not any(expression.match(name) for name in targets):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
                 raise UserError(f"lowrank.{setting}: {short_repr(pattern)} matches no target; the targets are {known}")
 
 
-def _trained_in_full(model: nn.Module, config: LowRankConfig, targets: list[str]) -> set[int]:
-    """Identities of the parameters in `config.trained_modules`: a tied one trains wherever it stands."""
+def _full_rank_parameters(model: nn.Module, config: LowRankConfig, targets: list[str]) -> set[int]:
+    """Return the identities of the parameters in `config.trained_modules`.
+
+    Identities, not names, since a tied parameter trains in every module that holds it.
+
+    Raises:
+        UserError: a pattern matches a target, or no module that has parameters.
+    """
     found: set[int] = set()
     for pattern in config.trained_modules:
-        expression = at_the_end(pattern, "lowrank.trained_modules")
+        expression = compile_end_pattern(pattern, "lowrank.trained_modules")
         matched = {name: module for name, module in model.named_modules() if name and expression.match(name)}
         for name in sorted(matched.keys() & targets):
             raise UserError(
@@ -221,38 +245,44 @@ def _trained_in_full(model: nn.Module, config: LowRankConfig, targets: list[str]
     return found
 
 
-def _switch_rest(model: nn.Module, trained: set[int]) -> None:
-    """Let train what is in `trained`, and nothing else beside the factors; the first layer keeps what was changed."""
+def _freeze_rest(model: nn.Module, trained: set[int]) -> None:
+    """Freeze all parameters except the factors and those whose identities are in `trained`, which are set to train.
+
+    The first low-rank layer remembers which parameters changed, so that `strip` can undo it.
+    """
     layers = list(low_rank_layers(model).values())
-    of_updates = {id(p) for layer in layers for p in (layer.weight, *layer.factors.values())}
+    of_low_rank_layers = {id(parameter) for layer in layers for parameter in (layer.weight, *layer.factors.values())}
     changed = []
     for parameter in model.parameters():
-        wanted = id(parameter) in trained
-        if id(parameter) not in of_updates and parameter.requires_grad != wanted:
+        trains = id(parameter) in trained
+        if id(parameter) not in of_low_rank_layers and parameter.requires_grad != trains:
             changed.append((parameter, parameter.requires_grad))
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad_(trains)
             parameter.grad = None
-    layers[0].switched = tuple(changed)
+    layers[0].saved_requires_grad = tuple(changed)
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, frozen weights as they are stored."""
-    passing = {
+    """Return parameters and persistent buffers by name, frozen weights in the form in which they are stored."""
+    non_persistent = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
     tensors: dict[str, Tensor] = {name: parameter.data for name, parameter in model.named_parameters()}
-    return tensors | {name: buffer for name, buffer in model.named_buffers() if name not in passing}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name not in non_persistent}
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's `Conv1D`: a linear layer whose weight is [in, out]. By name, so that this wing needs no model library."""
+    """Tell whether a module is GPT-2's `Conv1D`, a linear layer whose weight is [in, out].
+
+    It is recognised by its name, so that this package does not need to import a model library.
+    """
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Identities of the weights that more than one module holds."""
+    """Return the identities of the weights that more than one module holds."""
     counts = Counter(
         id(weight) for module in model.modules() if (weight := getattr(module, "weight", None)) is not None
     )
@@ -260,12 +290,11 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _report(model: nn.Module, targets: dict[str, tuple[int, int]], config: LowRankConfig) -> InjectReport:
+    """Count the parameters of an injected model by how they train."""
     layers = low_rank_layers(model).values()
     low_rank = sum(factor.numel() for layer in layers for factor in layer.factors.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    packed = sum(layer.base.shape.numel() - layer.weight.numel() for layer in layers)  # nf4: two in a byte
-    moved = sum(out * inn for out, inn in targets.values()) if config.residual.scale else 0
-    return InjectReport(
-        targets=targets, frozen=frozen + packed, low_rank=low_rank, full_rank=trainable - low_rank, moved=moved
-    )
+    frozen += sum(layer.base.shape.numel() - layer.weight.numel() for layer in layers)  # nf4 packs two in a byte
+    moved = sum(math.prod(shape) for shape in targets.values()) if config.residual.scale else 0
+    return InjectReport(targets=targets, frozen=frozen, low_rank=low_rank, full_rank=trainable - low_rank, moved=moved)

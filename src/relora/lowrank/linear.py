@@ -4,9 +4,16 @@
 
 `weight` and `bias` keep their names, so checkpoints load by name and any model can hold the layer. After Hu et al. 2021
 (arXiv 2106.09685, section 4.1); s = lora_alpha / sqrt(r) is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
-A is drawn Kaiming-uniform and B is zero, so the layer starts as W. Both zero would be a saddle with no gradient at all,
-which is how the published ReLoRA code loses its first cycle. Other beginnings are in `factors`, DoRA's trained row
-lengths in `dora`, and how W is stored in `base`.
+
+A is drawn Kaiming-uniform and B is zero, so the layer starts with the function of W. If both were zero, neither would
+have a gradient, and the layer would never train; the published ReLoRA code loses its first cycle in this way.
+
+At the end of a cycle of ReLoRA (Lialin et al. 2023, arXiv 2307.05695, Algorithm 1) the product of the factors moves
+into W and the factors start anew. `replace_factors_` does this for one layer, and `restart` calls it for all of them;
+`merge_` is the merge without new factors, at the end of training.
+
+Other initializations of the factors are in `init`, DoRA's trained row norms in `dora`, the storage of W in
+`storage/frozen_weight`, and the order in which the products are computed in `kernel`.
 """
 
 from typing import Any
@@ -17,33 +24,36 @@ from torch import Tensor, nn
 from relora.errors import NonFinite, UserError
 from relora.lowrank.calibrate import calibrated
 from relora.lowrank.config import LowRankConfig, check_target
-from relora.lowrank.dora import dora_step, rescaled, row_norms
-from relora.lowrank.init import DRAWS, FROM_WEIGHT, principal
+from relora.lowrank.dora import dora_update_, rescaled, row_norms
+from relora.lowrank.init import DRAW_A, NONZERO_INITS, principal_factors
 from relora.lowrank.kernel import low_rank_linear
-from relora.lowrank.storage.frozen_weight import FrozenWeight, Layer
+from relora.lowrank.storage.frozen_weight import FrozenLinear, FrozenWeight
 from relora.seeding import keyed_generator
 
 
-class LowRankLinear(Layer):
-    """Stands in for a linear layer (or GPT-2's `Conv1D`, whose weight is [in, out]) and shares its parameters.
+class LowRankLinear(FrozenLinear):
+    """Low-rank layer that takes the place of a linear layer (or GPT-2's `Conv1D`) and shares its weight and bias.
 
     Args:
-        replaced: the layer to stand in for; it has `weight` and `bias`, and gets its place back from `plain`.
-        name: path of the layer in its model; keys the draw of A, and the patterns.
-        seed: the run's seed.
-        fan_in_fan_out: the weight is stored as [in, out].
+        replaced: the layer whose place is taken; it has `weight` and `bias`, and `unwrap` gives it back.
+        config: settings for the whole model; the patterns in it decide this layer's r and lora_alpha.
+        name: path of the layer in its model; the patterns match it, and it is part of the key of A's draw.
+        seed: the run's seed, also part of that key.
+        fan_in_fan_out: the weight is stored as [in, out], as in `Conv1D`.
 
     Raises:
         UserError: r exceeds the smaller side of the weight (the update would have full rank at a higher price).
     """
 
     scaling: Tensor | float
+    """s: a number, or with `trainable_scaling` a trained scalar."""
     magnitude: nn.Parameter | None
-    """DoRA's row lengths [out]."""
+    """DoRA's trained row norms [out]; None without DoRA."""
     initial_A: Tensor | None
-    """What lora_A and lora_B began with where W gave it up, so that updates relative to W can be told; zero once
-    merged."""
+    """lora_A as it started, for initializations whose first product was subtracted from W; else None. Together with
+    `initial_B` it tells the update relative to the original W. Both are zero after a merge."""
     initial_B: Tensor | None
+    """lora_B as it started; see `initial_A`."""
 
     def __init__(
         self, replaced: nn.Module, config: LowRankConfig, *, name: str = "", seed: int = 0, fan_in_fan_out: bool = False
@@ -58,37 +68,41 @@ class LowRankLinear(Layer):
         config = config.of_layer(name)
         self.name, self.seed, self.init, self.rslora = name, seed, config.init, config.rslora
         self.r, self.lora_dropout, self.initial_scaling = config.r, config.lora_dropout, config.scaling
-        self._replaced = (replaced,)  # in a tuple, so that it is no submodule
-        self._weight_trained = self.weight.requires_grad
-        self.switched: tuple[tuple[nn.Parameter, bool], ...] = ()
-        """What `inject` froze or let train beside this layer, and whether it trained before."""
+        self._replaced = (replaced,)  # in a tuple, so that it does not become a submodule
+        self._weight_required_grad = self.weight.requires_grad
+        self.saved_requires_grad: tuple[tuple[nn.Parameter, bool], ...] = ()
+        """Parameters outside the targets whose `requires_grad` `inject` changed, with the value from before."""
         self.base = FrozenWeight(self, config.base, config.frozen, fan_in_fan_out, keep_master=config.master)
         self.rates = config.rates or calibrated(self.weight.device)
-        precise = torch.promote_types(self.base.exact.dtype, torch.float32)  # small updates live in the factors
-        self.lora_A = nn.Parameter(self.weight.new_empty(self.r, self.in_features, dtype=precise))
-        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, self.r, dtype=precise))
-        magnitude = nn.Parameter(self.weight.new_empty(self.out_features, dtype=precise)) if config.dora else None
+        self._register_factors(config)
+        self.redraw_(cycle=0)
+        if self.init == "pissa":
+            self._set_principal_factors_()
+        self.base.release_master()
+        self._reset_magnitude_()
+
+    def _register_factors(self, config: LowRankConfig) -> None:
+        """Register all that the layer trains, uninitialised, and the buffers for the initial factors."""
+        dtype = torch.promote_types(self.base.exact.dtype, torch.float32)  # small updates need fp32 or better
+        self.lora_A = nn.Parameter(self.weight.new_empty(self.r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, self.r, dtype=dtype))
+        magnitude = nn.Parameter(self.weight.new_empty(self.out_features, dtype=dtype)) if config.dora else None
         self.register_parameter("magnitude", magnitude)
         self.scaling = self.initial_scaling
         if config.trainable_scaling:
-            self.scaling = nn.Parameter(self.weight.new_empty((), dtype=precise))
+            self.scaling = nn.Parameter(self.weight.new_empty((), dtype=dtype))
         for kind, factor in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
-            self.register_buffer(kind, torch.zeros_like(factor) if self.init in FROM_WEIGHT else None)
-        self.redraw_(cycle=0)
-        if self.init == "pissa":
-            self._take_over_principal()
-        self.base.settle()
-        self._measure_magnitude()
+            self.register_buffer(kind, torch.zeros_like(factor) if self.init in NONZERO_INITS else None)
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
-        """The trained parameters of the update, by their name in the layer."""
+        """The trained parameters of the update, by their names in the layer."""
         named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "magnitude": self.magnitude, "scaling": self.scaling}
         return {name: factor for name, factor in named.items() if isinstance(factor, nn.Parameter)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., out] of x [..., in]."""
-        weight, scale, arithmetic = self.base.operand(self.training)
+        """Compute y [..., out] from x [..., in]."""
+        weight, weight_scale, arithmetic = self.base.operand(self.training)
         y = low_rank_linear(
             x,
             weight,
@@ -99,8 +113,8 @@ class LowRankLinear(Layer):
             rates=self.rates,
             dropout=self.lora_dropout if self.training else 0.0,
             arithmetic=arithmetic,
-            scale=scale,
-            trained_weight=self.base.rows(self.weight) if self.weight.requires_grad else None,
+            weight_scale=weight_scale,
+            trained_weight=self.base.reorient(self.weight) if self.weight.requires_grad else None,
         )
         if self.magnitude is None:
             return y
@@ -108,100 +122,91 @@ class LowRankLinear(Layer):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update s·B A (of DoRA the step from W to W') in the factors' precision, in the weight's shape."""
-        delta = (self.scaling * self.lora_B) @ self.lora_A  # [out, in], and nothing else of that size
+        """Return the update s·B A (with DoRA W' - W), in the factors' dtype and the weight's shape."""
+        delta = (self.scaling * self.lora_B) @ self.lora_A  # [out, in], the only tensor of that size
         if self.magnitude is not None:
-            delta = dora_step(self.base.rows(self.base.exact).to(delta), delta, self.magnitude)
-        return self.base.rows(delta)
+            delta = dora_update_(self.base.reorient(self.base.exact).to(delta), delta, self.magnitude)
+        return self.base.reorient(delta)
 
     @torch.no_grad()
     def redraw_(self, cycle: int) -> None:
-        """Draw A anew, keyed by seed, cycle and name (by default Kaiming-uniform: bound 1/sqrt(in)); zero B.
+        """Draw A anew, keyed by seed, cycle and name (by default Kaiming-uniform: bound 1/sqrt(in)); set B to zero.
 
         Raises:
-            UserError: in a later cycle than the first, see `check_restart`.
+            UserError: `cycle` is not 0 and the layer cannot restart (see `check_restart`).
         """
         if cycle:
             self.check_restart()
         generator = keyed_generator(self.seed, "redraw", cycle, self.name)
-        self.lora_A.copy_(DRAWS[self.init](self.lora_A.shape, generator))
+        self.lora_A.copy_(DRAW_A[self.init](self.lora_A.shape, generator))
         self.lora_B.zero_()
-        if isinstance(self.scaling, nn.Parameter):
-            self.scaling.fill_(self.initial_scaling)  # never 0: a zero scale beside a zero B has no gradient
+        self._reset_scaling_()
 
     def check_restart(self) -> None:
-        """`UserError` where the layer is made for one update, so that no cycle follows its first."""
+        """Raise `UserError` if the layer holds an update that only one cycle can train: DoRA, pissa, gradient-svd."""
         if self.magnitude is not None:
             raise UserError(
                 "lowrank.dora: a restart merges a low-rank update and draws it anew, and trained row lengths are "
                 "neither; restarts need dora: false"
             )
-        if self.init in FROM_WEIGHT:
+        if self.init in NONZERO_INITS:
             raise UserError(
                 f"lowrank.init: {self.init} takes its factors from the weight once, and a restart draws them anew; "
                 "restarts need kaiming or orthogonal"
             )
 
     @torch.no_grad()
-    def set_initial_factors_(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Begin with these factors; W gives up s·B A, so the layer's function stays (but for the base's rounding)."""
-        assert self.initial_A is not None and self.initial_B is not None
-        for own, initial, given in ((self.lora_A, self.initial_A, lora_A), (self.lora_B, self.initial_B, lora_B)):
-            own.copy_(given)
-            initial.copy_(given)
-        self.base.add_(self.base.rows((-self.initial_scaling * self.initial_B) @ self.initial_A))
-        self.base.settle()
-        self._measure_magnitude()
-
-    def _take_over_principal(self) -> None:
-        weight = self.base.rows(self.base.exact).to(self.lora_A)
-        try:
-            self.set_initial_factors_(*principal(weight, self.r, self.initial_scaling))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            raise NonFinite(f"the weight of {self.name or 'a layer'} is not finite: it has no principal part") from None
-
-    @torch.no_grad()
-    def merge_(self) -> Tensor:
-        """weight += s·B A in fp32 or better, and B = 0, so the layer's function stays; returns the update.
-
-        Raises:
-            NonFinite: the update or the weight is not finite; the weight has not moved.
-        """
-        delta = self.delta()
-        self._take_up(delta)
-        for merged in (self.lora_B, self.initial_A, self.initial_B):
-            if merged is not None:
-                merged.zero_()
-        self._measure_magnitude()
-        return delta
-
-    @torch.no_grad()
     def replace_factors_(self, lora_A: Tensor, lora_B: Tensor | None, ranks: slice = slice(None)) -> Tensor:
-        """Go on with these factors [k, in] and [out, k] (None: zero) at `ranks`; the layer's function stays.
+        """Fold the old product into W, subtract the new one, and set the new factors: W += s·B A - s·B' A'.
 
-        W takes up the product that they had and gives up the one that they get; returned is the first, in the weight's
-        shape.
+        The layer's function does not change. A trained s goes back to its initial value, which scales the new product.
+
+        Args:
+            lora_A: the new A' [k, in] for the ranks that are replaced.
+            lora_B: the new B' [out, k]; None for zero, so that nothing is subtracted.
+            ranks: the k ranks that are replaced; all unless given.
+
+        Returns:
+            The old product s·B A of these ranks, in the weight's shape.
 
         Raises:
-            NonFinite: the weight or a product is not finite; nothing has moved.
+            NonFinite: the weight or a product is not finite; nothing has changed.
         """
-        taken = self.base.rows((self.scaling * self.lora_B[:, ranks]) @ self.lora_A[ranks])
+        old_product = self.base.reorient((self.scaling * self.lora_B[:, ranks]) @ self.lora_A[ranks])
         lora_A = lora_A.to(self.lora_A)
         if lora_B is None:
-            self._take_up(taken)
+            self._add_to_weight_(old_product)
             self.lora_B[:, ranks] = 0
         else:
             lora_B = lora_B.to(self.lora_B)
-            self._take_up(self.base.rows(self.base.rows(taken).addmm(self.initial_scaling * lora_B, lora_A, alpha=-1)))
+            difference = self.base.reorient(old_product).addmm(self.initial_scaling * lora_B, lora_A, alpha=-1)
+            self._add_to_weight_(self.base.reorient(difference))
             self.lora_B[:, ranks] = lora_B
         self.lora_A[ranks] = lora_A
-        if isinstance(self.scaling, nn.Parameter):
-            self.scaling.fill_(self.initial_scaling)  # never 0: a zero scale beside a zero B has no gradient
-        return taken
+        self._reset_scaling_()
+        return old_product
 
-    def _take_up(self, change: Tensor) -> None:
-        """weight += change, if both are finite."""
-        # one sum tells of any NaN or infinity: cheaper than a mask of the weight's size
+    @torch.no_grad()
+    def merge_(self) -> Tensor:
+        """Merge the update: W += s·B A in fp32 or better, and B = 0, so the layer's function does not change.
+
+        Returns:
+            The update that was merged, in the weight's shape.
+
+        Raises:
+            NonFinite: the update or the weight is not finite; the weight has not changed.
+        """
+        delta = self.delta()
+        self._add_to_weight_(delta)
+        for merged in (self.lora_B, self.initial_A, self.initial_B):
+            if merged is not None:
+                merged.zero_()
+        self._reset_magnitude_()
+        return delta
+
+    def _add_to_weight_(self, change: Tensor) -> None:
+        """Add `change`, which has the weight's shape, to W; raise `NonFinite` if it or W is not finite."""
+        # the sum is not finite if any entry is not: cheaper than a mask of the weight's size
         if not torch.isfinite(change.sum() + self.base.exact.sum().to(change.device)):
             raise NonFinite(
                 f"the update of {self.name or 'a low-rank layer'} is not finite, so it was not merged; "
@@ -209,46 +214,83 @@ class LowRankLinear(Layer):
             )
         self.base.add_(change)
 
-    def plain(self) -> nn.Module:
-        """The layer this one stood in for, with the exact weight: merged after `merge_`, else as it was injected."""
+    def _reset_scaling_(self) -> None:
+        """Set a trained scale back to its initial value; at 0, beside B = 0, nothing would have a gradient."""
+        if isinstance(self.scaling, nn.Parameter):
+            self.scaling.fill_(self.initial_scaling)
+
+    @torch.no_grad()
+    def set_initial_factors_(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Start with these factors [r, in] and [out, r], subtract their product s·B A from W, and remember them.
+
+        The layer's function does not change, except for the rounding of the stored weight. Only layers whose `init` is
+        one of `NONZERO_INITS` can do this.
+        """
+        assert self.initial_A is not None and self.initial_B is not None
+        for own, initial, given in ((self.lora_A, self.initial_A, lora_A), (self.lora_B, self.initial_B, lora_B)):
+            own.copy_(given)
+            initial.copy_(given)
+        self.base.add_(self.base.reorient((-self.initial_scaling * self.initial_B) @ self.initial_A))
+        self.base.release_master()
+        self._reset_magnitude_()
+
+    def _set_principal_factors_(self) -> None:
+        """Start with the principal factors of W (PiSSA); raise `NonFinite` if W is not finite."""
+        weight = self.base.reorient(self.base.exact).to(self.lora_A)
+        try:
+            self.set_initial_factors_(*principal_factors(weight, self.r, self.initial_scaling))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise NonFinite(f"the weight of {self.name or 'a layer'} is not finite: it has no principal part") from None
+
+    def unwrap(self) -> nn.Module:
+        """Return the replaced layer with the exact weight: the merged one after `merge_`, else that before injection.
+
+        An initial product that was subtracted from W is added back, unless it has been merged.
+        """
         if self.initial_A is not None and self.initial_B is not None and self.initial_B.any():
-            self.base.add_(self.base.rows((self.initial_scaling * self.initial_B) @ self.initial_A))
+            self.base.add_(self.base.reorient((self.initial_scaling * self.initial_B) @ self.initial_A))
         replaced = self._replaced[0]
         self.weight.data = self.base.exact.to(self.weight.device)
-        replaced.weight = self.weight.requires_grad_(self._weight_trained)
+        replaced.weight = self.weight.requires_grad_(self._weight_required_grad)
         return replaced
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
-        """Lengths [out] of the rows of W + s·B A, of the finest W on the device."""
+        """Compute the norms [out] of the rows of W + s·B A, with the most precise W on the device."""
         direction = self.base.dense(self.lora_A.dtype)
         return row_norms(direction.addmm_(self.scaling * self.lora_B, self.lora_A))
 
     @torch.no_grad()
-    def _measure_magnitude(self) -> None:
-        """Row lengths as they are: the layer's function is then that of W + s·B A."""
+    def _reset_magnitude_(self) -> None:
+        """Set DoRA's magnitude to the present row norms, so that the layer's function is that of W + s·B A."""
         if self.magnitude is not None:
             self.magnitude.copy_(self._row_norms())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """With the exact weight, however it is stored."""
+        """Save as `nn.Module` does, but with the exact weight, in whatever form it is stored."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.base.master is not None or not self.weight.is_floating_point():
             destination[f"{prefix}weight"] = self.base.exact
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Into the exact weight, from which what is stored and multiplied is made anew."""
+        """Load as `nn.Module` does, but set the exact weight, from which the stored one and its copies are made again.
+
+        Args:
+            others: the remaining arguments of `nn.Module._load_from_state_dict`; the last is the list of errors.
+        """
         key = f"{prefix}weight"
         given = state_dict.get(key)
         fits = isinstance(given, Tensor) and given.is_floating_point() and given.shape == self.base.shape
         exact = given if fits else None
-        if given is not None and self.weight.shape != self.base.shape:  # nf4's codes have a shape of their own
-            state_dict = state_dict | {key: self.weight}
+        if given is not None and self.weight.shape != self.base.shape:  # nf4 codes have a shape of their own
+            state_dict = state_dict | {key: self.weight}  # so that `nn.Module` finds a weight of the shape it expects
             if exact is None:
-                others[-1].append(f"size mismatch for {key}: the layer's weight is {list(self.base.shape)}")
+                error_messages = others[-1]
+                error_messages.append(f"size mismatch for {key}: the layer's weight is {list(self.base.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *others)
         if exact is not None:
             self.base.set_(exact)
 
     def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer: sides, bias, r and s."""
         return f"{super().extra_repr()}, r={self.r}, scaling={self.initial_scaling:g}"

@@ -1,15 +1,19 @@
-"""What becomes of the factors' optimizer state when the factors begin anew.
+"""Optimizer state of the factors at a restart, and Adam's update direction.
 
-    zero        m, v and step forgotten; the next update is Adam's first
-    random      all but a random share of the entries of m and v zeroed by one mask; step kept (the paper's pruning)
-    magnitude   likewise, the largest entries of m stay
-    keep        nothing is touched
-    project     m and v carried over into the new factors' space; step kept
+    zero        m, v and step are cleared; the next update is the first one of a fresh Adam
+    random      m and v are zeroed by one mask, except for a random share of the entries; step is kept (the paper's
+                pruning)
+    magnitude   the same, except for the entries where m is largest
+    keep        nothing changes
+    project     m and v are carried over into the space of the new factors; step is kept
 
-Projecting: lora_B's gradient is s·dW Aᵀ, so with T = (A Aᵀ)⁻¹ A A'ᵀ [r, r'] its first moment beside the new A' is m T,
-as far as the old A saw dW. The second moment is that of single entries and must not be rotated like a vector (it would
-turn negative): v (T∘T), as for entries that move independently, and for the share of A' that the old A did not see
-the row's mean level. lora_A's gradient is s·Bᵀ dW, so the same with B; beside B' = 0 it is forgotten.
+`project`: lora_B's gradient is s·dW Aᵀ. With T = (A Aᵀ)⁻¹ A A'ᵀ [r, r'], its first moment for the new A' is m T, to the
+extent that the old A's rows contain dW. The second moment belongs to single entries and must not be rotated like a
+vector (it would become negative): it is v (T∘T), which is exact for entries that vary independently, and for the part
+of A' outside the old A's rows it is the mean level of the row of v. lora_A's gradient is s·Bᵀ dW, so the same holds
+with B in the place of A; beside a zero B or B' there is no T, and lora_A's state is cleared.
+
+The paper is Lialin et al. 2023, arXiv 2307.05695, section 3.
 """
 
 import math
@@ -28,46 +32,59 @@ Reset = Literal["zero", "random", "magnitude", "keep", "project"]
 
 
 @dataclass(frozen=True)
-class Change:
-    """Of one factor: what its partner was and is, and which of the ranks begin anew."""
+class PartnerChange:
+    """The restart as one factor's moments see it: which ranks restart, and the other factor of the product (partner).
+
+    lora_A is the partner of lora_B, and lora_B the partner of lora_A.
+    """
 
     before: Tensor
-    """The partner with ranks as rows [r, n]: lora_A beside lora_B, lora_Bᵀ beside lora_A."""
+    """The partner before the restart, ranks as rows [r, n]: lora_A for lora_B, lora_Bᵀ for lora_A."""
     after: Tensor
+    """The partner after the restart, in the same form."""
     ranks: slice
-    along: int
-    """The factor's dimension that counts ranks."""
+    """The ranks that restart."""
+    rank_dim: int
+    """Dimension of the factor (not the partner) that counts ranks: 0 for lora_A, 1 for lora_B."""
 
     @property
     def index(self) -> tuple[slice | EllipsisType, ...]:
-        """Of the factor's entries that begin anew."""
-        return (self.ranks, ...) if self.along == 0 else (..., self.ranks)
+        """Index of the factor's entries that restart."""
+        return (self.ranks, ...) if self.rank_dim == 0 else (..., self.ranks)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, factor: nn.Parameter) -> list[Tensor]:
-    """What the optimizer keeps of a factor, entry by entry: none before its first step."""
+    """Return the tensors that the optimizer keeps per entry of a factor; an empty list before its first step."""
     state = optimizer.state.get(factor, {})
     tensors = [value for key, value in state.items() if key != "step" and torch.is_tensor(value)]
     return [tensor for tensor in tensors if tensor.shape == factor.shape]
 
 
 def adam_direction(state: Mapping[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
-    """Adam's update in units of the learning rate, m̂ / (√v̂ + ε), of the moments as they are; in the tensor's shape.
+    """Compute Adam's update in units of the learning rate, m̂ / (√v̂ + ε), from the present moments, in their shape.
 
-    A moment begins at zero; m̂ = m / (1 - beta^step) takes that share out (Kingma & Ba 2015, arXiv 1412.6980,
-    section 3), by expm1 so that fp32 keeps its last digits.
+    A moment starts at zero; m̂ = m / (1 - beta^step) corrects for that (Kingma & Ba 2015, arXiv 1412.6980, section 3).
+    1 - beta^step is computed by expm1, so that fp32 keeps its last digits.
+
+    Args:
+        state: the optimizer's state of one parameter: `step`, `exp_avg` and `exp_avg_sq`.
     """
 
     def corrected(moment: Tensor, beta: float) -> Tensor:
+        log_beta = math.log(beta) if beta else -math.inf
         steps = torch.as_tensor(state["step"], dtype=torch.float32)
-        return moment / -torch.expm1(steps * (math.log(beta) if beta else -math.inf)).to(moment.device)
+        return moment / -torch.expm1(steps * log_beta).to(moment.device)
 
     mean, square = corrected(state["exp_avg"], betas[0]), corrected(state["exp_avg_sq"], betas[1])
     return mean / (square.sqrt() + eps)
 
 
 def check_reset(optimizer: torch.optim.Optimizer, factor: nn.Parameter, reset: Reset, *, whole: bool) -> None:
-    """`UserError` where the optimizer's state cannot be treated so: pruning and projecting need numbers, not codes."""
+    """Raise `UserError` if a reset changes moments in place and they are codes of an 8-bit optimizer, not numbers.
+
+    Args:
+        whole: all ranks of the layer restart; `zero` then drops the state and changes nothing in place.
+    """
     in_place = reset in ("random", "magnitude", "project") or (reset == "zero" and not whole)
     if in_place and not all(moment.is_floating_point() for moment in moments_of(optimizer, factor)):
         raise UserError(f"restart.optimizer: {reset} needs floating-point moments; use `zero` with this optimizer")
@@ -77,14 +94,19 @@ def reset_moments(
     optimizer: torch.optim.Optimizer,
     factor: nn.Parameter,
     reset: Reset,
-    change: Change | None,
+    change: PartnerChange | None,
     keep_ratio: float,
-    draw: tuple[int, int, str],
+    draw_key: tuple[int, int, str],
 ) -> int:
-    """Treat one factor's optimizer state; returns how many moment entries went to zero.
+    """Reset one factor's optimizer state.
 
     Args:
-        change: of lora_A and lora_B; None for a scale, which begins anew as a whole and has no space to project into.
+        change: the restart of lora_A or lora_B; None for a trained scale, which restarts as a whole and has no partner.
+        keep_ratio: share of the entries that `random` and `magnitude` keep.
+        draw_key: (seed, cycle, name), key of the mask of `random`.
+
+    Returns:
+        The number of moment entries that were set to zero.
     """
     moments = moments_of(optimizer, factor)
     if reset == "keep" or not moments:
@@ -95,44 +117,49 @@ def reset_moments(
         _project(moments, change)
         return 0
     if reset in ("random", "magnitude"):
-        keep = _kept_entries(moments[0][index], reset, keep_ratio, draw)
-        for moment in moments:  # one mask for all: m kept where v is gone would be divided by eps
+        keep = _kept_entries(moments[0][index], reset, keep_ratio, draw_key)
+        for moment in moments:  # one mask for all: where m is kept and v is zero, the update would be divided by eps
             moment[index] *= keep
         return int((~keep).sum().item()) * len(moments)
     if change is None or entries == factor.numel():
-        # Forgetting the state is the one reset that is right for every optimizer: it starts anew at the next step, with
-        # m = v = step = 0. Zeroing in place is not: a zero code of an 8-bit moment is not a zero value.
+        # Dropping the state is right for every optimizer: it starts anew in the next step, with m = v = step = 0.
+        # Zeroing the tensors in place is not right: a zero code of an 8-bit moment does not stand for the value zero.
         del optimizer.state[factor]
         return entries * len(moments)
-    _forget_part(moments, change)
+    _clear_ranks(moments, change)
     return entries
 
 
-def _forget_part(moments: list[Tensor], change: Change) -> None:
-    """m zero, v the mean of the other ranks': with the step they share, v = 0 would make the next updates too long."""
+def _clear_ranks(moments: list[Tensor], change: PartnerChange) -> None:
+    """Set m of the restarted ranks to zero, and their v to the mean over the other ranks.
+
+    All ranks share one step count, so bias correction would not make up for v = 0, and the next updates would be too
+    long.
+    """
     first, second = moments
-    others = torch.ones(second.shape[change.along], dtype=torch.bool, device=second.device)
+    others = torch.ones(second.shape[change.rank_dim], dtype=torch.bool, device=second.device)
     others[change.ranks] = False
-    mean = second.movedim(change.along, 0)[others].mean(0)
-    first.movedim(change.along, 0)[change.ranks] = 0
-    second.movedim(change.along, 0)[change.ranks] = mean
+    mean = second.movedim(change.rank_dim, 0)[others].mean(0)
+    first.movedim(change.rank_dim, 0)[change.ranks] = 0
+    second.movedim(change.rank_dim, 0)[change.ranks] = mean
 
 
-def _project(moments: list[Tensor], change: Change) -> None:
-    """Carry m and v over into the space of the new partner."""
+def _project(moments: list[Tensor], change: PartnerChange) -> None:
+    """Carry m and v over from the space of the old partner into that of the new one, in place."""
     before, after = change.before.double(), change.after.double()  # [r, n], [r', n]
-    seen = after @ torch.linalg.pinv(before)  # Tᵀ [r', r]: the new rows in terms of the old
-    unseen = (after - seen @ before).square().sum(1) / before.square().sum(1).mean()  # of each new row [r']
-    first, second = (moment.movedim(change.along, 0).double() for moment in moments)  # [r, m]
-    carried = seen @ first, seen.square() @ second + unseen[:, None] * second.mean(0)
-    for moment, new in zip(moments, carried, strict=True):
-        moment.copy_(new.movedim(0, change.along))
+    transform = after @ torch.linalg.pinv(before)  # Tᵀ [r', r]: the new rows as combinations of the old
+    outside = (after - transform @ before).square().sum(1) / before.square().sum(1).mean()  # of each new row [r']
+    first, second = (moment.movedim(change.rank_dim, 0).double() for moment in moments)  # [r, m]
+    new_first = transform @ first
+    new_second = transform.square() @ second + outside[:, None] * second.mean(0)
+    for moment, new in zip(moments, (new_first, new_second), strict=True):
+        moment.copy_(new.movedim(0, change.rank_dim))
 
 
-def _kept_entries(first_moment: Tensor, reset: Reset, keep_ratio: float, draw: tuple[int, int, str]) -> Tensor:
-    """Mask of the entries that stay: a keyed random share, or the largest by magnitude."""
+def _kept_entries(first_moment: Tensor, reset: Reset, keep_ratio: float, draw_key: tuple[int, int, str]) -> Tensor:
+    """Return the mask of the entries that pruning keeps: a keyed random share, or the largest by magnitude."""
     if reset == "random":
-        seed, cycle, name = draw
+        seed, cycle, name = draw_key
         uniform = torch.rand(first_moment.shape, generator=keyed_generator(seed, "prune", cycle, name))
         return (uniform < keep_ratio).to(first_moment.device)
     keep = torch.zeros(first_moment.numel(), dtype=torch.bool, device=first_moment.device)

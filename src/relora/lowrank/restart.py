@@ -1,15 +1,26 @@
-"""The ReLoRA event: merge, check, begin anew, clear.
+"""The restart of ReLoRA: merge the factors into W, start new ones, clear the optimizer state of the old ones.
 
     W <- W + s·B A - s·B' A';   A, B <- A', B';   m, v, step of A and B <- 0
 
-(Lialin et al. 2023, arXiv 2307.05695, Algorithm 1, where A' is a fresh draw and B' = 0). The model's function does not
-change: what the factors held moves into the weight, and what they begin with comes out of it. Nowhere else in the
-package is a factor merged in training or a moment cleared. Adam's step count is cleared with its moments; kept, bias
-correction is off and the next updates are up to 6.6 times too long, which is what makes the published code diverge
-without a re-warm. The price is r·(in + out) parameters per layer that start with no memory.
+(Lialin et al. 2023, arXiv 2307.05695, Algorithm 1, where A' is a fresh draw and B' = 0.) The model's function does not
+change: the old product moves into the weight, and the new one is subtracted from it. Every cycle adds an update of rank
+r, so N cycles add up to an update of rank up to N·r. Nowhere else in the package is a factor merged during training or
+a moment of a factor cleared.
 
-Beside B' = 0 the gradient of A' is zero: a saddle, which every restart of the paper begins at. `balanced` factors begin
-away from it, both at the norms that the old ones had reached.
+Adam's step count is cleared together with its moments. If it were kept, bias correction would be off and the next
+updates would be up to 6.6 times too long, which makes the published code diverge unless the learning rate is warmed up
+after every restart. The price of a restart is that r·(in + out) parameters per layer start without moments.
+
+Beside B' = 0 the gradient of A' is zero, so a restart of the paper begins at a saddle point. `balanced` factors avoid
+it: A' and B' are both non-zero, with the norms that A and B had reached.
+
+Steps of `restart`, in order:
+
+    _restarting_ranks   which layers restart, and which of their ranks (all of them, unless restarts are staggered)
+    _check_layer        refuse before anything changes
+    gradient_bases      singular vectors of the gradient, if the new factors follow it
+    _merge_and_redraw   per layer: new factors (`_new_factors`), merge (`LowRankLinear.replace_factors_`), measurements
+    _reset_moments      per layer: optimizer state (`moments`)
 """
 
 import math
@@ -22,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from relora.errors import NonFinite
-from relora.lowrank.directions import Directions, SingularBasis, gradient_frames, leading_frame, random_frame
-from relora.lowrank.init import DRAWS
+from relora.lowrank.directions import Directions, SingularBasis, gradient_bases, leading_basis, random_basis
+from relora.lowrank.init import DRAW_A
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
-from relora.lowrank.moments import Change, Reset, check_reset, reset_moments
+from relora.lowrank.moments import PartnerChange, Reset, check_reset, reset_moments
 from relora.seeding import keyed_generator
 
 RestartInit = Literal["kaiming", "orthogonal", "gradient-svd", "weight-svd", "balanced"]
@@ -35,25 +46,26 @@ Stagger = Literal["none", "layers", "ranks"]
 
 @dataclass(frozen=True, kw_only=True)
 class RestartConfig:
-    """How factors begin anew, and what the optimizer remembers of the old ones."""
+    """Settings of a restart: how the new factors start, and what the optimizer keeps of the old ones."""
 
     optimizer: Reset = "zero"
-    """See `moments`."""
+    """What happens to the factors' optimizer state (see `moments`)."""
     keep_ratio: float = 0.1
-    """For `random` and `magnitude`: the share of the moments' entries that stays."""
+    """Share of the moments' entries that `random` and `magnitude` keep."""
     init: RestartInit = "kaiming"
-    """A' as the layer first drew it (`kaiming`), or with unit rows in other directions, beside B' = 0; `balanced`: both
-    non-zero, at the norms of the old ones."""
+    """The new factors. `kaiming`: A' is drawn as the layer's first A was, B' = 0. `orthogonal`, `gradient-svd`,
+    `weight-svd`: A' has orthonormal rows in those directions, B' = 0. `balanced`: A' and B' are both non-zero, with the
+    norms of the old factors, along `directions`."""
     directions: Directions = "orthogonal"
-    """Of balanced factors."""
+    """Directions of `balanced` factors."""
     stagger: Stagger = "none"
-    """Restart everything, or a part of the layers or of every layer's ranks in turn."""
+    """What one restart includes: everything, every `turns`-th layer, or one of `turns` parts of every layer's ranks."""
     turns: int = 1
-    """How many parts there are."""
+    """Number of restarts after which every part has restarted once."""
 
     @property
-    def frames(self) -> Directions | None:
-        """What the new factors' directions are taken from; None for the paper's draw."""
+    def basis(self) -> Directions | None:
+        """Source of the orthonormal basis that the new factors are taken from; None: the layer's own draw of A."""
         if self.init == "balanced":
             return self.directions
         return None if self.init == "kaiming" else self.init
@@ -61,30 +73,35 @@ class RestartConfig:
 
 @dataclass(frozen=True)
 class MergedUpdate:
-    """What one layer gained in the cycle that ended."""
+    """Measurements of the update that one layer's restart merged."""
 
     name: str
     shape: tuple[int, int]
+    """(out, in)."""
     update_norm: float
-    """Frobenius norm of the s·B A that was merged: of balanced factors with what they began with."""
+    """Frobenius norm of the merged s·B A; for balanced factors it includes the product that they started with."""
     weight_norm: float
     """Frobenius norm of W before the merge."""
     effective_rank: float
+    """exp(entropy of the normalised singular values) of the merged s·B A (see `effective_rank`)."""
     singular_values: list[float]
-    """Of the s·B A that was merged, descending, one for each of its ranks."""
+    """Singular values of the merged s·B A, descending, one for each rank that restarted."""
 
 
 @dataclass(frozen=True)
 class RestartReport:
-    """What a restart did."""
+    """Result of a restart."""
 
     cycle: int
-    """The cycle that begins."""
+    """Number of the cycle that begins."""
     optimizer: Reset
+    """What happened to the factors' optimizer state."""
     layers: list[MergedUpdate]
+    """Measurements of every layer that restarted, in model order."""
     moments_cleared: int
-    """Entries of the factors' moments (m and v counted apart) that were set to zero."""
+    """Number of entries of the factors' moments (m and v counted separately) that were set to zero."""
     seconds: float
+    """Duration of the restart."""
 
 
 def restart(
@@ -95,51 +112,65 @@ def restart(
     cycle: int,
     loss_of: Callable[[nn.Module], Tensor] | None = None,
 ) -> RestartReport:
-    """Merge the low-rank layers, begin `cycle` with new factors and clear the old ones' optimizer state.
+    """Merge the low-rank layers' updates, start `cycle` with new factors and reset the old ones' optimizer state.
 
     Args:
-        how: by default the paper's restart with a true reset: Kaiming A, zero B, zero moments, all layers at once.
-        cycle: number of the cycle that begins (1 for the first restart); keys the draws, and says whose turn it is.
-        loss_of: makes the loss of a batch; the gradient's singular vectors are those of this loss.
+        how: settings; by default the paper's restart with a true reset: Kaiming A, zero B, zero moments, all layers at
+            once.
+        cycle: number of the cycle that begins (1 for the first restart); it is part of the key of every draw, and
+            decides which part restarts if restarts are staggered.
+        loss_of: computes the loss of a batch with the model; required if the directions are the gradient's singular
+            vectors.
 
     Raises:
-        NonFinite: a factor, a gradient or an update is not finite. Checked before the first weight moves, and again
-            layer by layer.
+        NonFinite: a factor, a gradient or an update is not finite. Factors and gradients are checked before the first
+            weight changes, each update again before it is merged.
         UserError: pruning or projecting was asked for on moments that are not floating point (8-bit optimizers), or
-            the layers are made for one update (DoRA, pissa, gradient-svd); nothing has moved.
+            the layers cannot restart (DoRA, pissa, gradient-svd); nothing has changed.
         ValueError: directions of the gradient were asked for without `loss_of`.
     """
     started = time.perf_counter()
-    how = how or RestartConfig()
-    parts = _parts(model, how, cycle)
-    for name, (layer, ranks) in parts.items():
-        _check(name, layer, optimizer, how, cycle, whole=ranks == slice(0, layer.r))
-    frames: dict[str, SingularBasis] = {}
-    if how.frames == "gradient-svd":
+    config = how or RestartConfig()
+    restarting = _restarting_ranks(model, config, cycle)
+    for name, (layer, ranks) in restarting.items():
+        _check_layer(name, layer, ranks, optimizer, config, cycle)
+    bases: dict[str, SingularBasis] = {}
+    if config.basis == "gradient-svd":
         if loss_of is None:
             raise ValueError("restart: directions of the gradient need `loss_of`, which makes the loss of a batch")
-        frames = gradient_frames(model, {name: layer for name, (layer, _) in parts.items()}, loss_of, cycle=cycle)
+        bases = gradient_bases(model, {name: layer for name, (layer, _) in restarting.items()}, loss_of, cycle=cycle)
     merged, cleared = [], 0
-    for name, (layer, ranks) in parts.items():
-        before = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-        merged.append(_redraw_factors(name, layer, ranks, how, frames.get(name), cycle))
-        cleared += _reset(name, layer, ranks, optimizer, how, before, cycle)
-    return RestartReport(cycle, how.optimizer, merged, cleared, time.perf_counter() - started)
+    for name, (layer, ranks) in restarting.items():
+        old_factors = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        merged.append(_merge_and_redraw(name, layer, ranks, config, bases.get(name), cycle))
+        cleared += _reset_moments(name, layer, ranks, optimizer, config, old_factors, cycle)
+    return RestartReport(cycle, config.optimizer, merged, cleared, time.perf_counter() - started)
 
 
-def initial_directions(model: nn.Module, how: RestartConfig, loss_of: Callable[[nn.Module], Tensor]) -> None:
-    """Turn the factors of freshly injected layers (B = 0) into the directions in which restarts will begin."""
-    if how.frames is None:
+def set_initial_directions_(model: nn.Module, how: RestartConfig, loss_of: Callable[[nn.Module], Tensor]) -> None:
+    """Give the A of freshly injected layers the directions that restarts will use, with orthonormal rows; B stays zero.
+
+    Nothing changes if `how` draws the factors as the layers do (`kaiming`).
+
+    Args:
+        loss_of: computes the loss of a batch with the model; called only for directions of the gradient.
+    """
+    if how.basis is None:
         return
-    layers, how = low_rank_layers(model), replace(how, init=how.frames)
-    frames = gradient_frames(model, layers, loss_of, cycle=0) if how.frames == "gradient-svd" else {}
+    layers = low_rank_layers(model)
+    config = replace(how, init=how.basis)  # of `balanced` the directions, without the norms of old factors
+    bases = gradient_bases(model, layers, loss_of, cycle=0) if config.basis == "gradient-svd" else {}
     for name, layer in layers.items():
         layer.check_restart()
-        layer.lora_A.data.copy_(_new_factors(layer, slice(0, layer.r), how, frames.get(name), cycle=0)[0])
+        lora_A, _ = _new_factors(layer, slice(0, layer.r), config, bases.get(name), cycle=0)
+        layer.lora_A.data.copy_(lora_A)
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp(entropy of the normalised singular values); r for r equal ones (Roy & Vetterli 2007). 0 for a zero matrix."""
+    """Return exp(entropy of the normalised singular values): r for r equal ones, 0 for a zero matrix.
+
+    Source: Roy & Vetterli 2007.
+    """
     total = singular_values.sum()
     if total == 0:
         return 0.0
@@ -148,7 +179,10 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def update_spectrum(layer: LowRankLinear, ranks: slice = slice(None)) -> Tensor:
-    """Singular values [k] of s·B A of these ranks, without forming it: those of R_B R_Aᵀ, from QR of B and Aᵀ."""
+    """Return the k singular values of s·B A, restricted to k ranks, without forming the product.
+
+    They are those of R_B R_Aᵀ [k, k], where B = Q_B R_B and Aᵀ = Q_A R_A are QR decompositions.
+    """
     with torch.no_grad():
         triangle_b = torch.linalg.qr(layer.lora_B[:, ranks], mode="r").R  # [k, k]
         triangle_a = torch.linalg.qr(layer.lora_A[ranks].T, mode="r").R  # [k, k]
@@ -156,44 +190,50 @@ def update_spectrum(layer: LowRankLinear, ranks: slice = slice(None)) -> Tensor:
     return spectrum
 
 
-def _parts(model: nn.Module, how: RestartConfig, cycle: int) -> Mapping[str, tuple[LowRankLinear, slice]]:
-    """The layers, and of each the ranks, that begin anew with this cycle."""
-    layers, turn = low_rank_layers(model), (cycle - 1) % how.turns
-    if how.stagger == "layers":
-        return {
-            name: (layer, slice(0, layer.r))
-            for index, (name, layer) in enumerate(layers.items())
-            if index % how.turns == turn
+def _restarting_ranks(model: nn.Module, config: RestartConfig, cycle: int) -> Mapping[str, tuple[LowRankLinear, slice]]:
+    """Return by path the layers that restart when `cycle` begins, each with its ranks that do."""
+    layers, turns = low_rank_layers(model), config.turns
+    turn = (cycle - 1) % turns
+    if config.stagger == "ranks":
+        parts = {
+            name: (layer, slice(turn * layer.r // turns, (turn + 1) * layer.r // turns))
+            for name, layer in layers.items()
         }
-    if how.stagger == "ranks":
-        cuts = {
-            name: (turn * layer.r // how.turns, (turn + 1) * layer.r // how.turns) for name, layer in layers.items()
-        }
-        return {name: (layers[name], slice(first, end)) for name, (first, end) in cuts.items() if end > first}
+        return {name: (layer, ranks) for name, (layer, ranks) in parts.items() if ranks.stop > ranks.start}
+    if config.stagger == "layers":
+        layers = {name: layer for index, (name, layer) in enumerate(layers.items()) if index % turns == turn}
     return {name: (layer, slice(0, layer.r)) for name, layer in layers.items()}
 
 
-def _check(
-    name: str, layer: LowRankLinear, optimizer: torch.optim.Optimizer, how: RestartConfig, cycle: int, *, whole: bool
+def _check_layer(
+    name: str,
+    layer: LowRankLinear,
+    ranks: slice,
+    optimizer: torch.optim.Optimizer,
+    config: RestartConfig,
+    cycle: int,
 ) -> None:
+    """Raise if the layer cannot restart, a factor is not finite, or its optimizer state cannot be reset as asked."""
     layer.check_restart()
+    whole = ranks == slice(0, layer.r)
     for kind, factor in layer.factors.items():
         if not torch.isfinite(factor.sum()):
             raise NonFinite(f"{name}.{kind} is not finite before the restart into cycle {cycle}; no weight was changed")
-        check_reset(optimizer, factor, how.optimizer, whole=whole)
+        check_reset(optimizer, factor, config.optimizer, whole=whole)
 
 
-def _redraw_factors(
-    name: str, layer: LowRankLinear, ranks: slice, how: RestartConfig, frame: SingularBasis | None, cycle: int
+def _merge_and_redraw(
+    name: str, layer: LowRankLinear, ranks: slice, config: RestartConfig, basis: SingularBasis | None, cycle: int
 ) -> MergedUpdate:
-    """Give a layer its new factors."""
+    """Merge a layer's old product into its weight, give it new factors, and measure what was merged."""
     spectrum = update_spectrum(layer, ranks).cpu()
     weight_norm = layer.base.exact.norm().item()
-    taken = layer.replace_factors_(*_new_factors(layer, ranks, how, frame, cycle), ranks)
+    lora_A, lora_B = _new_factors(layer, ranks, config, basis, cycle)
+    update = layer.replace_factors_(lora_A, lora_B, ranks)
     return MergedUpdate(
         name=name,
         shape=(layer.out_features, layer.in_features),
-        update_norm=taken.norm().item(),
+        update_norm=update.norm().item(),
         weight_norm=weight_norm,
         effective_rank=effective_rank(spectrum),
         singular_values=spectrum.tolist(),
@@ -202,43 +242,50 @@ def _redraw_factors(
 
 @torch.no_grad()
 def _new_factors(
-    layer: LowRankLinear, ranks: slice, how: RestartConfig, frame: SingularBasis | None, cycle: int
+    layer: LowRankLinear, ranks: slice, config: RestartConfig, basis: SingularBasis | None, cycle: int
 ) -> tuple[Tensor, Tensor | None]:
-    """A' [k, in], and B' [out, k] or None for zero."""
-    generator, k = keyed_generator(layer.seed, "redraw", cycle, layer.name), ranks.stop - ranks.start
-    if how.frames is None:
-        return DRAWS[layer.init]((k, layer.in_features), generator), None
-    if how.frames == "orthogonal":
-        frame = random_frame(layer, k, generator)
-    elif how.frames == "weight-svd":
-        weight = layer.base.rows(layer.base.exact).to(layer.lora_A) + layer.base.rows(layer.delta())
-        frame = leading_frame(weight, layer.r, generator)
-    assert frame is not None  # the gradient's comes with the call
-    u, v = (side[:, ranks] if side.shape[1] > k else side for side in frame)
-    if how.init != "balanced":
+    """Return A' [k, in], and B' [out, k] or None for zero, for k ranks of a layer.
+
+    Args:
+        basis: singular vectors of the gradient, for all ranks of the layer; None unless `config` asks for them.
+    """
+    generator = keyed_generator(layer.seed, "redraw", cycle, layer.name)
+    k = ranks.stop - ranks.start
+    if config.basis is None:
+        return DRAW_A[layer.init]((k, layer.in_features), generator), None
+    if config.basis == "orthogonal":
+        basis = random_basis(layer, k, generator)
+    elif config.basis == "weight-svd":
+        weight = layer.base.reorient(layer.base.exact).to(layer.lora_A) + layer.base.reorient(layer.delta())
+        basis = leading_basis(weight, layer.r, generator)
+    assert basis is not None  # the gradient's is an argument
+    u, v = basis
+    if u.shape[1] > k:  # a basis for all ranks, of which some restart
+        u, v = u[:, ranks], v[:, ranks]
+    if config.init != "balanced":
         return v.T, None
-    norm_a, norm_b = (factor.norm() / math.sqrt(k) for factor in (layer.lora_A[ranks], layer.lora_B[:, ranks]))
-    return norm_a * v.T, norm_b * u
+    row_norm_a = layer.lora_A[ranks].norm() / math.sqrt(k)  # root mean square of the old rows' norms
+    column_norm_b = layer.lora_B[:, ranks].norm() / math.sqrt(k)
+    return row_norm_a * v.T, column_norm_b * u
 
 
-def _reset(
+def _reset_moments(
     name: str,
     layer: LowRankLinear,
     ranks: slice,
     optimizer: torch.optim.Optimizer,
-    how: RestartConfig,
-    before: tuple[Tensor, Tensor],
+    config: RestartConfig,
+    old_factors: tuple[Tensor, Tensor],
     cycle: int,
 ) -> int:
-    """Treat the optimizer state of all that a layer trains; returns the entries that went to zero."""
-    old_a, old_b = before
+    """Reset the optimizer state of all that a layer trains; return the number of entries that were set to zero."""
+    old_a, old_b = old_factors
     changes = {
-        "lora_A": Change(old_b.T, layer.lora_B.detach().T, ranks, along=0),
-        "lora_B": Change(old_a, layer.lora_A.detach(), ranks, along=1),
+        "lora_A": PartnerChange(old_b.T, layer.lora_B.detach().T, ranks, rank_dim=0),
+        "lora_B": PartnerChange(old_a, layer.lora_A.detach(), ranks, rank_dim=1),
     }
-    return sum(
-        reset_moments(
-            optimizer, factor, how.optimizer, changes.get(kind), how.keep_ratio, (layer.seed, cycle, f"{name}.{kind}")
-        )
-        for kind, factor in layer.factors.items()
-    )
+    cleared = 0
+    for kind, factor in layer.factors.items():
+        draw_key = (layer.seed, cycle, f"{name}.{kind}")
+        cleared += reset_moments(optimizer, factor, config.optimizer, changes.get(kind), config.keep_ratio, draw_key)
+    return cleared

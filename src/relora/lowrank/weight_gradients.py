@@ -1,9 +1,9 @@
-"""Gradients of frozen weights, one layer at a time.
+"""Gradients of frozen weights, computed for one layer at a time.
 
-    dW = dYᵀ x   [out, in]        of every low-rank layer, formed on the way back, handed over and dropped
+    dW = dYᵀ x   [out, in]        of every low-rank layer, formed in the backward pass, handed to a callback and dropped
 
-Training never forms them. What looks at them now and then (factors that begin along the gradient) pays a forward and a
-backward pass, and holds one layer's dW.
+Training itself forms no dW of a frozen weight. Factors that start along the gradient need it now and then; the price is
+a forward and a backward pass, and the memory of one layer's dW.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,36 +18,42 @@ def visit_weight_gradients(
     model: nn.Module,
     layers: Mapping[str, LowRankLinear],
     loss_of: Callable[[nn.Module], Tensor],
-    use: Callable[[str, Tensor], object],
+    visit: Callable[[str, Tensor], object],
 ) -> None:
-    """Call `use` with the path and dW [out, in] of each of the layers, for the loss that `loss_of` makes of the model.
+    """Call `visit` with the path and the dW [out, in] of each layer, for one loss.
 
-    No weight, no `.grad` and no mode of the model changes. dW has the precision of the factors.
+    No weight, no `.grad` and no training mode of the model changes. dW has the factors' dtype. A layer that the loss
+    uses twice is visited twice, once per use, and its dW is the sum of both.
+
+    Args:
+        loss_of: computes the loss with the model.
     """
-    hooks = [layer.register_forward_hook(_visiting(name, layer, use)) for name, layer in layers.items()]
-    # the way back goes through every layer's output to its factors, whose own gradients are dropped
-    ends = [layer.lora_B for layer in layers.values()]
+    hooks = [layer.register_forward_hook(_gradient_hook(name, layer, visit)) for name, layer in layers.items()]
+    # the backward pass reaches every layer's output on its way to the factors, whose own gradients are dropped
+    factors = [layer.lora_B for layer in layers.values()]
     try:
         with torch.enable_grad():
-            torch.autograd.grad(loss_of(model), ends, allow_unused=True)
+            torch.autograd.grad(loss_of(model), factors, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _visiting(
-    name: str, layer: LowRankLinear, use: Callable[[str, Tensor], object]
+def _gradient_hook(
+    name: str, layer: LowRankLinear, visit: Callable[[str, Tensor], object]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A hook that hands over a layer's dYᵀ x once the gradient of its output is there."""
+    """Make a forward hook that calls `visit` with dYᵀ x as soon as the gradient dY of the layer's output is known."""
 
     def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         x = inputs[0].detach()
 
-        def visit(grad: Tensor) -> None:
-            rows, columns = (part.reshape(-1, part.shape[-1]).to(layer.lora_A.dtype) for part in (grad, x))
-            use(name, rows.T @ columns)
+        def after_backward(grad: Tensor) -> None:
+            dtype = layer.lora_A.dtype
+            flat_grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [tokens, out]
+            flat_x = x.reshape(-1, x.shape[-1]).to(dtype)  # [tokens, in]
+            visit(name, flat_grad.T @ flat_x)
 
         if y.requires_grad:
-            y.register_hook(visit)  # type: ignore[no-untyped-call]
+            y.register_hook(after_backward)  # type: ignore[no-untyped-call]
 
     return after_forward

@@ -22,7 +22,7 @@ from relora.errors import Interrupted, NonFinite
 from relora.lowrank import inject, restart
 from relora.lowrank.allocation import with_ranks
 from relora.lowrank.residual import residual_steps
-from relora.lowrank.restart import initial_directions
+from relora.lowrank.restart import set_initial_directions_
 from relora.train.adaptive import decide
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import recover, resolve_pending
@@ -118,7 +118,7 @@ def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
 def _switch(run: Run, progress: Progress) -> None:
     """Switch from full rank to low rank: inject factors, freeze, keep the moments of what stays trainable."""
     report = inject(run.model, with_ranks(run.lowrank, progress.state.decisions.ranks), seed=run.seed)
-    initial_directions(run.model, run.restart, lambda model: next_loss(run, progress, model))
+    set_initial_directions_(run.model, run.restart, lambda model: next_loss(run, progress, model))
     if run.initialize is not None:
         run.initialize(run.model)
     full_rank_optimizer = progress.optimizer

@@ -52,7 +52,7 @@ def test_plain_layer_comes_back_exact() -> None:
     weight = plain.weight.detach().clone()
     layer = LowRankLinear(plain, LowRankConfig(r=4, base="bf16"), name="x")
     layer.merge_()
-    assert layer.plain() is plain and torch.equal(plain.weight, weight) and plain.weight.requires_grad
+    assert layer.unwrap() is plain and torch.equal(plain.weight, weight) and plain.weight.requires_grad
 
 
 @pytest.mark.parametrize("config", [{"base": "bf16"}, {"base": "int8"}, {"frozen": "int8"}, {"frozen": "bf16"}])
@@ -65,4 +65,4 @@ def test_state_dict_holds_and_takes_the_exact_weight(config: dict[str, str]) -> 
     assert torch.equal(source.base.exact, target.base.exact)
     x = torch.randn(20, 64)
     assert torch.equal(source(x), target(x))
-    assert torch.equal(target.plain().weight, source.base.exact)
+    assert torch.equal(target.unwrap().weight, source.base.exact)

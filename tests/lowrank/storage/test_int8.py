@@ -8,8 +8,15 @@ from tests.gpu import needs_gpu
 from torch import nn
 
 from relora.lowrank import LowRankConfig, LowRankLinear
-from relora.lowrank.costs import ANY
-from relora.lowrank.storage.int8 import LEVELS, dequantized, product, product_backward, quantize_rows, runs_in_int8
+from relora.lowrank.costs import NOMINAL_RATES
+from relora.lowrank.storage.int8 import (
+    LEVELS,
+    dequantize_int8,
+    int8_product,
+    int8_product_backward,
+    quantize_rows,
+    runs_in_int8,
+)
 
 
 @settings(max_examples=40)
@@ -18,7 +25,7 @@ def test_a_number_moves_by_half_a_level_at_most(rows: int, columns: int, power: 
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**power
     codes, scale = quantize_rows(x)
     assert codes.dtype == torch.int8 and codes.abs().max() <= LEVELS
-    assert ((dequantized(codes, scale, torch.float32) - x).abs() <= scale * 0.501).all()
+    assert ((dequantize_int8(codes, scale, torch.float32) - x).abs() <= scale * 0.501).all()
     assert (codes.abs().amax(1) == LEVELS).all()  # the largest of a row uses the whole range
 
 
@@ -33,12 +40,12 @@ def test_products_are_those_of_the_codes(tokens: int) -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(tokens, 40), torch.randn(tokens, 24)
     codes, scale = quantize_rows(torch.randn(24, 40))
-    weight = dequantized(codes, scale, torch.float64)
-    coded_x = dequantized(*quantize_rows(x), torch.float64)
-    torch.testing.assert_close(product(x, codes, scale).double(), coded_x @ weight.T, rtol=1e-5, atol=1e-5)
-    coded_grad = dequantized(*quantize_rows(grad * scale.T), torch.float64)
+    weight = dequantize_int8(codes, scale, torch.float64)
+    coded_x = dequantize_int8(*quantize_rows(x), torch.float64)
+    torch.testing.assert_close(int8_product(x, codes, scale).double(), coded_x @ weight.T, rtol=1e-5, atol=1e-5)
+    coded_grad = dequantize_int8(*quantize_rows(grad * scale.T), torch.float64)
     expected = coded_grad @ codes.double()
-    torch.testing.assert_close(product_backward(grad, codes, scale).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(int8_product_backward(grad, codes, scale).double(), expected, rtol=1e-5, atol=1e-5)
     assert (expected - grad.double() @ weight).norm() < 0.02 * expected.norm()
 
 
@@ -53,7 +60,7 @@ def test_products_on_a_gpu_are_those_of_the_cpu(tokens: int, out: int, inn: int)
     codes, scale = quantize_rows(torch.randn(out, inn))
     there = codes.cuda(), scale.cuda()
     assert runs_in_int8(tokens, there[0])
-    for multiply, factor in ((product, x), (product_backward, grad)):
+    for multiply, factor in ((int8_product, x), (int8_product_backward, grad)):
         here, on_gpu = multiply(factor, codes, scale), multiply(factor.cuda(), *there).cpu()
         assert (here - on_gpu).norm() < 1e-4 * here.norm()
 
@@ -64,7 +71,7 @@ def test_shapes_that_a_gpu_has_no_int8_product_for_are_multiplied_all_the_same(t
     torch.manual_seed(0)
     linear = nn.Linear(inn, out, bias=False).cuda()
     x = torch.randn(tokens, inn, device="cuda", requires_grad=True)
-    layer = LowRankLinear(linear, LowRankConfig(r=4, rates=ANY, frozen="int8"), name="x")
+    layer = LowRankLinear(linear, LowRankConfig(r=4, rates=NOMINAL_RATES, frozen="int8"), name="x")
     y = layer(x)
     y.square().sum().backward()
     assert (y - linear(x)).norm() < 0.02 * y.norm()
@@ -77,7 +84,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     codes, scale = quantize_rows(torch.randn(8, 16))
     x = torch.randn(20, 16)
     x[3, 5] = bad
-    y = product(x, codes, scale)
+    y = int8_product(x, codes, scale)
     assert not torch.isfinite(y[3]).any() and torch.isfinite(y[[0, 1, 2, 4]]).all()
 
 
@@ -85,16 +92,18 @@ def test_one_outlying_token_costs_the_others_nothing() -> None:
     torch.manual_seed(0)
     codes, scale = quantize_rows(torch.randn(8, 16))
     x = torch.randn(20, 16)
-    before = product(x, codes, scale)
+    before = int8_product(x, codes, scale)
     x[0] *= 1e4
-    assert torch.equal(product(x, codes, scale)[1:], before[1:])
+    assert torch.equal(int8_product(x, codes, scale)[1:], before[1:])
 
 
 @pytest.mark.parametrize("base", ["auto", "int8"])
 def test_codes_follow_the_weight_through_a_merge(base: str) -> None:
     """Quantized once per merge from the exact weight: no error is carried from one cycle to the next."""
     torch.manual_seed(0)
-    layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, base=base, frozen="int8", rates=ANY), name="x")
+    layer = LowRankLinear(
+        nn.Linear(64, 48), LowRankConfig(r=4, base=base, frozen="int8", rates=NOMINAL_RATES), name="x"
+    )
     for cycle in range(3):
         layer.redraw_(cycle)
         nn.init.normal_(layer.lora_B, std=0.1)
@@ -105,13 +114,13 @@ def test_codes_follow_the_weight_through_a_merge(base: str) -> None:
 
 
 def test_the_saved_model_knows_nothing_of_codes() -> None:
-    layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, frozen="int8", rates=ANY), name="x")
+    layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, frozen="int8", rates=NOMINAL_RATES), name="x")
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
-    assert layer.plain().weight.dtype == torch.float32
+    assert layer.unwrap().weight.dtype == torch.float32
 
 
 def test_memory_is_a_byte_a_parameter() -> None:
-    layer = LowRankLinear(nn.Linear(64, 48, bias=False), LowRankConfig(r=4, base="int8", rates=ANY), name="x")
+    layer = LowRankLinear(nn.Linear(64, 48, bias=False), LowRankConfig(r=4, base="int8", rates=NOMINAL_RATES), name="x")
     on_device = sum(t.nbytes for t in (layer.weight, layer.frozen_scale, layer.frozen_copy) if t is not None)
     assert on_device == 64 * 48 + 4 * 48
     assert layer.base.exact.dtype == torch.float32

@@ -21,9 +21,9 @@ from relora.lowrank import (
     merge,
     strip,
 )
-from relora.lowrank.costs import ANY
+from relora.lowrank.costs import NOMINAL_RATES
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
-from relora.lowrank.storage.int8 import dequantized, quantize_rows
+from relora.lowrank.storage.int8 import dequantize_int8, quantize_rows
 from relora.lowrank.storage.nf4 import dequantize_nf4, quantize_nf4
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +35,7 @@ IDS = torch.arange(24).view(2, 12)
 def layer_of(inn: int = 64, out: int = 48, transposed: bool = False, **config: object) -> LowRankLinear:
     torch.manual_seed(0)
     plain = nn.Linear(out, inn, bias=False) if transposed else nn.Linear(inn, out)
-    settings_ = LowRankConfig(**{"r": 4, "lora_alpha": 4.0, "base": "nf4", "rates": ANY, **config})
+    settings_ = LowRankConfig(**{"r": 4, "lora_alpha": 4.0, "base": "nf4", "rates": NOMINAL_RATES, **config})
     return LowRankLinear(plain, settings_, name="x", fan_in_fan_out=transposed)
 
 
@@ -83,8 +83,8 @@ def test_every_number_is_its_level_times_its_block_s_scale(shape: tuple[int, int
 def test_int8_codes_round_to_themselves(rows: int, power: int, seed: int) -> None:
     """127 · (largest / 127) is the largest again in fp32, or gives the same scale."""
     x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)) * 10.0**power
-    numbers = dequantized(*quantize_rows(x), torch.float32)
-    assert torch.equal(numbers, dequantized(*quantize_rows(numbers), torch.float32))
+    numbers = dequantize_int8(*quantize_rows(x), torch.float32)
+    assert torch.equal(numbers, dequantize_int8(*quantize_rows(numbers), torch.float32))
 
 
 def test_rounding_of_a_normal_weight() -> None:
@@ -157,7 +157,7 @@ def test_nothing_dequantized_is_kept_for_the_way_back() -> None:
 def test_a_master_is_the_weight_as_it_was() -> None:
     layer, plain = layer_of(), layer_of(base="fp32")
     assert torch.equal(layer.base.exact, plain.weight)
-    assert torch.equal(layer.plain().weight, plain.weight)
+    assert torch.equal(layer.unwrap().weight, plain.weight)
 
 
 def test_twenty_small_merges_arrive() -> None:
@@ -181,10 +181,10 @@ def test_twenty_small_merges_arrive() -> None:
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
 def test_without_a_master_what_is_stored_is_exact_and_a_merge_is_not_rounded(base: str, transposed: bool) -> None:
     layer = trained(layer_of(base=base, master=False, transposed=transposed), size=1e-4)
-    stored, shape = layer.base.rows(layer.base.dense(torch.float32)), layer.base.shape
+    stored, shape = layer.base.reorient(layer.base.dense(torch.float32)), layer.base.shape
     assert layer.base.master is None and torch.equal(layer.base.exact.float(), stored) and stored.shape == shape
     delta = layer.merge_()
-    assert torch.equal(layer.plain().weight, stored + delta) and delta.any()
+    assert torch.equal(layer.unwrap().weight, stored + delta) and delta.any()
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -192,7 +192,7 @@ def test_without_a_master_what_is_stored_is_exact_and_a_merge_is_not_rounded(bas
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
 def test_round_trip_through_exact_tensors(base: str, master: bool, merged: bool) -> None:
     """Bit for bit, and without a master where there was none."""
-    config = LowRankConfig(r=4, base=base, master=master, rest="frozen", rates=ANY)
+    config = LowRankConfig(r=4, base=base, master=master, rest="frozen", rates=NOMINAL_RATES)
     model, other = llama(), LlamaForCausalLM(llama().config).eval()
     inject(model, config)
     for layer in low_rank_layers(model).values():
@@ -218,7 +218,7 @@ def test_state_dict_holds_and_takes_the_exact_weight(base: str, master: bool, tr
     source, target = (layer_of(base=base, master=master, transposed=transposed) for _ in range(2))
     with torch.no_grad():
         source.base.add_(torch.randn(source.base.shape))
-    source.base.settle()
+    source.base.release_master()
     state = source.state_dict()
     assert state["weight"].shape == source.base.shape and state["weight"].dtype == torch.float32
     assert not torch.equal(source.base.exact, target.base.exact)
@@ -240,7 +240,7 @@ def test_other_shapes_are_refused() -> None:
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         layer.load_state_dict(state | {"weight": torch.zeros(48, 32)})
     model = llama()
-    inject(model, LowRankConfig(r=4, base="nf4", rates=ANY))
+    inject(model, LowRankConfig(r=4, base="nf4", rates=NOMINAL_RATES))
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(UserError, match=r"up_proj\.weight is float32 \[48, 32\] here, float32 \[48, 16\] there"):
         load_exact_tensors(model, exact_tensors(model) | {name: torch.zeros(48, 16)})

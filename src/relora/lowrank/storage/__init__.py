@@ -1,1 +1,1 @@
-"""How a frozen weight is kept: plain, with an fp32 master, as int8 codes, or as NF4."""
+"""Storage formats of the frozen weights: fp32 or bf16, int8 codes, NF4 codes; with or without an fp32 master copy."""

@@ -1,14 +1,15 @@
-"""How the frozen weight of a low-rank layer is stored, what its products run on, and the copy that merges go into.
+"""Storage of a low-rank layer's frozen weight: the stored form, the copy for coarser products, the fp32 master copy.
 
-A weight in fp32 is its own exact copy. A weight in bf16, int8 or nf4 is too coarse to merge into: in bf16 an update
-below half a unit in the last place is rounded away, and twenty merges of 0.2% each arrive with an error of 62%. Such a
-weight keeps an fp32 master in main memory (4 bytes a parameter there, none on the device); a merge adds to the master,
-and the weight is the master, rounded once. Fine-tuning merges once or never: without a master, what is stored is the
-exact weight, and the first merge makes one.
+A weight in fp32 is exact as it is stored. A weight in bf16, int8 or nf4 is too coarse to merge into: in bf16 an update
+below half a unit in the last place is rounded away, and after twenty merges of 0.2% each the error is 62% of their sum.
+Such a weight keeps an fp32 master copy in main memory (4 bytes per parameter there, none on the device). A merge adds
+to the master, and the stored weight is the master rounded once. Fine-tuning merges once or never, so it can do without
+a master: the stored weight is then the exact one, and the first merge creates a master.
 
-Products in coarser arithmetic than the weight's run on a copy (2 bytes a parameter in bf16, 1 in int8), made anew after
-every merge. It serves training only: what is measured, generated and exported comes from the finest weight there is on
-the device. Products with nf4 turn a layer's codes into numbers as they go, and keep none.
+Products in an arithmetic that is coarser than the stored weight run on a copy (2 bytes per parameter in bf16, 1 in
+int8), which is made again after every merge. The copy is used in training only: evaluation, generation and export use
+the most precise weight on the device. Products with an nf4 weight dequantize the layer's codes in each call and keep
+nothing.
 """
 
 from typing import Literal
@@ -16,36 +17,56 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora.lowrank.kernel import Arithmetic, as_numbers
+from relora.lowrank.kernel import Arithmetic, dense_weight
 from relora.lowrank.storage.int8 import quantize_rows
 from relora.lowrank.storage.nf4 import BLOCK, quantize_nf4
 
 Storage = Literal["auto", "fp32", "bf16", "int8", "nf4"]
-_ROWS = 256
+"""Stored form of a frozen weight; `auto` keeps the dtype that the weight has."""
+_CHUNK_ROWS = 256
+"""Rows that are quantized at a time."""
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "nf4": torch.uint8}
 
 
-class Layer(nn.Linear):
-    """What a `FrozenWeight` belongs to."""
+class FrozenLinear(nn.Linear):
+    """Linear layer whose weight is stored by a `FrozenWeight`; declares the two buffers that `FrozenWeight` registers.
+
+    Both are None where they are not needed. Neither is saved, since both are computed from the weight.
+    """
 
     frozen_copy: Tensor | None
+    """Copy [out, in] of the weight in bf16 or int8, for products that are coarser than the stored weight."""
     frozen_scale: Tensor | None
+    """fp32 scales of the codes: [out, 1] for int8, one per block of 64 for nf4."""
 
 
 class FrozenWeight:
-    """Storage of one layer's frozen `weight`, and what its products run on.
+    """Storage of one layer's frozen `weight`, and the operands of the products with it.
 
-    The layer gets two buffers, neither saved: `frozen_copy` [out, in] for products coarser than the weight, and
-    `frozen_scale`, [out, 1] of int8 codes or one number a block of nf4's. nf4 codes are [out, in / 2]. `master` is None
-    as long as the weight itself is exact; without `keep_master`, also while nothing was merged (see `settle`).
+    An nf4 weight is stored as codes [out, in / 2]; every other weight keeps its shape.
+
+    Args:
+        layer: the layer whose weight is stored; its weight is frozen and converted in place.
+        storage: the stored form.
+        arithmetic: arithmetic of the products in training.
+        transposed: the weight has the shape [in, out] (GPT-2's `Conv1D`).
+        keep_master: keep the fp32 master of a weight that was rounded to its stored form. Without it, the rounded
+            weight counts as the exact one (see `release_master`) until something is added to it.
     """
 
     def __init__(
-        self, layer: Layer, storage: Storage, arithmetic: Arithmetic, transposed: bool, *, keep_master: bool = True
+        self,
+        layer: FrozenLinear,
+        storage: Storage,
+        arithmetic: Arithmetic,
+        transposed: bool,
+        *,
+        keep_master: bool = True,
     ) -> None:
         self._layer, self._transposed, self._arithmetic = layer, transposed, arithmetic
         self._keep_master = keep_master
         self.master: Tensor | None = None
+        """Exact fp32 weight in main memory; None as long as the stored weight itself is exact."""
         weight = layer.weight
         self.shape = weight.shape
         weight.requires_grad_(False)
@@ -58,108 +79,125 @@ class FrozenWeight:
                 weight.data = weight.data.new_empty(layer.out_features, layer.in_features // 2, dtype=torch.uint8)
             else:
                 weight.data = torch.empty_like(weight.data, dtype=_DTYPES[storage])
-        copy_dtype = None if arithmetic == "native" else _DTYPES[arithmetic]
-        copied = copy_dtype is not None and copy_dtype.itemsize < weight.dtype.itemsize
-        copy = torch.empty_like(self.rows(weight.data), dtype=copy_dtype) if copied else None
-        scale = None
+        self._register_buffers()
+        self._update_stored()
+
+    def _register_buffers(self) -> None:
+        """Register the layer's `frozen_copy` and `frozen_scale`, uninitialised, where the products need them."""
+        layer, weight = self._layer, self._layer.weight
+        copy = scale = None
+        copy_dtype = None if self._arithmetic == "native" else _DTYPES[self._arithmetic]
+        if copy_dtype is not None and copy_dtype.itemsize < weight.dtype.itemsize:
+            copy = torch.empty_like(self.reorient(weight.data), dtype=copy_dtype)
         if weight.dtype == torch.uint8:
             scale = weight.new_empty(-(-self.shape.numel() // BLOCK), dtype=torch.float32)
         elif torch.int8 in (weight.dtype, copy_dtype):
             scale = weight.new_empty(layer.out_features, 1, dtype=torch.float32)
         layer.register_buffer("frozen_copy", copy, persistent=False)
         layer.register_buffer("frozen_scale", scale, persistent=False)
-        self._renew()
 
     @property
     def exact(self) -> Tensor:
-        """The weight without rounding: the master where there is one, else what is stored."""
+        """The exact weight, in its original shape: the master if there is one, else the stored weight.
+
+        Where the stored weight is codes, this is a new fp32 tensor in main memory.
+        """
         if self.master is not None:
             return self.master
-        return self._layer.weight.data if self._layer.weight.is_floating_point() else self._stored()
+        return self._layer.weight.data if self._layer.weight.is_floating_point() else self._dequantized()
 
     @property
-    def outline(self) -> Tensor:
-        """Shape and dtype of `exact`, without its numbers."""
+    def exact_meta(self) -> Tensor:
+        """A tensor on the meta device with the shape and dtype of `exact`."""
         coded = self.master is None and not self._layer.weight.is_floating_point()
         dtype = torch.float32 if coded else self.exact.dtype
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
     def operand(self, training: bool) -> tuple[Tensor, Tensor | None, Arithmetic]:
-        """The weight for a product ([out, in], or nf4 codes), its scale if it is codes, and the arithmetic to use."""
+        """Return the weight for a product ([out, in], or nf4 codes), its scale if it is codes, and the arithmetic."""
         copy = self._layer.frozen_copy if training else None
-        weight = self._coded_rows() if copy is None else copy
+        weight = self._oriented_weight() if copy is None else copy
         scale = None if weight.is_floating_point() else self._layer.frozen_scale
         return weight, scale, self._arithmetic if training else "native"
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """A new tensor [out, in] of `dtype`: the finest weight on the device."""
+        """Return a new tensor [out, in] of `dtype` with the most precise weight on the device."""
         weight, scale, _ = self.operand(training=False)
-        return weight.to(dtype, copy=True) if scale is None else as_numbers(weight, scale, dtype)
+        return weight.to(dtype, copy=True) if scale is None else dense_weight(weight, scale, dtype)
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """What has the weight's shape as [out, in], and back."""
-        return weight.T if self._transposed else weight
+    def reorient(self, matrix: Tensor) -> Tensor:
+        """Convert a matrix between the weight's own shape and [out, in]: transpose it if the weight is [in, out]."""
+        return matrix.T if self._transposed else matrix
 
     @torch.no_grad()
     def add_(self, delta: Tensor) -> None:
-        """weight += delta, accumulated in fp32 or better; `delta` has the weight's shape."""
+        """Add `delta`, which has the weight's shape, to the exact weight in fp32 or better; update what is stored."""
         if self.master is None and self._layer.weight.dtype.itemsize < 4:
-            # a weight that is stored in few bits is exact until something is added to it
+            # the stored low-precision weight was exact so far; from now on the master is
             self.master = self._in_main_memory(self.exact)
         self.exact.add_(delta.to(self.exact))
-        self._renew()
+        self._update_stored()
 
     @torch.no_grad()
     def set_(self, exact: Tensor) -> None:
-        """Take over an exact weight, as loaded from a checkpoint."""
+        """Set the exact weight, for example to the one loaded from a checkpoint, and update what is stored."""
         if self.master is None and exact.dtype.itemsize > self._layer.weight.dtype.itemsize:
             precise = torch.promote_types(exact.dtype, torch.float32)
             self.master = torch.empty_like(exact, dtype=precise, device="cpu")
         self.exact.copy_(exact)
-        self._renew()
-        if self.master is not None and not self._keep_master and self._is_stored(self.master):
-            self.master = None  # what was saved is what is stored
+        self._update_stored()
+        if self.master is not None and not self._keep_master and self._equals_stored(self.master):
+            self.master = None  # the saved weight was the stored one, so no master is needed
 
-    def settle(self) -> None:
-        """Without `keep_master`: what is stored is the exact weight from now on, until something is merged.
+    def release_master(self) -> None:
+        """Drop the master unless `keep_master`; then the stored weight is the exact one until something is added to it.
 
-        Rounded numbers round to themselves (bf16's, and those that int8 and nf4 codes stand for), so what is saved of
-        them and set again is what is stored.
+        Numbers that bf16, int8 or nf4 can represent round to themselves, so a stored weight that is saved and set again
+        is unchanged.
         """
         if not self._keep_master:
             self.master = None
 
     @torch.no_grad()
-    def _renew(self) -> None:
-        """Round the exact weight to what is stored and multiplied."""
+    def _update_stored(self) -> None:
+        """Round the exact weight into the stored weight, the copy for products, and the scales."""
         weight, copy, scale = self._layer.weight, self._layer.frozen_copy, self._layer.frozen_scale
         if scale is not None:
-            codes = self._coded_rows().data if copy is None else copy
-            nf4 = codes.dtype == torch.uint8
-            scales_in_part = _ROWS * self._layer.in_features // BLOCK if nf4 else _ROWS
-            quantize = quantize_nf4 if nf4 else quantize_rows
-            whole = ((self.rows(self.exact), _ROWS), (codes, _ROWS), (scale, scales_in_part))
-            parts = (torch.split(tensor, size) for tensor, size in whole)
-            for exact, part, part_scale in zip(*parts, strict=True):  # in parts: no second copy of the weight
-                for place, new in zip((part, part_scale), quantize(exact.to(weight.device)), strict=True):
-                    place.copy_(new)
+            self._quantize(self._oriented_weight().data if copy is None else copy, scale)
         elif copy is not None:
-            copy.copy_(self.rows(self.exact))
+            copy.copy_(self.reorient(self.exact))
         if self.master is not None and weight.is_floating_point():
             weight.copy_(self.master)
 
-    def _coded_rows(self) -> Tensor:
-        """The layer's weight as [out, in]; of nf4 the codes as they are."""
+    def _quantize(self, codes: Tensor, scale: Tensor) -> None:
+        """Quantize the exact weight into `codes` and `scale`, in chunks of rows: no second copy of it is made."""
+        nf4 = codes.dtype == torch.uint8
+        quantize = quantize_nf4 if nf4 else quantize_rows
+        chunk_scales = _CHUNK_ROWS * self._layer.in_features // BLOCK if nf4 else _CHUNK_ROWS
+        chunks = zip(
+            torch.split(self.reorient(self.exact), _CHUNK_ROWS),
+            torch.split(codes, _CHUNK_ROWS),
+            torch.split(scale, chunk_scales),
+            strict=True,
+        )
+        for exact_chunk, codes_chunk, scale_chunk in chunks:
+            new_codes, new_scale = quantize(exact_chunk.to(self._layer.weight.device))
+            codes_chunk.copy_(new_codes)
+            scale_chunk.copy_(new_scale)
+
+    def _oriented_weight(self) -> Tensor:
+        """Return the layer's weight as [out, in], or its nf4 codes, which are stored as [out, in / 2] in any case."""
         weight = self._layer.weight
-        return weight if weight.dtype == torch.uint8 else self.rows(weight)
+        return weight if weight.dtype == torch.uint8 else self.reorient(weight)
 
-    def _stored(self) -> Tensor:
-        """The numbers that are stored, in the weight's shape, in fp32 and in main memory."""
-        return self._in_main_memory(self.rows(self.dense(torch.float32)), copy=False)
+    def _dequantized(self) -> Tensor:
+        """Return the numbers that the stored weight represents, in the weight's shape, fp32, in main memory."""
+        return self._in_main_memory(self.reorient(self.dense(torch.float32)), copy=False)
 
-    def _is_stored(self, exact: Tensor) -> bool:
-        return torch.equal(self._stored().to(exact), exact)
+    def _equals_stored(self, exact: Tensor) -> bool:
+        return torch.equal(self._dequantized().to(exact), exact)
 
     @staticmethod
     def _in_main_memory(weight: Tensor, *, copy: bool = True) -> Tensor:
+        """Return the weight in fp32 on the CPU, or on the meta device if it is there."""
         return weight.to(weight.device if weight.is_meta else "cpu", torch.float32, copy=copy)
