@@ -7,13 +7,12 @@ samples.jsonl   one sample per line, with its own figures
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import sync, write_durably
+from relora.files.atomic import atomic_folder
 from relora.runs.environment import describe_environment
 
 SCORES, SAMPLES = "scores.json", "samples.jsonl"
@@ -31,23 +30,18 @@ def check_free(out: Path) -> None:
 def save_scores(out: Path, scores: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
     """Write scores.json, with a description of the software and hardware, and samples.jsonl to the new folder `out`.
 
-    The folder is written under another name and then renamed, so `out` is complete or absent. Numbers that are not
-    finite become null.
+    The folder is written by `atomic_folder`, so `out` is complete or absent. Numbers that are not finite become null.
 
     Raises:
-        RunStopped: the disk is full or refuses the write.
+        RunStopped: `out` was created by somebody else since `check_free`, or the disk is full or refuses the write.
     """
-    aside = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_durably(aside / SAMPLES, "".join(_to_json(sample) + "\n" for sample in samples))
-        described = {**scores, "environment": describe_environment()}
-        write_durably(aside / SCORES, _to_json(described, indent=1) + "\n")
-        aside.rename(out)
-        sync(out.parent)
+        with atomic_folder(out, replace=False, parents=True) as partial:
+            lines = "".join(_to_json(sample) + "\n" for sample in samples)
+            (partial / SAMPLES).write_text(lines, encoding="utf-8")
+            described = {**scores, "environment": describe_environment()}
+            (partial / SCORES).write_text(_to_json(described, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise RunStopped(f"{out}: the scores could not be written: {error.strerror or error}") from error
 
 

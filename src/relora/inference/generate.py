@@ -47,7 +47,7 @@ class Generation(Speed):
     texts: list[str]
     """Each text with its prompt; with `chat`, the answer alone."""
     adapters: list[str]
-    """For each text, the name of the adapter that was in use; `base` if none was."""
+    """Name of the adapter that was in use for each text; `base` if none was."""
     peak_memory_bytes: int
     """The most memory taken: on a CUDA device by its tensors, elsewhere by the process."""
     by_adapter: dict[str, Speed]
