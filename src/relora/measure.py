@@ -1,14 +1,15 @@
-"""Held-out loss and what follows from it. The loss of a batch is computed here and nowhere else.
+"""Cross-entropy of a batch, for training and evaluation alike, and the held-out measures that derive from it.
 
-The logits of a batch, tokens x vocabulary, are by far its largest tensor, and are never there at once where the model
-lets them be avoided (`relora.model.head`): a chunk of tokens at a time is multiplied by the head, scored, turned into
-its own gradient in place and multiplied back, all in the forward pass. Nothing is computed twice; the price is that
-the gradient of the head, vocabulary x width, lives from the forward pass on. torch's `linear_cross_entropy` does the
-same, but returns a bf16 sum of bf16 products and, at its default chunks, takes several times as long on a CPU.
+    loss            mean over scored tokens of -ln p(token | the tokens before it), in nats
+    perplexity      exp(loss)
+    bits per byte   loss / ln 2 * tokens / bytes; unlike perplexity, comparable across tokenizers
 
-loss            mean over scored tokens of -ln p(token | the tokens before it), in nats
-perplexity      exp(loss)
-bits per byte   loss / ln 2 * tokens / bytes; unlike perplexity it compares across tokenizers
+The logits of a batch, [tokens, vocabulary], are by far its largest tensor. Where the model's head can be separated from
+the rest (`relora.model.head`), they are computed in chunks of tokens, all in the forward pass: the hidden states of a
+chunk are multiplied by the head, its loss is added up, its logits are overwritten by their gradient, and that is
+multiplied by the head again. Nothing is computed twice. The price: the gradient of the head, [vocabulary, width],
+exists from the forward pass on. torch's `linear_cross_entropy` does the same, but returns a bf16 sum of bf16 products
+and, at its default chunks, takes several times as long on a CPU.
 """
 
 import math
@@ -26,75 +27,81 @@ from relora.model.head import IGNORED as IGNORED
 from relora.model.head import head_input
 
 CHUNK_TOKENS = {"cpu": 256}
-"""Tokens whose logits are there at once: the fewest that cost no time (benchmarks/loss.py)."""
-_OTHER_DEVICES = 1024
-"""Where products are faster beside memory, a gradient must be added to more rarely; not measured."""
+"""Tokens of a chunk by type of device: the fewest that cost no time (benchmarks/loss.py)."""
+DEFAULT_CHUNK_TOKENS = 1024
+"""Tokens of a chunk on other devices. Products are faster there, compared with memory, so the gradient of the head
+must be added up less often. Not measured."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of held-out data."""
+    """Loss of a model on held-out data, and the measures that derive from it."""
 
     loss: float
     """Nats per token."""
     perplexity: float
     bits_per_byte: float | None
-    """None where the bytes behind the tokens are not known."""
+    """None where the number of bytes that the tokens stand for is not known."""
     tokens: int
-    """Tokens scored; of a classifier, examples."""
+    """Number of tokens scored; for a classifier, number of examples."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Of a classifier, by name: accuracy, F1 and what else its task is judged by."""
+    """Measures of a classifier by name: accuracy, F1 and others that its task uses."""
 
     @classmethod
     def of(cls, loss_sum: float, tokens: int, byte_count: float | None) -> "Evaluation":
-        """From the summed loss (nats), the tokens it was summed over and the bytes that they stand for."""
+        """Compute the measures from the summed loss in nats, the number of tokens it is over, and that of their bytes.
+
+        Raises:
+            UserError: there are no tokens.
+        """
         if tokens == 0:
             raise UserError("the held-out data has no token to score")
         loss = loss_sum / tokens
-        return cls(loss, perplexity(loss), loss_sum / math.log(2) / byte_count if byte_count else None, tokens)
+        bits_per_byte = loss_sum / math.log(2) / byte_count if byte_count else None
+        return cls(loss, perplexity(loss), bits_per_byte, tokens)
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is beyond a float."""
+    """Return exp(loss), or infinity where that exceeds a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def token_loss(
     model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of a batch.
+    """Compute the summed cross-entropy of a batch.
 
     Args:
         model: a Hugging Face causal LM, or anything that returns `.logits` [batch, length, vocabulary].
         input_ids: [batch, length], integers.
         labels: [batch, length]; `labels[:, i]` is the token after `input_ids[:, i]`, or -100 (not scored).
-        position_ids: [batch, length], where several examples are packed into one sequence: each counts from 0, and
-            attends to itself alone.
+        position_ids: [batch, length], only where several examples are packed into one sequence: the positions of each
+            example count from 0, and its tokens attend to that example alone.
 
     Returns:
-        The sum over scored tokens in nats (fp32, or fp64 of an fp64 model; a scalar) and their number (integer
-        scalar), so that a step can divide by the count of all its micro-batches and ranks. The sum can be
-        differentiated once.
+        The loss summed over scored tokens in nats (scalar; fp32, or fp64 for an fp64 model) and the number of these
+        tokens (integer scalar). They are returned apart so that a step can divide by the tokens of all its
+        micro-batches and ranks. The sum can be differentiated once.
     """
     labels, tokens = labels.flatten(), (labels != IGNORED).sum()
-    placed = {} if position_ids is None else {"position_ids": position_ids}
-    found = head_input(model, input_ids, **placed)
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    found = head_input(model, input_ids, **positions)
     if found is None:
-        logits = model(input_ids=input_ids, use_cache=False, **placed).logits.flatten(0, 1)
-        logits = logits.to(_wide(logits.dtype))
+        logits = model(input_ids=input_ids, use_cache=False, **positions).logits.flatten(0, 1)
+        logits = logits.to(_scoring_dtype(logits.dtype))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), tokens
     hidden, head = found
     hidden = hidden.flatten(0, 1)
-    if labels.device.type == "cpu" and tokens < len(labels):  # elsewhere asking would wait for the device
+    if labels.device.type == "cpu" and tokens < len(labels):  # on other devices the comparison would synchronise
         scored = labels != IGNORED
         hidden, labels = hidden[scored], labels[scored]
     return head_loss(hidden, head.weight, head.bias, labels), tokens
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of `hidden @ weight.T + bias`, at most a chunk of these logits at a time.
+    """Compute the summed cross-entropy of the logits `hidden @ weight.T + bias`, a chunk of them at a time.
 
-    Products are in the dtype of `hidden` or autocast's; logits, loss and sums over chunks in fp32 or wider.
+    Products are in the dtype of `hidden`, or in that of autocast; logits, loss and sums over chunks in fp32 or wider.
 
     Args:
         hidden: [tokens, in_features].
@@ -102,13 +109,14 @@ def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
         bias: [vocabulary].
         labels: [tokens]; -100 is not scored.
     """
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss: Tensor = _HeadLoss.apply(hidden, weight, bias, labels, *wanted)  # type: ignore[no-untyped-call]
+    with_grad = torch.is_grad_enabled()
+    needs_grad = [with_grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    loss: Tensor = _HeadLoss.apply(hidden, weight, bias, labels, *needs_grad)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are formed in the forward pass, while the logits are there; the backward pass scales them."""
+    """Summed cross-entropy of a head whose forward pass computes the gradients; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -123,11 +131,11 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        tokens, most = len(labels), CHUNK_TOKENS.get(device, _OTHER_DEVICES)
-        size = math.ceil(tokens / max(1, math.ceil(tokens / most)))  # chunks of one size, but for the last
+        tokens, limit = len(labels), CHUNK_TOKENS.get(device, DEFAULT_CHUNK_TOKENS)
+        size = math.ceil(tokens / max(1, math.ceil(tokens / limit)))  # all chunks have this size except the last
         with torch.autocast(device, enabled=False):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-            buffer = hidden.new_empty(size, len(weight), dtype=_wide(dtype))
+            buffer = hidden.new_empty(size, len(weight), dtype=_scoring_dtype(dtype))
             grad_hidden = torch.empty_like(hidden) if for_hidden else None
             grad_weight = grad_bias = None
             losses = []
@@ -153,13 +161,16 @@ class _HeadLoss(torch.autograd.Function):
         gradients: list[Tensor | None] = ctx.gradients  # type: ignore[attr-defined]
         if not gradients:
             raise RuntimeError("the gradients of this loss were taken before; they are not kept for a second pass")
-        ctx.gradients = []  # type: ignore[attr-defined]  # autograd may take them over without a copy
+        ctx.gradients = []  # type: ignore[attr-defined]  # released, so that autograd can use them without a copy
         scaled = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
         return (*scaled, None, None, None, None)
 
 
 def _score_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-    """The summed loss of logits [tokens, vocabulary], which become its gradient by them, or are spoilt."""
+    """Return the summed loss of logits [tokens, vocabulary], in place.
+
+    The logits are overwritten: by their gradient with `gradient`, otherwise by values of no use.
+    """
     scored = labels != IGNORED
     index = torch.where(scored, labels, 0).unsqueeze(1)
     logits -= logits.amax(1, keepdim=True)
@@ -174,19 +185,19 @@ def _score_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`left @ right` in `out`, whatever its dtype."""
+    """Write `left @ right` into `out`, which may have another dtype, and return it."""
     return torch.mm(left, right, out=out) if out.dtype == left.dtype else out.copy_(left @ right)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`total + left @ right`, in place; at first, with no total, as `dtype`."""
+    """Add `left @ right` to `total` in place and return it; without a total, return the product in `dtype`."""
     if total is None:
         return (left @ right).to(dtype)
     return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which logits are scored: fp32, or that of the products where it is wider."""
+def _scoring_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that logits are scored in: fp32, or the dtype of the products where that is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -199,15 +210,19 @@ def evaluate(
     autocast: torch.dtype | None = None,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score batches as `token_loss` takes them; the model comes back in the mode it was in.
+    """Measure the loss of a model on batches, without gradients and in evaluation mode; restore its mode afterwards.
 
-    Draws nothing, so training goes on as if it had not been called.
+    Nothing is drawn from a random generator, so training continues as if this had not been called.
 
     Args:
-        bytes_per_token: of the text behind the batches, for bits per byte.
-        device: where the model is; by default that of its first parameter.
-        autocast: the dtype of matrix products, where it is not that of the weights.
-        each_batch: called before every batch; what it raises ends the evaluation.
+        batches: arguments of `token_loss` after the model, one tuple for each batch.
+        bytes_per_token: mean bytes of a token in the text that was tokenized, for bits per byte.
+        device: device of the model; by default that of its first parameter.
+        autocast: dtype of matrix products, where it is not that of the weights.
+        each_batch: called before every batch; an exception that it raises ends the evaluation.
+
+    Raises:
+        UserError: the batches have no token to score.
     """
     device = device or next(model.parameters()).device
     loss_sum, tokens = 0.0, 0
@@ -222,7 +237,7 @@ def evaluate(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; outside, every module is in the mode in which it was."""
+    """Switch off dropout and gradients inside the block; restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What people see of a run: metrics.jsonl, the console, trackers, the HTML report. Knows no other wing."""
+"""Output of a run for people: metrics.jsonl, the console, trackers, the HTML report. Imports no other wing."""
 
 from relora.report.console import Console
 from relora.report.html import write_report

@@ -1,7 +1,7 @@
-"""The charts of a run as plotly figures: plain dictionaries, drawn by the script of the page.
+"""Charts of a run as plotly figures, i.e. plain dictionaries that the script of the page draws.
 
-A colour is the name of a CSS variable (`--held-out`); the page puts the value of the reader's light or dark theme in
-its place. No string of the run's data goes into a figure, only numbers.
+A colour is the name of a CSS variable (`--held-out`), which the page replaces by its value in the reader's light or
+dark theme. Of the run's data only numbers go into a figure, no strings.
 """
 
 import math
@@ -14,20 +14,21 @@ from relora.report.history import History
 from relora.report.metrics import Record, number
 
 MAX_POINTS = 1500
-"""Points of a line; a longer series is drawn by bucket."""
+"""Most points of a line; of a longer series, neighbouring points are merged into buckets."""
 MAX_MARKERS = 100
-"""Points of a line that are still marked one by one."""
+"""Most points of a line whose points have markers."""
 MAX_NUMBERED_RESTARTS = 12
-"""More restarts than these are marked without their numbers."""
+"""Most restarts whose lines are numbered; if there are more, none is."""
 
 Point = tuple[float, int, float | None]
-"""(tokens, or what else is across; step; value)."""
+"""(x value, mostly tokens; step; y value)."""
 Pick = Callable[[Sequence[float]], float]
+"""Function that reduces the values of a bucket to one."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series of a chart, and the word that names it in the chart's heading."""
+    """One series of a chart; `label` names it in the chart's heading."""
 
     label: str
     color: str
@@ -39,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the page; `format` is how its values read, in the notation that Python and d3 share."""
+    """One figure of the page; `format` is the number format of its values, in the notation that Python and d3 share."""
 
     id: str
     title: str
@@ -47,16 +48,19 @@ class Chart:
     lines: Sequence[Line]
     figure: dict[str, Any]
     tells_last: bool = True
-    """Whether the heading has the last value of every line."""
+    """Whether the heading gives the last value of every line."""
 
 
 def charts(history: History) -> list[Chart]:
-    """The charts for which the run has figures, in the order of the page."""
+    """Return the charts for which the run has figures, in the order of the page."""
     return [chart for chart in _all_charts(history) if chart.lines]
 
 
 def _all_charts(history: History) -> Iterator[Chart]:
+    """Yield all charts of a run's page, those without lines included."""
+
     def series(key: str, pick: Pick = fmean) -> list[Point]:
+        """Points of one figure of the logged steps against tokens."""
         return thinned([(r["tokens"], r["step"], number(r, key)) for r in history.train], pick)
 
     losses = thinned([(point.tokens, point.step, point.loss) for point in history.held_out])
@@ -80,14 +84,14 @@ def _all_charts(history: History) -> Iterator[Chart]:
     yield _over_tokens(history, "rate", "Learning rate", ".1e", rate_lines, from_zero | {"exponentformat": "e"})
     speed = Line("", "--training", series("tokens_per_second"))
     yield _over_tokens(history, "speed", "Tokens per second", ",.0f", [speed], from_zero)
-    # the largest of a bucket: a mean would hide the spikes that one looks for
+    # a bucket shows its largest value: its mean would hide spikes
     norm = Line("", "--training", series("grad_norm", max), width=1)
     yield _over_tokens(history, "gradient", "Gradient norm", ".3f", [norm], from_zero)
     yield _spectra(history)
 
 
 def thinned(points: list[Point], pick: Pick = fmean) -> list[Point]:
-    """At most `MAX_POINTS` points: of every bucket of neighbours the last place and the picked value."""
+    """Reduce a series to at most `MAX_POINTS` points: each bucket of neighbours becomes a point at its last place."""
     size = max(1, math.ceil(len(points) / MAX_POINTS))
     thin = []
     for start in range(0, len(points), size):
@@ -98,7 +102,7 @@ def thinned(points: list[Point], pick: Pick = fmean) -> list[Point]:
 
 
 def layer_mean_spectrum(restart: Record) -> list[float]:
-    """Singular values of the merged update over the largest one, averaged over the layers that have them."""
+    """Return the singular values of the merged update, relative to the largest, averaged over the layers."""
     spectra = []
     for layer in restart.get("layers") or ():
         values = [value for value in layer.get("singular_values") or () if isinstance(value, int | float)]
@@ -111,7 +115,7 @@ def layer_mean_spectrum(restart: Record) -> list[float]:
 def _over_tokens(
     history: History, name: str, title: str, number_format: str, lines: Sequence[Line], y_axis: dict[str, Any]
 ) -> Chart:
-    """A chart against tokens: phases shaded, restarts marked, the step in the hover."""
+    """Build a chart against tokens, with phases shaded, restarts marked, and the step in the hover text."""
     lines = [line for line in lines if any(value is not None for _, _, value in line.points)]
     end = max((segment.last[1] for segment in history.segments), default=None)
     x_axis = {
@@ -129,7 +133,7 @@ def _over_tokens(
 
 
 def traces_of(lines: Sequence[Line], number_format: str) -> list[dict[str, Any]]:
-    """Lines as plotly draws them, the step in the hover."""
+    """Convert lines to plotly traces, with the step in the hover text."""
     return [
         {
             "type": "scatter",
@@ -146,13 +150,13 @@ def traces_of(lines: Sequence[Line], number_format: str) -> list[dict[str, Any]]
 
 
 def _spikes(history: History) -> list[tuple[int, int, float]]:
-    """(tokens, step, loss) where the loss stood highest after a boundary, of rises beyond noise."""
+    """Return (tokens, step, loss) of the peak of every loss spike after a boundary."""
     tokens = {record["step"]: record["tokens"] for record in history.train}
     return [(tokens[rise.peak_step], rise.peak_step, rise.peak) for rise in history.rises if rise.is_spike]
 
 
 def _with_incidents(history: History, spikes: Sequence[tuple[int, int, float]], chart: Chart) -> Chart:
-    """The chart of the loss with the spikes after boundaries marked, and the steps left out or gone back to."""
+    """Mark loss spikes and incidents (skipped steps and rewinds) in the chart of the loss."""
     if spikes and chart.lines:
         chart.figure["data"].append(
             {
@@ -165,15 +169,15 @@ def _with_incidents(history: History, spikes: Sequence[tuple[int, int, float]], 
                 "hovertemplate": f"spike %{{y:{chart.format}}} at step %{{customdata:,}}<extra></extra>",
             }
         )
-    place: dict[str, Any] = {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": "--alert", "width": 1, "dash": "dot"}}
+    style: dict[str, Any] = {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": "--alert", "width": 1, "dash": "dot"}}
     chart.figure["layout"]["shapes"] += [
-        {"type": "line", "x0": record["tokens"], "x1": record["tokens"], **place} for record in history.incidents
+        {"type": "line", "x0": record["tokens"], "x1": record["tokens"], **style} for record in history.incidents
     ]
     return chart
 
 
 def _spectra(history: History) -> Chart:
-    """How the merged update of every restart spreads over its directions; late restarts in the stronger colour."""
+    """Build the chart of the merged updates' singular values, one line for each restart; later ones are more opaque."""
     spectra = [(restart, layer_mean_spectrum(restart)) for restart in history.restarts]
     spectra = [(restart, spectrum) for restart, spectrum in spectra if spectrum]
     traces = [
@@ -197,9 +201,9 @@ def _spectra(history: History) -> Chart:
 
 
 def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Shapes for phases and restarts, and the numbers above the restarts' lines."""
+    """Build the shapes for phases and restarts, and the annotations that number the restarts' lines."""
     shades = {"warm_start": "--warm-start", "low_rank": "--low-rank"}
-    place: dict[str, Any] = {"yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    full_height: dict[str, Any] = {"yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
     shapes: list[dict[str, Any]] = [
         {
             "type": "rect",
@@ -207,14 +211,16 @@ def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]
             "x1": segment.last[1],
             "fillcolor": shades[segment.phase],
             "line": {"width": 0},
-            **place,
+            **full_height,
         }
         for segment in history.segments
         if segment.phase in shades
     ]
     marks = [restart["tokens"] for restart in history.restarts]
     line = {"color": "--mark", "width": 1}
-    shapes += [{"type": "line", "x0": tokens, "x1": tokens, "line": line, **place} for tokens in marks]
+    shapes += [{"type": "line", "x0": tokens, "x1": tokens, "line": line, **full_height} for tokens in marks]
+    if len(marks) > MAX_NUMBERED_RESTARTS:
+        return shapes, []
     numbers: list[dict[str, Any]] = [
         {
             "x": tokens,
@@ -227,11 +233,11 @@ def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         }
         for index, tokens in enumerate(marks, start=1)
     ]
-    return shapes, numbers if len(marks) <= MAX_NUMBERED_RESTARTS else []
+    return shapes, numbers
 
 
 def layout_of(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
-    """What the charts have in common."""
+    """Build the layout that all charts share, with settings of the two axes added to the common ones."""
     font = {"family": "system-ui, sans-serif", "size": 12, "color": "--muted"}
     spike = {"spikecolor": "--muted", "spikethickness": 1, "spikedash": "solid"}
     quiet = {"zeroline": False, "linecolor": "--rule", "tickcolor": "--rule", "exponentformat": "B"}
@@ -251,20 +257,25 @@ def layout_of(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, Any]:
 
 
 def focused(points: Sequence[Point], log: bool = False, shown: Sequence[float] = ()) -> dict[str, Any]:
-    """An axis without the fall of the first steps, which would flatten all that follows (two double-clicks show it).
+    """Choose the range of an axis so that the high values of the first steps do not flatten the rest of a line.
 
-    With `log`, values that span a factor of three or more get a logarithmic axis. `shown`: values to leave room for.
+    The range ends near the 88th percentile of the values; two double-clicks show the whole line.
+
+    Args:
+        log: use a logarithmic axis if the values in range span a factor of three or more.
+        shown: values that the range must include.
     """
     values = sorted(value for _, _, value in points if value is not None and value > 0)
     if len(values) < 3:
         return {}
-    low, high = values[0], max(values[min(int(0.88 * len(values)), len(values) - 2)], *shown, 0.0)
+    percentile = values[min(int(0.88 * len(values)), len(values) - 2)]
+    low, high = values[0], max(percentile, *shown, 0.0)
     if not log or high < 3 * low:
         return {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
     return log_axis(low, values[-1]) | {"range": [math.log10(low / 1.05), math.log10(high * 1.05)]}
 
 
 def log_axis(low: float, high: float) -> dict[str, Any]:
-    """A logarithmic axis with ticks at 1, 2, 3, 5, 10, ... (plotly's own are bare digits between the decades)."""
+    """Build a logarithmic axis with ticks at 1, 2, 3, 5, 10, ...; plotly labels those within a decade by one digit."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return {"type": "log", "tickvals": [digit * 10.0**decade for decade in decades for digit in (1, 2, 3, 5)]}

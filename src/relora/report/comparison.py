@@ -1,4 +1,4 @@
-"""The page of a comparison: a table of what each method reached and took, charts, and answers side by side."""
+"""The HTML page of a comparison: a table of the methods' results and costs, charts, and answers side by side."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,12 +15,13 @@ from relora.report.charts import Chart, Line, Point, focused, layout_of, log_axi
 from relora.report.html import figure_html, script_json, table
 
 COLORS = 10
-"""Of the page, `--series-0` and so on; the next lines take them again, dashed."""
+"""Number of line colours of the page, `--series-0` and so on; further lines reuse them with other dashes."""
 DASHES = ("solid", "dash", "dot")
+"""Dash styles of lines: the first for the first `COLORS` lines, and so on."""
 
 
 class Curve(NamedTuple):
-    """One method's line in a chart."""
+    """Points of one method in a chart."""
 
     method: str
     points: list[Point]
@@ -35,7 +36,15 @@ def write_comparison(
     answers: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (),
     note: str = "",
 ) -> Path:
-    """Write FOLDER/comparison.html; `answers` are prompts with (who, what they answered)."""
+    """Write FOLDER/comparison.html and return its path.
+
+    Args:
+        columns: names of the table's columns.
+        rows: cells of the table, one row for each method.
+        charts: charts in the order of the page; those without lines are left out.
+        answers: prompts, each with its answers as (method, text).
+        note: text under the table.
+    """
     charts = [chart for chart in charts if chart.lines]
     body = [f"<header><h1>{escape(folder.name)}</h1></header>", "<h2>Methods</h2>", table(columns, rows)]
     if note:
@@ -60,27 +69,28 @@ def write_comparison(
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for a document."""
-    lines = [columns, ["---"] * len(columns), *rows]
+    """Format a table as Markdown."""
+    lines = [columns, ["---" for _ in columns], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def loss_chart(curves: Sequence[Curve]) -> Chart:
-    """Held-out loss against tokens."""
+    """Draw held-out loss against tokens."""
     points = [point for curve in curves for point in curve.points]
-    across = {"title": {"text": "tokens"}, "unifiedhovertitle": {"text": "%{x:,} tokens"}}
-    return _chart("loss", "Held-out loss", curves, across, focused(points))
+    x_axis = {"title": {"text": "tokens"}, "unifiedhovertitle": {"text": "%{x:,} tokens"}}
+    return _chart("loss", "Held-out loss", curves, x_axis, focused(points))
 
 
 def rate_chart(curves: Sequence[Curve]) -> Chart:
-    """Loss against learning rate, in each method's first round."""
+    """Draw held-out loss against learning rate, for the rates of each method's first round."""
     rates = [rate for curve in curves for rate, _, _ in curve.points] or [1.0]
-    across = {"title": {"text": "learning rate"}} | log_axis(min(rates), max(rates)) | {"exponentformat": "e"}
-    chart = _chart("rates", "Held-out loss in the first round of rates", curves, across, {})
+    x_axis = {"title": {"text": "learning rate"}} | log_axis(min(rates), max(rates)) | {"exponentformat": "e"}
+    chart = _chart("rates", "Held-out loss in the first round of rates", curves, x_axis, {})
     return replace(chart, tells_last=False)
 
 
-def _chart(name: str, title: str, curves: Sequence[Curve], across: dict[str, Any], up: dict[str, Any]) -> Chart:
+def _chart(name: str, title: str, curves: Sequence[Curve], x_axis: dict[str, Any], y_axis: dict[str, Any]) -> Chart:
+    """Draw one line for each method that has points."""
     lines = [
         Line(
             curve.method,
@@ -93,5 +103,5 @@ def _chart(name: str, title: str, curves: Sequence[Curve], across: dict[str, Any
         for index, curve in enumerate(curves)
         if curve.points
     ]
-    layout = layout_of(across, up) | {"hovermode": "x unified"}
+    layout = layout_of(x_axis, y_axis) | {"hovermode": "x unified"}
     return Chart(name, title, ".3f", lines, {"data": traces_of(lines, ".3f"), "layout": layout})

@@ -1,8 +1,11 @@
-"""What a person sees while a run goes on.
+"""Console output of a run: progress and messages.
 
-On a terminal: one live line, with messages printed above it. Elsewhere (a pipe, a log file, a CI job): plain
-lines without control codes, one per logged step. Time left is the steps left at the median of the recent step
-times, plus the time that evaluations and restarts took per step so far; one slow step does not move it.
+On a terminal there is one live line, and messages are printed above it. Elsewhere (a pipe, a log file, a CI job) there
+are plain lines without control codes, one per logged step.
+
+    time left = steps left · (median of the recent step times + time of evaluations and restarts so far, per step)
+
+so that one slow step does not change it much.
 """
 
 import math
@@ -20,20 +23,23 @@ from relora.report.metrics import Record, mean_effective_rank, mean_relative_upd
 from relora.report.spikes import Rise
 
 RECENT_RECORDS = 32
-"""Logged steps whose median time gives the rate."""
+"""Number of logged steps that the median step time is taken over."""
 
 SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman")
-"""Of a classifier, in the order in which they are shown."""
+"""Measures of a classifier, in the order in which they are shown."""
 
 PHASE_NAMES = {"warm_start": "warm start", "low_rank": "low rank", "full": "full rank"}
 
 
 class Console:
-    """Progress and messages of one run. `quiet` prints warnings only."""
+    """Printer of one run's progress and messages to a stream, by default standard output; if `quiet`, of warnings only.
+
+    A stream that fails (the terminal or pipe is gone) is ignored from then on, and the run continues.
+    """
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         stream = sys.stdout if stream is None else stream
-        # force_terminal: FORCE_COLOR, which many CI systems set, must not put control codes into a log file
+        # force_terminal overrides FORCE_COLOR, which many CI systems set: no control codes in a log file
         self._rich = RichConsole(file=stream, force_terminal=stream.isatty(), highlight=False)
         self._stream = stream
         self._is_live = self._rich.is_terminal and not self._rich.is_dumb_terminal and not quiet
@@ -46,11 +52,11 @@ class Console:
         self._pause_seconds = 0.0
 
     def start(self, total_steps: int) -> None:
-        """The run will take `total_steps` updates, those of its earlier parts included."""
+        """Set the number of steps of the whole run, including those done before this start."""
         self._total_steps = total_steps
 
     def train(self, record: Record) -> None:
-        """A logged step: refreshes the live line, or prints a plain one."""
+        """Show a logged step: refresh the live line, or print a plain one."""
         step = record["step"]
         self._step_seconds.append(record["step_seconds"])
         if self._first_step is None:
@@ -62,38 +68,43 @@ class Console:
             self._print(self._at(step, f"{describe_phase(record):<13}  {figures}  {self.time_left(step)}"))
 
     def progress(self, step: int) -> None:
-        """`step` updates are done: moves the bar of a live line, cheap enough for every step."""
+        """Move the bar of the live line to `step` optimizer steps; cheap enough to be called at every step."""
         if self._live is not None:
             self._live.update(self._task, completed=step)
 
     def evaluation(self, record: Record) -> None:
+        """Show a held-out measurement."""
         self._pause_seconds += record["seconds"]
         self.message(self._at(record["step"], describe_evaluation(record)))
 
     def restart(self, record: Record) -> None:
+        """Show a restart."""
         self._pause_seconds += record["seconds"]
         self.message(self._at(record["step"], describe_restart(record)))
 
     def incident(self, record: Record) -> None:
-        """A skipped step or a rewind, `quiet` or not."""
+        """Show a skipped step or a rewind as a warning."""
         self.warning(self._at(record["step"], describe_incident(record)))
 
     def rise(self, step: int, rise: Rise) -> None:
-        """How the loss took a boundary, told at `step`; a spike, `quiet` or not."""
-        tell = self.warning if rise.is_spike else self.message
-        tell(self._at(step, describe_rise(rise)))
+        """Show the rise of the training loss after a boundary, known since `step`; a spike as a warning."""
+        text = self._at(step, describe_rise(rise))
+        if rise.is_spike:
+            self.warning(text)
+        else:
+            self.message(text)
 
     def message(self, text: str) -> None:
-        """One line for the person at the terminal; above the live line if there is one."""
+        """Print one line, above the live line if there is one; nothing if the console is quiet."""
         if not self._quiet:
             self._print(text)
 
     def warning(self, text: str) -> None:
-        """A message that `quiet` does not silence."""
+        """Print one line, marked as a warning, also if the console is quiet."""
         self._print(f"warning: {text}")
 
     def time_left(self, step: int) -> str:
-        """Such as `1:02:03 left`, after `step` updates."""
+        """Format the time left after `step` steps, e.g. `1:02:03 left`; empty before the first logged step."""
         if not self._step_seconds or self._first_step is None or step <= self._first_step:
             return ""
         pause_per_step = self._pause_seconds / (step - self._first_step)
@@ -101,12 +112,13 @@ class Console:
         return f"{format_duration(max(0.0, seconds))} left"
 
     def close(self) -> None:
-        """Leaves the last live line standing."""
+        """Stop updating the live line; its last state stays on the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def _show(self, step: int, where: str, figures: str) -> None:
+        """Start the live line if it is not there yet, and update it."""
         if self._live is None:
             self._live = Progress(
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -122,34 +134,37 @@ class Console:
         self._live.update(self._task, completed=step, description=where, figures=figures)
 
     def _at(self, step: int, text: str) -> str:
+        """Prefix a text with the step, padded to the width of the last step's number."""
         return f"step {step:>{len(str(self._total_steps))}}  {text.rstrip()}"
 
     def _print(self, text: str) -> None:
+        """Print one line; characters that the stream cannot encode are escaped."""
         try:
-            if self._is_live:  # Text: a message holds no markup; soft_wrap: a line stays a line on any width
+            # `Text`, so that rich reads no markup in a message; `soft_wrap`, so that it breaks no line
+            if self._is_live:
                 self._rich.print(Text(text), soft_wrap=True)
             else:
                 print(text, file=self._stream, flush=True)
-        except UnicodeEncodeError:  # a stream of a small character set
+        except UnicodeEncodeError:  # the stream's encoding lacks a character, e.g. ASCII
             self._print(text.encode("ascii", "backslashreplace").decode())
-        except OSError:  # the terminal or the pipe is gone; the run is not
+        except OSError:  # the terminal or the pipe is gone; the run goes on without output
             self._quiet, self._is_live = True, False
 
 
 def describe_phase(record: Record) -> str:
-    """`warm start`, `full rank`, or `low rank, 3` in the cycle after the third restart."""
+    """Format the phase: `warm start`, `full rank`, or e.g. `low rank, 3` in the cycle after the third restart."""
     name = PHASE_NAMES[record["phase"]]
     return f"{name}, {record['cycle']}" if record["phase"] == "low_rank" else name
 
 
 def describe_training(record: Record) -> str:
-    """Loss, learning rate (of the factors, where there are any) and tokens a second, short enough for 80 columns."""
+    """Format loss, learning rate (of the factors in the low-rank phase) and tokens per second, for 80 columns."""
     speed = f"{record['tokens_per_second']:,.0f} tok/s"
     return f"loss {format_figure(record['loss'])}  lr {record.get('lowrank_lr', record['lr']):.1e}  {speed}"
 
 
 def describe_evaluation(record: Record) -> str:
-    """Held-out loss, perplexity, bits per byte, and over how many tokens; of a classifier its scores."""
+    """Format held-out loss, perplexity, bits per byte and the number of tokens; for a classifier, its scores."""
     scores = [f"{name} {format_figure(record[name])}" for name in SCORES if name in record]
     if scores:
         examples = f"{record['validation_tokens']:,} examples, {record['seconds']:.1f} s"
@@ -163,7 +178,7 @@ def describe_evaluation(record: Record) -> str:
 
 
 def describe_restart(record: Record) -> str:
-    """What was merged, how large and of what rank it was, and that the held-out loss did not move."""
+    """Format size and effective rank of the merged update, and the held-out loss on both sides of the restart."""
     return (
         f"restart {record['cycle']}: merged {len(record['layers'])} layers, "
         f"|ΔW|/|W| {format_figure(mean_relative_update(record), 3)}, "
@@ -174,7 +189,7 @@ def describe_restart(record: Record) -> str:
 
 
 def describe_incident(record: Record) -> str:
-    """What was done about a loss or gradient that is not finite, and where in the data it lies."""
+    """Format how a non-finite loss or gradient was handled, and where in the data it occurred."""
     where = f" in {record['batch']}" if record["batch"] else ""
     if record["kind"] == "rewind":
         return f"gone back to here, past what was not finite at step {record['failed_step']}{where}"
@@ -183,7 +198,7 @@ def describe_incident(record: Record) -> str:
 
 
 def describe_rise(rise: Rise) -> str:
-    """By how much the training loss rose after a boundary, whether it is back, or that it is no more than noise."""
+    """Format the rise of the training loss after a boundary: within the noise, or recovered after how many steps."""
     where = f"after the {rise.boundary.name} at step {rise.boundary.step} the training loss"
     if rise.rise <= 0:
         return f"{where} did not rise ({format_figure(rise.before, 3)} -> {format_figure(rise.peak, 3)})"
@@ -195,13 +210,14 @@ def describe_rise(rise: Rise) -> str:
 
 
 def format_figure(value: float | None, digits: int = 4) -> str:
-    """A figure, or a dash for one that is unknown."""
+    """Format a number with so many decimals; a dash for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def format_duration(seconds: float) -> str:
-    """`H:MM:SS`, in front of it the days if there are any: `3d 4:05:06`."""
+    """Format a duration as `H:MM:SS`, with days before it if there are any: `3d 4:05:06`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hour}:{minute:02}:{second:02}"
+    time = f"{hour}:{minute:02}:{second:02}"
+    return f"{days}d {time}" if days else time

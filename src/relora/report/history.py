@@ -1,7 +1,8 @@
-"""A run folder read back: what the report draws, whether the run is finished or not.
+"""History of a run, read from its folder for the report, whether the run is finished or not.
 
-Files may be missing (a run that has only begun, one without restarts) and figures may be null or damaged; only a run
-without a single record is refused. Every figure is checked to be a number here, so that nothing below has to ask.
+Files may be missing (the run has only begun, or has no restarts), and figures may be null or damaged; only a folder
+without any record is refused. Records without integers for step, tokens and cycle are dropped here, so that the code
+that draws can rely on these three.
 """
 
 import math
@@ -17,11 +18,11 @@ from relora.report.metrics import Record, number, read_json_lines
 from relora.report.spikes import Rise, rises, window_steps
 
 INCIDENT_KINDS = ("skipped", "rewind")
-"""Records of numbers that went wrong and were lived with: a step left out, a return to a checkpoint."""
+"""Kinds of the records of incidents, i.e. of a non-finite loss or gradient: a skipped step, a rewind."""
 
 
 class HeldOut(NamedTuple):
-    """The held-out loss after `step` updates."""
+    """Held-out loss (nats per token) after `step` optimizer steps."""
 
     step: int
     tokens: int
@@ -29,46 +30,50 @@ class HeldOut(NamedTuple):
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(min(self.loss, 700.0))  # exp(710) overflows
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of training between two events: the warm start, one low-rank cycle, a full-rank run."""
+    """Part of a run between two boundaries: the warm start, one low-rank cycle, or a whole full-rank run."""
 
     phase: str
     cycle: int
     first: tuple[int, int]
-    """(step, tokens) where it begins."""
+    """(step, tokens) at its beginning."""
     last: tuple[int, int]
+    """(step, tokens) at its end."""
     before: HeldOut | None
-    """The last measurement that does not lie in it."""
+    """Last held-out measurement at or before its beginning."""
     measured: tuple[HeldOut, ...]
-    """The measurements in it, in order; the last one closes it."""
+    """Held-out measurements after its beginning, in order, up to and including its end."""
 
     @property
     def after(self) -> HeldOut | None:
+        """Last held-out measurement of the segment."""
         return self.measured[-1] if self.measured else None
 
     @property
     def lowest(self) -> HeldOut | None:
+        """Held-out measurement of the segment with the lowest loss."""
         return min(self.measured, key=lambda point: point.loss, default=None)
 
 
 @dataclass(frozen=True)
 class History:
-    """Everything that the files of one run say."""
+    """Content of the files of one run."""
 
     name: str
     train: list[Record]
     evaluations: list[Record]
     incidents: list[Record]
-    """Skipped steps and rewinds, in order."""
+    """Records of skipped steps and rewinds, in order."""
     restarts: list[Record]
     rises: list[Rise]
-    """How the training loss took the switch to low rank and every restart, where enough of it is logged."""
+    """Rise of the training loss after the switch and after every restart, where enough losses are logged."""
     held_out: list[HeldOut]
-    """One point per step, from the evaluations and from the measurements around restarts."""
+    """Held-out measurements, one per step: evaluations and the measurements after restarts."""
     segments: list[Segment]
     samples: list[Record]
     config_text: str
@@ -100,7 +105,7 @@ class History:
         return self.step_seconds + other
 
     def setting(self, *keys: str) -> Any:
-        """A value of the configuration, None where it is not given: `setting("lowrank", "r")`."""
+        """Return a value of the configuration, e.g. `setting("lowrank", "r")`; None where it is not given."""
         value: Any = self.config
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -108,7 +113,11 @@ class History:
 
 
 def read_history(run_folder: Path) -> History:
-    """Raises `UserError` for a folder without records and for a file that cannot be read."""
+    """Read the files of a run folder.
+
+    Raises:
+        UserError: the folder has no records, or a file cannot be read.
+    """
     metrics = run_folder / "metrics.jsonl"
     if not metrics.exists():
         raise UserError(f"{metrics}: no such file; give the folder of a run that has begun to train")
@@ -142,11 +151,12 @@ def read_history(run_folder: Path) -> History:
 
 
 def has_place(record: Record) -> bool:
-    """Whether a record says where it belongs; one that does not is damaged."""
+    """Whether a record has integers for step, tokens and cycle; one without them is damaged."""
     return all(isinstance(record.get(key), int) for key in ("step", "tokens", "cycle"))
 
 
 def _held_out(evaluations: list[Record], restarts: list[Record]) -> list[HeldOut]:
+    """Collect the held-out measurements in order; at a restart, the one after it replaces the one before it."""
     losses = [(record, number(record, "validation_loss")) for record in evaluations]
     losses += [(record, number(record, "loss_after")) for record in restarts]
     points = {
@@ -156,7 +166,11 @@ def _held_out(evaluations: list[Record], restarts: list[Record]) -> list[HeldOut
 
 
 def _segments(train: list[Record], restarts: list[Record], held_out: list[HeldOut]) -> Iterator[Segment]:
-    """A segment ends where the next restart says, else (the end of the warm start) at its last logged step."""
+    """Divide a run at its boundaries; segments are found by the phase and cycle of the logged steps.
+
+    A segment ends at the step of the restart that begins the next cycle. The warm start, which no restart follows, ends
+    at its last logged step, and the last segment at the last logged step or measurement.
+    """
     began = {record["cycle"]: (record["step"], record["tokens"]) for record in restarts}
     groups = [
         (str(phase), cycle, list(records))
@@ -181,7 +195,10 @@ def _segments(train: list[Record], restarts: list[Record], held_out: list[HeldOu
 
 
 def read_config(run_folder: Path) -> tuple[str, Mapping[str, Any]]:
-    """The configuration of a run as text and as settings; empty where there is none, or none that can be read."""
+    """Return the configuration of a run as text and as settings; both empty where it is missing.
+
+    Settings are empty, and the text is not, where the text is not a YAML mapping of permitted size.
+    """
     try:
         text = inside(run_folder, "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -189,10 +206,11 @@ def read_config(run_folder: Path) -> tuple[str, Mapping[str, Any]]:
     try:
         tree = parse_yaml(text, "config.yaml") if len(text) <= YAML_BYTES else None
     except UserError:
-        tree = None  # shown as it is
+        tree = None  # the report still shows the text
     return text, tree if isinstance(tree, dict) else {}
 
 
 def _read_json(run_folder: Path, name: str) -> Any:
+    """Read a JSON file of the run folder; None where it is missing."""
     path = inside(run_folder, name)
     return read_json(path) if path.exists() else None

@@ -1,8 +1,8 @@
-"""The report of a run: one HTML file that needs no network, for a finished run or one that still goes on.
+"""Report of a run: one HTML file that needs no network, for a finished run or one that still goes on.
 
-Everything that comes from data or configuration is escaped: text by `html.escape`, the figures by writing every `<`
-of their JSON as `\\u003c`, so that no string can end the script that holds them. A content security policy forbids
-the page to load anything.
+Everything that comes from data or configuration is escaped: text by `html.escape`, and figures by writing every `<` of
+their JSON as `\\u003c`, so that no string can end the script element that holds them. A content security policy
+forbids the page to load anything.
 """
 
 import json
@@ -54,8 +54,9 @@ RESTART_NOTE = (
 def write_report(run_folder: Path) -> Path:
     """Write RUN/report.html from the files of the run and return its path.
 
-    Raises `UserError` if the run has no records yet or one of its files is damaged, `RunStopped` if the report cannot
-    be written.
+    Raises:
+        UserError: the run has no records yet, or one of its files is damaged.
+        RunStopped: the report cannot be written.
     """
     check_folder(run_folder)
     history = read_history(run_folder)
@@ -68,7 +69,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def render(history: History) -> str:
-    """The whole page."""
+    """Return the whole page as HTML."""
     figures = charts(history)
     page = Template(files("relora.report").joinpath("page.html").read_text(encoding="utf-8"))
     return page.substitute(
@@ -80,21 +81,22 @@ def render(history: History) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand inside a `<script>` element, whatever strings it holds."""
+    """Return JSON that is safe inside a `<script>` element, whatever strings it contains."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
+    """Yield the parts of the page in their order; parts for which the run has no figures are left out."""
     yield f"<header><h1>{escape(history.name)}</h1>{_lead(history)}{_key_figures(history)}</header>"
-    yield _key(history)
+    yield _legend(history)
     yield f'<section class="charts">{"".join(map(figure_html, figures))}</section>'
     if history.held_out:
         yield "<h2>Phases</h2>" + table(PHASE_COLUMNS, map(_phase_row, history.segments))
     if history.restarts:
         yield "<h2>Restarts</h2>" + table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
         yield f'<p class="note">{RESTART_NOTE}</p>'
-    if switch := _rise(history, cycle=0):
-        yield f'<p class="note">{escape(describe_rise(switch).capitalize())}.</p>'
+    if (switch_rise := _rise(history, cycle=0)) is not None:
+        yield f'<p class="note">{escape(describe_rise(switch_rise).capitalize())}.</p>'
     if history.incidents:
         yield "<h2>Not finite</h2>" + table(INCIDENT_COLUMNS, map(_incident_row, history.incidents))
     if history.samples:
@@ -108,7 +110,7 @@ def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
 
 
 def _lead(history: History) -> str:
-    """The result in one sentence, and whether there is more to come."""
+    """Build the sentence with the result, and a second one if the run is not finished."""
     last_step, last_tokens = history.last
     result = f"<b>{last_tokens:,} tokens</b> in {format_duration(history.seconds)} of training."
     if history.held_out:
@@ -120,6 +122,7 @@ def _lead(history: History) -> str:
 
 
 def _key_figures(history: History) -> str:
+    """Build the list of key figures: method, model, speed, memory and others that are known."""
     last_evaluation: Record = history.evaluations[-1] if history.evaluations else {}
     model = history.setting("model", "preset") or history.setting("model", "path")
     parameters = number(history.environment, "parameters")
@@ -139,8 +142,8 @@ def _key_figures(history: History) -> str:
     return f'<dl class="figures">{"".join(items)}</dl>'
 
 
-def _key(history: History) -> str:
-    """What the shades and the lines in the charts mean, as far as the run has them."""
+def _legend(history: History) -> str:
+    """Build the legend of the charts' shades and marks, for those that the run has."""
     phases = {segment.phase for segment in history.segments}
     items = [
         f'<span><i style="background: var(--{phase.replace("_", "-")})"></i>{PHASE_NAMES[phase]}</span>'
@@ -158,7 +161,7 @@ def _key(history: History) -> str:
 
 
 def figure_html(chart: Chart) -> str:
-    """The place of a chart in the page, under a heading that names its lines and their last values."""
+    """Build the element that a chart is drawn in, under a heading with the names and last values of its lines."""
     words = []
     for line in chart.lines:
         value = next((value for _, _, value in reversed(line.points) if value is not None), None)
@@ -171,6 +174,7 @@ def figure_html(chart: Chart) -> str:
 
 
 def _phase_row(segment: Segment) -> list[str]:
+    """Build the cells of one segment in the table of phases."""
     name = PHASE_NAMES.get(segment.phase, segment.phase)
     if segment.phase == "low_rank":
         name += f", cycle {segment.cycle}"
@@ -183,6 +187,7 @@ def _phase_row(segment: Segment) -> list[str]:
 
 
 def _restart_row(history: History, restart: Record) -> list[str]:
+    """Build the cells of one restart in the table of restarts."""
     cycle = restart["cycle"]
     segments = [item for item in history.segments if item.phase == "low_rank" and item.cycle == cycle]
     segment = segments[0] if segments else None
@@ -203,11 +208,12 @@ def _restart_row(history: History, restart: Record) -> list[str]:
 
 
 def _rise(history: History, cycle: int) -> Rise | None:
+    """Return the rise of the training loss at the beginning of a cycle; None where it was not measured."""
     return next((rise for rise in history.rises if rise.boundary.cycle == cycle), None)
 
 
 def _rise_cells(rise: Rise | None) -> tuple[str, str]:
-    """What it rose by, and when it was back; the latter of spikes only."""
+    """Build two cells: the rise of the training loss, and the steps until it recovered (only for a spike)."""
     if rise is None:
         return "-", "-"
     if not rise.is_spike:
@@ -216,6 +222,7 @@ def _rise_cells(rise: Rise | None) -> tuple[str, str]:
 
 
 def _incident_row(record: Record) -> list[str]:
+    """Build the cells of one skipped step or rewind."""
     done = INCIDENT_NAMES[record["kind"]]
     if (failed := number(record, "failed_step")) is not None:
         done += f", from step {failed:,.0f}"
@@ -224,17 +231,19 @@ def _incident_row(record: Record) -> list[str]:
 
 
 def _perplexity(point: HeldOut | None) -> str:
+    """Format the perplexity of a measurement; a dash without one."""
     return "-" if point is None else f"{point.perplexity:,.2f}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """As HTML, everything escaped."""
+    """Build an HTML table with all cells escaped."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _sample(sample: Record) -> str:
+    """Build the quotation of one generated text, with its prompt in bold."""
     prompt, text = str(sample.get("prompt", "")), str(sample.get("text", ""))
     text = text.removeprefix(prompt)
     return (

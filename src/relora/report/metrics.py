@@ -1,9 +1,9 @@
-"""The figures of a run as lines of JSON: `metrics.jsonl` and `restarts.jsonl`.
+"""Metric files of a run, one JSON record per line: `metrics.jsonl` and `restarts.jsonl`.
 
-One record is one line, written at once and whole, so that a run killed anywhere leaves at most one torn line,
-the last. A checkpoint stores the byte length of the file at its time; a resumed run cuts the file back to it,
-so that no step stands twice. NaN and the infinities are not JSON: they are written as null (a loss that is
-not finite stops the run anyway, and null keeps every line readable by any tool).
+Each line is written at once with one call, so that a run that is killed at any moment leaves at most one torn line, the
+last. A checkpoint stores the byte length of the file at its time. A resumed run truncates the file to that length, so
+that no step is recorded twice. NaN and the infinities are not JSON and are written as null, which keeps every line
+readable by any tool.
 """
 
 import errno
@@ -20,25 +20,27 @@ from relora.errors import RunStopped, UserError
 from relora.files.untrusted import inside
 
 Record = Mapping[str, Any]
-"""One line: a flat or nested mapping of JSON values."""
+"""Content of one line: a flat or nested mapping of JSON values."""
 
 _BLOCK_BYTES = 1 << 16
+"""Bytes that are read at a time when the end of a file is searched for the last line end."""
 _LARGEST = 1e100
-"""Beyond what fp32 holds, and what sums and squares of float64 can bear."""
+"""Largest magnitude that `number` accepts: above every fp32 value, and small enough to be squared in float64."""
 
 
 class JsonLines:
-    """An append-only file of records. Opening it drops a torn last line; the folder must exist.
+    """Append-only file of records; a torn last line is cut off when the file is opened. The folder must exist.
 
-    Raises `UserError` if the file cannot be opened or is a link out of its folder, `RunStopped` if a line cannot be
-    written (a full disk).
+    Raises:
+        UserError: the file cannot be opened, or is a link that leads out of its folder.
+        RunStopped: a line cannot be written later, for example on a full disk.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = inside(path.parent, path.name)
         try:
             with ExitStack() as opened:
-                # what cannot be written now is not tried again by close()
+                # unbuffered: a line that could not be written is not written by close() later
                 self._file = opened.enter_context(path.open("ab", buffering=0))
                 _drop_torn_line(path)
                 self._file.seek(0, os.SEEK_END)
@@ -48,11 +50,11 @@ class JsonLines:
 
     @property
     def size(self) -> int:
-        """Bytes written so far, the ones of earlier runs included."""
+        """Length of the file in bytes, including what earlier parts of the run wrote."""
         return self._file.tell()
 
     def append(self, record: Record) -> None:
-        """Write one record as one line, at once."""
+        """Write one record as one line, immediately; `RunStopped` if that fails."""
         line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
             if self._file.write(line) < len(line):
@@ -61,18 +63,22 @@ class JsonLines:
             raise self._stopped(error) from None
 
     def sync(self) -> None:
-        """Make what was appended survive a power cut."""
+        """Make all records written so far survive a power cut; `RunStopped` if that fails."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise self._stopped(error) from None
 
     def truncate(self, size: int) -> bool:
-        """Cut the file back to `size` bytes and whole lines; False if it is shorter (somebody deleted or cut it)."""
+        """Truncate the file to `size` bytes and to whole lines.
+
+        Returns:
+            False if the file was shorter than `size`, because somebody deleted or cut it.
+        """
         is_shorter = self.size < size
         if self.size > size:
             self._file.truncate(size)
-            _drop_torn_line(self.path)  # where somebody edited the file, `size` may lie within a line
+            _drop_torn_line(self.path)  # `size` may lie within a line if somebody edited the file
             self._file.seek(0, os.SEEK_END)
         return not is_shorter
 
@@ -80,45 +86,47 @@ class JsonLines:
         self._file.close()
 
     def _stopped(self, error: OSError) -> RunStopped:
+        """Build the error for a file that cannot be written."""
         return RunStopped(f"{self.path}: cannot be written: {error.strerror}; free some space and resume")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; see `iter_json_lines`."""
+    """Return all records of a file; see `iter_json_lines`."""
     return list(iter_json_lines(path))
 
 
 def iter_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, one at a time. A torn last line is ignored.
+    """Yield the records of a file, one at a time. A torn last line is ignored.
 
-    Raises `UserError` for a file that cannot be read and for any other line that is not a JSON object.
+    Raises:
+        UserError: the file cannot be read, or a line other than the last is not a JSON object.
     """
-    torn = 0
+    bad_line = 0
     try:
         with inside(path.parent, path.name).open("rb") as lines:
             for line_number, line in enumerate(lines, start=1):
-                if torn:  # not the last line, so no kill has torn it
-                    raise UserError(f"{path}:{torn}: not a JSON object; mend or delete this line")
+                if bad_line:  # another line follows it, so it was not torn by a kill
+                    raise UserError(f"{path}:{bad_line}: not a JSON object; mend or delete this line")
                 try:
                     record = json.loads(line)
-                except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError, too
+                except (ValueError, RecursionError):  # bytes that are not UTF-8 raise a ValueError as well
                     record = None
                 if isinstance(record, dict):
                     yield record
                 else:
-                    torn = line_number
+                    bad_line = line_number
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def number(record: Record, key: str) -> float | None:
-    """A figure of a record; None where it is absent, null, no number or larger than any that a run has."""
+    """Return a number of a record; None where it is absent, null, of another type, or too large to compute with."""
     value = record.get(key)
     return value if isinstance(value, int | float) and abs(value) < _LARGEST else None
 
 
 def mean_relative_update(restart: Record) -> float:
-    """Mean over the layers of |s B A| / |W| (Frobenius) of one restart; NaN where nothing was measured."""
+    """Average |s B A| / |W| (Frobenius norms) over the layers of one restart; NaN where no layer has both norms."""
     ratios = []
     for layer in restart.get("layers") or ():
         update, weight = number(layer, "update_norm"), number(layer, "weight_norm")
@@ -128,14 +136,14 @@ def mean_relative_update(restart: Record) -> float:
 
 
 def mean_effective_rank(restart: Record) -> float:
-    """Mean over the layers of the effective rank of the merged update; NaN where nothing was measured."""
+    """Average the effective rank of the merged update over the layers of one restart; NaN where no layer has it."""
     ranks = [number(layer, "effective_rank") for layer in restart.get("layers") or ()]
     known = [rank for rank in ranks if rank is not None]
     return fmean(known) if known else math.nan
 
 
 def _finite(value: Any) -> Any:
-    """The same tree with None in place of every float that is not finite."""
+    """Copy a tree of JSON values with None in place of every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -146,7 +154,7 @@ def _finite(value: Any) -> Any:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what stands after the last line end: the rest of a line whose writer was killed. Reads the end only."""
+    """Cut off everything after the last line end: part of a line whose writer was killed. Reads only the file's end."""
     with path.open("rb+") as file:
         end = kept = file.seek(0, os.SEEK_END)
         while kept:

@@ -1,4 +1,4 @@
-"""What the training loop talks to: one record in; the file, the console and the trackers out."""
+"""The reporter of a run: passes every record of the training loop to the metric files, the console and the trackers."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ from relora.report.trackers import Tracker
 
 
 class Reporter:
-    """Writes metrics.jsonl and restarts.jsonl into an existing run folder; shows and forwards the records.
+    """Writer of metrics.jsonl and restarts.jsonl in an existing run folder, which also shows and forwards the records.
 
-    The two files are the record of the run: failing to write them stops it (`RunStopped`). A tracker is a
-    convenience: one that fails is reported once and dropped, because no dashboard is worth a week's training.
-    How the loss took a restart is told when the window after it has passed (`relora.report.spikes`).
+    The two files are the record of the run: a write that fails stops it (`RunStopped`). A tracker is a convenience: one
+    that fails is reported once and then left out, so that it cannot end a long run. The rise of the loss after a
+    boundary is shown once the window after it has passed (`relora.report.spikes`).
     """
 
     def __init__(self, run_folder: Path, total_steps: int, trackers: Sequence[Tracker], console: Console) -> None:
         self._window = window_steps(read_config(run_folder)[1])
-        with ExitStack() as opened:  # both files or none
+        with ExitStack() as opened:  # closes the first file if the second cannot be opened
             self._metrics = JsonLines(run_folder / "metrics.jsonl")
             opened.callback(self._metrics.close)
             self._restarts = JsonLines(run_folder / "restarts.jsonl")
@@ -44,34 +44,34 @@ class Reporter:
         self._incidents: Counter[str] = Counter()
 
     def train(self, record: Record) -> None:
-        """A logged step."""
+        """Report a logged step."""
         self._metrics.append(record)
         self._console.train(record)
         self._track(record)
-        self._tell(record["step"], self._watch.record(record))
+        self._show_rise(record["step"], self._watch.record(record))
 
     def incident(self, record: Record) -> None:
-        """A step that was left out (`kind` skipped) or a return to a checkpoint (rewind); trackers get the counts."""
+        """Report a skipped step (`kind` skipped) or a return to a checkpoint (rewind); trackers get the counts."""
         self._metrics.append(record)
         self._console.incident(record)
         self._incidents[record["kind"]] += 1
         counts = {kind: self._incidents[kind] for kind in INCIDENT_KINDS}
         self._track({"kind": "incidents", "step": record["step"], **counts})
-        self._tell(record["step"], self._watch.record(record))
+        self._show_rise(record["step"], self._watch.record(record))
 
     def evaluation(self, record: Record) -> None:
-        """A held-out measurement."""
+        """Report a held-out measurement."""
         self._metrics.append(record)
         self._console.evaluation(record)
         self._track(record)
 
     def decision(self, record: Record) -> None:
-        """What a run saw that settles its timetable as it goes, and what it made of it; see `train.decisions`."""
+        """Report a decision of the run about its own timetable and the criteria it measured (see `train.adaptive`)."""
         self._metrics.append(record)
         self._track(record)
 
     def restart(self, record: Record) -> None:
-        """A ReLoRA restart; trackers get its means over the layers."""
+        """Report a restart; trackers get the means over the layers instead of the layers' own figures."""
         self._restarts.append(record)
         self._console.restart(record)
         figures = {name: value for name, value in record.items() if name != "layers"}
@@ -83,32 +83,32 @@ class Reporter:
                 "effective_rank": mean_effective_rank(record),
             }
         )
-        self._tell(record["step"], self._watch.boundary(Boundary(record["step"], record["cycle"])))
+        self._show_rise(record["step"], self._watch.boundary(Boundary(record["step"], record["cycle"])))
 
     def progress(self, step: int) -> None:
-        """`step` updates are done; for every step, logged or not."""
+        """Show that `step` optimizer steps are done; called at every step, logged or not."""
         self._console.progress(step)
 
     def message(self, text: str) -> None:
-        """One line for the person at the terminal."""
+        """Print one line for the user."""
         self._console.message(text)
 
     def warning(self, text: str) -> None:
-        """A message that a quiet console prints, too."""
+        """Print one line for the user, also on a quiet console."""
         self._console.warning(text)
 
     def positions(self) -> dict[str, int]:
-        """Byte lengths of the two files, for the checkpoint; what they hold is on disk before it relies on them."""
+        """Sync the two files and return their lengths in bytes, by name, for the checkpoint that relies on them."""
         for file in self._files:
             file.sync()
         return {file.path.name: file.size for file in self._files}
 
     def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut the files back to where they were at a checkpoint: what came after it will be lived again."""
-        short = [file.path.name for file in self._files if not file.truncate(positions[file.path.name])]
-        if short:
+        """Truncate the files to their lengths at a checkpoint: the run repeats what came after it."""
+        too_short = [file.path.name for file in self._files if not file.truncate(positions[file.path.name])]
+        if too_short:
             self.warning(
-                f"{self._metrics.path.parent}: {' and '.join(short)} shorter than when the checkpoint was written: "
+                f"{self._metrics.path.parent}: {' and '.join(too_short)} shorter than when the checkpoint was written: "
                 "figures of earlier steps are gone; the training is not touched by that"
             )
         try:
@@ -117,12 +117,12 @@ class Reporter:
             self.warning(f"{error}; until then no report can be written")
 
     def rewinds_to(self, step: int) -> list[Record]:
-        """The records of the returns to the checkpoint of `step`."""
+        """Return the records of all rewinds to the checkpoint of `step`."""
         records = iter_json_lines(self._metrics.path)
         return [record for record in records if record.get("kind") == "rewind" and record.get("step") == step]
 
     def close(self) -> None:
-        """Close everything; the files last, so that a tracker that hangs loses no figure."""
+        """Close trackers, console and files; the files last, so that a tracker that hangs loses no record."""
         for tracker in self._trackers.copy():
             try:
                 tracker.close()
@@ -145,10 +145,11 @@ class Reporter:
 
     @property
     def _files(self) -> tuple[JsonLines, JsonLines]:
+        """The two metric files."""
         return self._metrics, self._restarts
 
     def _read_back(self) -> None:
-        """What the counts and the watch know at the end of the two files."""
+        """Set the counts of incidents and the loss watch to their state at the end of the two files."""
         self._watch, self._incidents = LossWatch(self._window), Counter()
         restarts = [Boundary(r["step"], r["cycle"]) for r in read_json_lines(self._restarts.path) if has_place(r)]
         restarts.reverse()
@@ -164,11 +165,13 @@ class Reporter:
         for restart in reversed(restarts):
             self._watch.boundary(restart)
 
-    def _tell(self, step: int, rise: Rise | None) -> None:
+    def _show_rise(self, step: int, rise: Rise | None) -> None:
+        """Show the rise of the loss after a boundary, if it is known by now."""
         if rise is not None:
             self._console.rise(step, rise)
 
     def _track(self, record: Record) -> None:
+        """Send a record to every tracker; one that fails gets no more records."""
         for tracker in self._trackers.copy():
             try:
                 tracker.log(record)
@@ -176,5 +179,6 @@ class Reporter:
                 self._drop(tracker, error)
 
     def _drop(self, tracker: Tracker, error: Exception) -> None:
+        """Leave a tracker that failed out from now on, and warn once."""
         self._trackers.remove(tracker)
         self._console.warning(f"{type(tracker).__name__} failed and gets no more figures: {error}")

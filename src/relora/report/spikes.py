@@ -1,20 +1,21 @@
-"""How the training loss takes a boundary, i.e. a restart or the switch to low rank: from the logged losses alone.
+"""Loss spikes: the rise of the training loss after a boundary (a restart or the switch), from the logged losses.
 
     before           mean of the logged losses in a window before the boundary
-    peak             highest logged loss in a window as long after it
+    peak             highest logged loss in a window of the same length after it
     rise             peak - before
     noise            spread of single losses before it: sqrt(mean of the squared successive differences / 2)
-    recovered_after  steps to the first logged step, from the peak on, where the mean of the last 5 is at most `before`
+    recovered_after  steps from the boundary to the first logged step, at or after the peak, where the mean of the last
+                     5 logged losses is at most `before`
 
 The window is twice `restart.warmup_steps` long, at least ten logging intervals, and ends at the next boundary.
 
-A logged loss is that of one batch, so the highest of several lies above their mean without any spike. A rise counts as
-a spike beyond 4 times the noise. Of boundaries where nothing happens, with independent normal losses, that calls 6%
-spikes with 5 losses on either side, 3% with 10, 1% with 20 to 100. Successive differences (von Neumann 1941) do not
-take the slope of a falling loss for noise, as a standard deviation would.
+A logged loss is that of one batch, so the highest of several lies above their mean even without a spike. Only a rise of
+more than 4 times the noise counts as a spike. At boundaries without any effect, and with independent normal losses,
+this rule finds a spike in 6% of cases with 5 losses on either side, in 3% with 10, in 1% with 20 to 100. Successive
+differences (von Neumann 1941) do not count the slope of a falling loss as noise, as a standard deviation would.
 
-All is a function of metrics.jsonl, restarts.jsonl and config.yaml, so a run that was killed and continued tells the
-same. The price: a spike that lives between two logged steps is not seen.
+All figures are a function of metrics.jsonl, restarts.jsonl and config.yaml, so a run that was killed and continued
+shows the same ones. The price: a spike between two logged steps is not seen.
 """
 
 import math
@@ -28,13 +29,13 @@ from typing import Any
 from relora.report.metrics import Record, number
 
 NOISE_FACTOR = 4.0
-"""A rise beyond this many times the noise is a spike."""
+"""Multiple of the noise above which a rise counts as a spike."""
 FEWEST_BEFORE = 5
-"""With fewer logged losses before a boundary the noise is unknown, and nothing is measured."""
+"""Least number of logged losses before a boundary; with fewer the noise is unknown, and nothing is measured."""
 RUNNING_RECORDS = 5
-"""Logged losses in the running mean that says when the loss is back."""
+"""Number of logged losses in the running mean that decides when the loss has recovered."""
 WINDOW_RECORDS = 10
-"""A window is at least as many logging intervals long."""
+"""Least length of a window, in logging intervals."""
 
 Loss = tuple[int, float]
 """(step, training loss), as logged."""
@@ -42,19 +43,20 @@ Loss = tuple[int, float]
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the loss may jump: after `step` updates, `cycle` begins; cycle 0 begins with the switch to low rank."""
+    """Beginning of a cycle after `step` optimizer steps; cycle 0 begins with the switch to low rank."""
 
     step: int
     cycle: int
 
     @property
     def name(self) -> str:
+        """Name of the event at the boundary, as it is shown."""
         return "restart" if self.cycle else "switch to low rank"
 
 
 @dataclass(frozen=True)
 class Rise:
-    """What the training loss did after one boundary, in nats per token; `recovered_after` None: not back yet."""
+    """Rise of the training loss after one boundary, in nats per token; the figures are those of the module's table."""
 
     boundary: Boundary
     before: float
@@ -62,43 +64,55 @@ class Rise:
     peak_step: int
     noise: float
     recovered_after: int | None
+    """None where the loss has not recovered yet."""
 
     @property
     def rise(self) -> float:
+        """Highest loss after the boundary minus the mean loss before it."""
         return self.peak - self.before
 
     @property
     def is_spike(self) -> bool:
+        """Whether the rise exceeds the noise by the factor `NOISE_FACTOR`."""
         return self.rise > NOISE_FACTOR * self.noise
 
 
 def window_steps(config: Mapping[str, Any]) -> int:
-    """Steps on either side of a boundary that are compared, of a run's configuration as it stands in config.yaml."""
+    """Return the length of a window in steps for a configuration as config.yaml holds it."""
     warmup, every = _setting(config, "restart", "warmup_steps"), _setting(config, "log", "every_steps")
     return max(2 * warmup, WINDOW_RECORDS * max(every, 1))
 
 
 def measure(boundary: Boundary, window: int, before: Iterable[Loss], after: Sequence[Loss]) -> Rise | None:
-    """The rise at a boundary; None where too few losses are logged.
+    """Measure the rise at one boundary; None where too few losses are logged.
 
-    `before` and `after`: the logged losses between this boundary and the neighbouring ones, in order.
+    Args:
+        window: length of the windows in steps.
+        before: logged losses between the previous boundary and this one, in order.
+        after: logged losses between this boundary and the next one, in order.
     """
-    past = [loss for step, loss in before if step > boundary.step - window]
-    soon = [(loss, step) for step, loss in after if step <= boundary.step + window]
-    if len(past) < FEWEST_BEFORE or not soon:
+    losses_before = [loss for step, loss in before if step > boundary.step - window]
+    losses_after = [(loss, step) for step, loss in after if step <= boundary.step + window]
+    if len(losses_before) < FEWEST_BEFORE or not losses_after:
         return None
-    level = fmean(past)
-    noise = math.dist(past[1:], past[:-1]) / math.sqrt(2 * (len(past) - 1))
-    peak, peak_step = max(soon)
+    level = fmean(losses_before)
+    noise = math.dist(losses_before[1:], losses_before[:-1]) / math.sqrt(2 * (len(losses_before) - 1))
+    peak, peak_step = max(losses_after)
     return Rise(boundary, level, peak, peak_step, noise, _recovered_after(boundary, level, peak_step, after))
 
 
 def rises(records: Sequence[Record], restarts: Sequence[Record], window: int) -> list[Rise]:
-    """The rise at every boundary of a run, from the records of its two files."""
+    """Measure the rise at every boundary of a run; boundaries with too few logged losses are left out.
+
+    Args:
+        records: records of metrics.jsonl, in order.
+        restarts: records of restarts.jsonl.
+        window: length of the windows in steps.
+    """
     boundaries = [Boundary(record["step"], record["cycle"]) for record in restarts]
-    begun = [record["step"] for record in records if record.get("phase") == "low_rank" and record["cycle"] == 0]
-    if begun:  # the first step of a cycle is always logged
-        boundaries.append(Boundary(min(begun) - 1, 0))
+    first_cycle = [record["step"] for record in records if record.get("phase") == "low_rank" and record["cycle"] == 0]
+    if first_cycle:  # the first step of a cycle is always logged
+        boundaries.append(Boundary(min(first_cycle) - 1, 0))
     boundaries.sort(key=lambda boundary: boundary.step)
     stretches: list[list[Loss]] = [[] for _ in range(len(boundaries) + 1)]
     index = 0
@@ -111,9 +125,10 @@ def rises(records: Sequence[Record], restarts: Sequence[Record], window: int) ->
 
 
 class LossWatch:
-    """Finds out while a run goes on when the window after a boundary has passed; holds the losses of one window.
+    """Measurement of rises while a run goes on: reports each one when the window after its boundary has passed.
 
-    Fed with the records in their order, of the files first where a run is continued.
+    It is given the records in their order; those of the files come first where a run is continued. It keeps the losses
+    of one window before the last boundary, and those after it.
     """
 
     def __init__(self, window: int) -> None:
@@ -124,26 +139,27 @@ class LossWatch:
         self._phase: object = None
 
     def record(self, record: Record) -> Rise | None:
-        """A line of metrics.jsonl; the rise at the last boundary, once, when its window has passed."""
+        """Take a record of metrics.jsonl; return the rise at the last boundary when its window has just passed."""
         step, phase = record["step"], record.get("phase")
         if phase == "low_rank" and self._phase == "warm_start":
             self.boundary(Boundary(step - 1, record["cycle"]))
         self._phase = phase
         self._since.extend(_losses([record]))
-        passed = None
+        rise = None
         if self._pending and step >= self._pending.step + self._window:
-            passed = self._measured()
+            rise = self._measure_pending()
         while self._since and self._since[0][0] <= step - self._window:
             self._since.popleft()
-        return passed
+        return rise
 
     def boundary(self, boundary: Boundary) -> Rise | None:
-        """The next boundary; the rise at the one before it, if that one's window was cut short by this one."""
-        passed = self._measured()
+        """Take the next boundary; return the rise at the previous one if this boundary cuts its window short."""
+        rise = self._measure_pending()
         self._before, self._since, self._pending = list(self._since), deque(), boundary
-        return passed
+        return rise
 
-    def _measured(self) -> Rise | None:
+    def _measure_pending(self) -> Rise | None:
+        """Measure the rise at the last boundary unless that is done already."""
         if self._pending is None:
             return None
         boundary, self._pending = self._pending, None
@@ -151,7 +167,7 @@ class LossWatch:
 
 
 def _losses(records: Iterable[Record]) -> Iterable[Loss]:
-    """Of the steps that were taken: what was skipped may have a loss, too."""
+    """Yield the losses of the logged steps; records of skipped steps may have a loss as well, and are left out."""
     for record in records:
         loss = number(record, "loss")
         if record.get("kind") == "train" and loss is not None:
@@ -159,6 +175,7 @@ def _losses(records: Iterable[Record]) -> Iterable[Loss]:
 
 
 def _recovered_after(boundary: Boundary, level: float, peak_step: int, after: Sequence[Loss]) -> int | None:
+    """Return the steps from the boundary until the running mean is back at `level`; None where it is not yet."""
     recent: deque[float] = deque(maxlen=RUNNING_RECORDS)
     for step, loss in after:
         recent.append(loss)
@@ -168,7 +185,7 @@ def _recovered_after(boundary: Boundary, level: float, peak_step: int, after: Se
 
 
 def _setting(config: Mapping[str, Any], section: str, key: str) -> int:
-    """A whole number of a configuration; 0 where it is not given."""
+    """Return an integer setting of a configuration; 0 where it is not given."""
     tree = config.get(section)
     value = tree.get(key) if isinstance(tree, Mapping) else None
     return value if isinstance(value, int) else 0

@@ -1,7 +1,7 @@
-"""Where the figures go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+"""Trackers, which receive the records of a run besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
 
-None of them asks a question on the terminal: Weights & Biases without a configured key logs offline, under
-the run folder. Each library is imported in the one function that needs it.
+No tracker asks a question on the terminal: without a configured key, Weights & Biases logs offline into the run folder.
+Each library is imported in the one function that needs it.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ PROJECT = "relora"
 
 
 class Tracker(Protocol):
-    """Takes every record of the run; may raise whatever its library raises."""
+    """Receiver of every record of a run; its methods may raise any exception of its library."""
 
     def log(self, record: Record) -> None: ...
 
@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """`UserError` naming the extra of the first tracker whose library is absent; opens and writes nothing."""
+    """Raise `UserError`, which names the extra to install, if a tracker's library is absent; open and write nothing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log.trackers: {name} is not installed; run: pip install 'relora[{name}]'")
@@ -36,16 +36,23 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     names: Sequence[str], run_folder: Path, config: Mapping[str, Any], first_step: int = 0
 ) -> list[Tracker]:
-    """The named trackers; `UserError` names the extra whose library is absent.
+    """Open the named trackers.
 
-    `first_step`: updates done before this start, i.e. the step of the checkpoint that is resumed (0 for a new
-    run). TensorBoard then hides what it had been told of later steps.
+    Args:
+        names: any of `tensorboard`, `wandb`, `trackio`.
+        run_folder: the trackers take its name, and two of them write into it.
+        config: settings of the run, which are shown with it.
+        first_step: optimizer steps done before this start, i.e. the step of the checkpoint that is resumed, 0 for a
+            new run. TensorBoard hides figures of later steps that were logged before.
+
+    Raises:
+        UserError: a tracker cannot start, for example without a network.
     """
     return [_open(name, run_folder, config, first_step) for name in names]
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """The figures of a record under names that dashboards group by: `train/loss`, `evaluation/perplexity`."""
+    """Yield the numbers of a record with names that dashboards group by: `train/loss`, `evaluation/perplexity`."""
     kind = record.get("kind", "run")
     for name, value in record.items():
         if name != "step" and isinstance(value, int | float):
@@ -53,12 +60,12 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Event files under RUN/tensorboard; `tensorboard --logdir RUN` shows them."""
+    """Tracker that writes event files into RUN/tensorboard, to be shown by `tensorboard --logdir RUN`."""
 
     def __init__(self, run_folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # what was written at these steps before a kill is not shown twice (a new run's first step is 0)
+        # hides events of the steps that are trained again after a kill, including step 0 where the run starts anew
         purge_step = first_step + 1 if first_step else 0
         self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
         if not first_step:
@@ -73,7 +80,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One wandb run named after the run folder; offline, under RUN/wandb, when no API key is configured."""
+    """Tracker with one wandb run, named after the run folder; offline, in RUN/wandb, where no API key is configured."""
 
     def __init__(self, run_folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         import wandb
@@ -100,7 +107,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """One trackio run named after the run folder, in trackio's local database."""
+    """Tracker with one trackio run, named after the run folder, in trackio's local database."""
 
     def __init__(self, run_folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         import trackio
@@ -121,6 +128,7 @@ class Trackio:
 
 
 def _open(name: str, run_folder: Path, config: Mapping[str, Any], first_step: int) -> Tracker:
+    """Open one tracker; `UserError` for whatever its library raises."""
     openers: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
         "tensorboard": TensorBoard,
         "wandb": WeightsAndBiases,
@@ -128,12 +136,13 @@ def _open(name: str, run_folder: Path, config: Mapping[str, Any], first_step: in
     }
     try:
         return openers[name](run_folder, config, first_step)
-    except Exception as error:  # whatever the library raises: no network, no rights, a damaged database
+    except Exception as error:  # the libraries raise many types: no network, no rights, a damaged database
         reason = " ".join(str(error).split())
         raise UserError(f"log.trackers: {name} cannot start: {reason}; mend that or leave it out") from error
 
 
 def _has_wandb_key() -> bool:
+    """Whether an API key is configured, in the environment or in the user's netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -143,6 +152,7 @@ def _has_wandb_key() -> bool:
 
 
 def _config_lines(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield one line `section.key: value` for every setting."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _config_lines(value, f"{prefix}{key}.")

@@ -1,1 +1,1 @@
-"""The loop and what it stands on: schedule, step, optimizer, checkpoints."""
+"""The training loop and its parts: schedule, step, optimizer, decisions, checkpoints, recovery."""
