@@ -5,7 +5,7 @@ drawn with the same seed, so that all differences between the texts come from th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -77,7 +77,7 @@ def generate(
     Args:
         model_or_run: a run folder, a model folder or a hub id; or an adapter's folder, which opens its base.
         adapters: folders or runs whose adapters continue every prompt in turn, after the model's own adapter; `base`
-            stands for the model without any adapter.
+            among them stands for the model without any adapter, which comes first.
         compare: let the base continue every prompt as well, before all adapters.
         chat: treat every prompt as a user's turn, written with the chat template or the template of the run.
         system: system prompt of such a turn.
@@ -103,11 +103,8 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     names = _adapters_in_turn(loaded, with_base=compare or BASE in adapters, compare=compare)
-    jobs = [
-        (name, _encode_prompt(loaded, prompt, sampling, name if chat else None, system))
-        for prompt in prompts
-        for name in names
-    ]
+    pairs = [(prompt, name) for prompt in prompts for name in names]
+    jobs = [(name, _encode_prompt(loaded, prompt, sampling, name if chat else None, system)) for prompt, name in pairs]
     model, tokenizer = loaded.model, loaded.tokenizer
     continuations: list[Continuation] = []
     for name, ids in jobs:
@@ -119,9 +116,7 @@ def generate(
             write("\n")
     total, used = Speed.of(continuations), [name for name, _ in jobs]
     return Generation(
-        total.tokens,
-        total.seconds,
-        total.tokens_per_second,
+        **asdict(total),
         texts=[each.text if chat else each.prompt + each.text for each in continuations],
         adapters=used,
         peak_memory_bytes=peak_memory_bytes(model.device),
