@@ -90,9 +90,9 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "before frozen weights are linked": Blow(event=r"link checkpoints/step-00000025/frozen"),
     "after frozen weights are linked": Blow(event=r"write checkpoints/\.step-00000030\.partial/weights"),
     "a checkpoint's moments half written": Blow(event=f"half {PARTIAL}/optimizer"),
-    "before a checkpoint's manifest": Blow(event=f"open {PARTIAL}/manifest.json"),
-    "a checkpoint's manifest empty": Blow(event=f"opened {PARTIAL}/manifest.json"),
-    "a checkpoint's manifest before its rename": Blow(event=f"rename {PARTIAL}/manifest.json"),
+    "before a checkpoint's manifest": Blow(event=rf"open {PARTIAL}/\.manifest\.json"),
+    "a checkpoint's manifest empty": Blow(event=rf"opened {PARTIAL}/\.manifest\.json"),
+    "a checkpoint's manifest before its rename": Blow(event=rf"rename {PARTIAL}/\.manifest\.json"),
     "between sync and rename of a checkpoint": Blow(event=f"rename {PARTIAL} to "),
     "between rename and sync of the folder": Blow(event=r"sync checkpoints$", nth=3),
     "before the first pruning": Blow(event=r"rmtree checkpoints/step-"),
@@ -104,14 +104,14 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "in the export, before the tokenizer": Blow(event=r"open \.model\.partial/tokenizer_config"),
     "in the export, before the rename": Blow(event=r"rename \.model\.partial"),
     "between export and samples": Blow(call="relora.recipes.pretrain:sample_texts"),
-    "before the samples are written": Blow(event=r"open samples\.json"),
+    "before the samples are written": Blow(event=r"open \.samples\.json"),
     "between samples and report": Blow(call="relora.recipes.pretrain:write_report"),
-    "the report open and empty": Blow(event=r"opened report\.html"),
-    "the report before its rename": Blow(event=r"rename report\.html"),
-    "config.yaml open and empty": Blow(event=r"opened config\.yaml"),
-    "before config.yaml is renamed": Blow(event=r"rename config\.yaml"),
-    "environment.json open and empty": Blow(event=r"opened environment\.json"),
-    "before the tokenizer's copy is renamed": Blow(event=r"rename tokenizer\.partial"),
+    "the report open and empty": Blow(event=r"opened \.report\.html"),
+    "the report before its rename": Blow(event=r"rename \.report\.html"),
+    "config.yaml open and empty": Blow(event=r"opened \.config\.yaml"),
+    "before config.yaml is renamed": Blow(event=r"rename \.config\.yaml"),
+    "environment.json open and empty": Blow(event=r"opened \.environment\.json"),
+    "before the tokenizer's copy is renamed": Blow(event=r"rename \.tokenizer\.partial"),
 }
 NAMED_IN_CONTINUED_RUNS: dict[str, tuple[Blow, ...]] = {
     "three times inside the same restart": (
@@ -145,7 +145,7 @@ NAMED_IN_CONTINUED_RUNS: dict[str, tuple[Blow, ...]] = {
     ),
     "as the report of a finished run is replaced": (
         Blow(event=r"sync \.$", nth=6),
-        Blow(event=r"rename report\.html"),
+        Blow(event=r"rename \.report\.html"),
     ),
 }
 """What befalls the first start, the second ..."""
@@ -156,12 +156,12 @@ NAMED_IN_PREPARE: dict[str, Blow] = {
         call="relora.data.pretraining.journal:Journal.note", nth=3, after=True, cut="journal.jsonl"
     ),
     "prepare: in the tokenizer's training": Blow(call="relora.data.pretraining.encode:SplitRule.is_held_out", nth=8),
-    "prepare: the tokenizer before its rename": Blow(event=r"rename train/tokenizer\.partial"),
+    "prepare: the tokenizer before its rename": Blow(event=r"rename train/\.tokenizer\.partial"),
     "prepare: a shard open and empty": Blow(event=r"opened train/shard-00001"),
     "prepare: between two chunks": Blow(call="relora.data.pretraining.journal:SplitWriter.append", nth=9),
     "prepare: shards synced, journal not": Blow(call="relora.data.pretraining.journal:Journal.note", nth=4),
-    "prepare: before the first index": Blow(event=r"open train/index"),
-    "prepare: between the two indexes": Blow(event=r"open validation/index"),
+    "prepare: before the first index": Blow(event=r"open train/\.index"),
+    "prepare: between the two indexes": Blow(event=r"open validation/\.index"),
     "prepare: both indexes there, journal too": Blow(event=r"remove journal\.jsonl"),
 }
 NAMED: dict[str, list[str]] = {

@@ -88,7 +88,14 @@ def test_fresh_moves_nothing_when_the_new_folder_cannot_be_had(configure: Config
 
 
 @pytest.mark.parametrize(
-    "left", [[], ["config.yaml.partial"], ["config.yaml"], ["config.yaml", "environment.json.partial"]]
+    "left",
+    [
+        [],
+        [".config.yaml.partial"],
+        ["config.yaml.partial"],  # of an earlier version
+        ["config.yaml"],
+        ["config.yaml", ".environment.json.partial"],
+    ],
 )
 def test_what_a_kill_leaves_of_a_beginning_is_taken_up(configure: Configure, tmp_path: Path, left: list[str]) -> None:
     (tmp_path / "run").mkdir()

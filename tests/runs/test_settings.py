@@ -6,7 +6,7 @@ import pytest
 
 from relora.config import load_any_config, to_yaml
 from relora.errors import UserError
-from relora.runs.settings import is_run, read_run_settings
+from relora.runs.settings import is_run, read_run_settings, run_folder
 
 FINETUNE = """
 output_dir: x
@@ -65,5 +65,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_run_is_told_by_its_configuration(tmp_path: Path) -> None:
-    assert not is_run(tmp_path)
-    assert is_run(run(tmp_path, PRETRAIN))
+    for place in (tmp_path, tmp_path / "nowhere"):
+        assert not is_run(place)
+        for opened in (run_folder, read_run_settings):
+            with pytest.raises(UserError, match=r"not a run folder \(no config.yaml in it\)"):
+                opened(place)
+    run(tmp_path, PRETRAIN)
+    assert is_run(tmp_path) and is_run(str(tmp_path)) and run_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="leads out of its folder"):
+        run_folder(tmp_path)

@@ -1,15 +1,16 @@
-"""The tokenizer: opened from a folder or the hub, or trained on the corpus; and what identifies it.
+"""Tokenizers: open one from a folder or the hub, train one on a corpus, save it, and compute its fingerprint.
 
-A trained one is byte-level BPE (Sennrich et al. 2016, with GPT-2's splitting into words): it has no unknown
-token and gives every text back exactly. `<|endoftext|>` ends each document and is also the BOS that generation
-starts from, as in GPT-2: what follows an end is the start of a text. Padding is a token of its own, because a
-pad that equals EOS makes fine-tuning mask the very EOS a model must learn to give.
+A trained tokenizer is byte-level BPE (Sennrich et al. 2016, with GPT-2's splitting into words): it has no unknown
+token, and decoding the ids of a text returns exactly that text. `<|endoftext|>` ends each document. As in GPT-2 it is
+also the BOS token from which generation starts, because in the training data an EOS is followed by the beginning of a
+document. Padding has a token of its own: if it were EOS, fine-tuning would mask the EOS that a model has to learn to
+generate.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from relora.errors import UserError
-from relora.files.atomic import sync
+from relora.files.atomic import atomic_folder
 from relora.files.untrusted import CONFIG_BYTES, check_folder, check_model_folder, no_address, read_json
 from relora.messages import short_repr
 
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SMALLEST_VOCABULARY = 256 + 2
-"""Every byte, and the two special tokens."""
+"""One id for every byte, and the two special tokens."""
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a folder or on the hub; `UserError` unless it opens, is a fast one and has an EOS token.
+    """Open the tokenizer in a folder or on the hub.
 
-    `trust_remote_code` runs code that comes with it (see `relora.files.untrusted`).
+    Args:
+        name: a folder, or a hub id.
+        trust_remote_code: run code that comes with the tokenizer (see `relora.files.untrusted`).
+
+    Raises:
+        UserError: it cannot be opened, has no tokenizer.json (is not a fast tokenizer), or has no EOS token.
     """
-    from transformers import AutoTokenizer  # here, because it takes seconds to load
+    from transformers import AutoTokenizer  # not at the top, because it takes seconds to load
 
     try:
         folder = Path(name) if Path(no_address(name)).is_dir() else _from_hub(name)
@@ -46,7 +52,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
     _check_class(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the library and its file formats raise
+    except Exception as error:  # of any type: the library and its file formats raise many
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{name}: cannot be opened as a tokenizer: {reason}") from None
     if not tokenizer.is_fast:
@@ -57,31 +63,34 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
 
 
 def _check_class(folder: Path) -> None:
-    """`UserError` unless the classes that a folder names are tokenizers: transformers would open any of its classes."""
+    """Raise `UserError` unless the classes that a folder's configurations name are tokenizers.
+
+    transformers would otherwise open any of its own classes that is named.
+    """
     import transformers
 
     for file in ("tokenizer_config.json", "config.json"):
-        there = (folder / file).exists()
-        name = read_json(folder / file, CONFIG_BYTES[file]).get("tokenizer_class") if there else None
+        if not (folder / file).exists():
+            continue
+        name = read_json(folder / file, CONFIG_BYTES[file]).get("tokenizer_class")
         found = getattr(transformers, name, None) if isinstance(name, str) else name
-        if found is not None and not (
-            isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
-        ):
+        is_tokenizer = isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
+        if found is not None and not is_tokenizer:
             raise UserError(
                 f"{folder / file}: `tokenizer_class` is {short_repr(name)}, which is not a tokenizer of transformers"
             )
 
 
 def _from_hub(name: str) -> Path:
-    """The folder that holds a hub tokenizer's files, fetched once."""
+    """Download the files of a hub tokenizer, unless they are in the cache, and return their folder."""
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
-    except Exception:  # whatever the hub and the network raise; a wrong name is the commonest reason by far
+    except Exception:  # of any type: the hub's client and the network raise many; most often the name is wrong
         raise UserError(f"{name}: no such folder, and the hub gave no tokenizer of that name") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Byte-level BPE of at most `vocab_size` ids; the same texts give the same tokenizer."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` ids; the same texts give the same tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     check_vocab_size(vocab_size)
@@ -105,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """`UserError` when a byte-level vocabulary cannot be that small."""
+    """Raise `UserError` if `vocab_size` is too small for a byte-level vocabulary."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"--train-tokenizer {vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} ids"
@@ -113,36 +122,28 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """One more than the largest id: the rows that a model's embedding needs."""
+    """Return the largest id plus one: the number of rows that a model's embedding needs."""
     largest: int = max(tokenizer.get_vocab().values())
     return largest + 1
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write `folder` in one step, if it is not there yet; `transformers` opens it."""
-    _in_one_step(folder, tokenizer.save_pretrained)
+    """Write a tokenizer to `folder` in one step, unless the folder exists; `transformers` can open it."""
+    if not folder.is_dir():
+        with atomic_folder(folder, replace=False, parents=True) as partial:
+            tokenizer.save_pretrained(partial)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The same files in `folder`, in one step, if it is not there yet."""
-    check_folder(source)  # or a link would put a file of this machine into a model that is passed on
-    _in_one_step(folder, lambda aside: shutil.copytree(source, aside, dirs_exist_ok=True))
-
-
-def _in_one_step(folder: Path, write: Callable[[Path], object]) -> None:
-    if folder.is_dir():
-        return
-    aside = folder.with_name(folder.name + ".partial")
-    aside.mkdir(parents=True, exist_ok=True)
-    write(aside)
-    for file in aside.iterdir():
-        sync(file)
-    aside.replace(folder)
-    sync(folder.parent)
+    """Copy the files of `source` to `folder` in one step, unless the folder exists."""
+    check_folder(source)  # a link could put any file of this machine into a model that is published
+    if not folder.is_dir():
+        with atomic_folder(folder, replace=False, parents=True) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A hash of all that decides which ids a document gets, and of nothing else: not of templates or padding."""
+    """Return a hash of everything that determines the ids of a document; templates and padding do not enter it."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {part: backend[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     text = json.dumps({**parts, "eos": tokenizer.eos_token_id}, sort_keys=True)

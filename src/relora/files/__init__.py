@@ -1,1 +1,1 @@
-"""Writing files and folders so that they are whole or absent; reading files that other people made."""
+"""Files: written as a whole or not at all, and read safely if somebody else may have made them."""

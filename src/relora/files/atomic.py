@@ -110,7 +110,8 @@ def atomic_folder(path: Path, *, replace: bool, parents: bool = False) -> Iterat
             _restore(replaced, path)
         raise
     sync(path.parent)
-    _remove(replaced)
+    if replaced.is_dir():
+        _remove(replaced)
 
 
 def write_text(path: Path, text: str, *, replace: bool = True) -> None:

@@ -1,1 +1,1 @@
-"""A run's folder on disk: who may write into it, its settings, its environment."""
+"""A run folder on disk: which process may write it, its settings, and the machine that it ran on."""

@@ -1,4 +1,4 @@
-"""What a run runs on: versions, machine, source revision."""
+"""The environment of a run: versions of packages, the machine and the revision of the source code."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ import torch
 
 
 def describe_environment() -> dict[str, str | int]:
-    """Versions, machine and source revision, for environment.json."""
+    """Return versions, machine and source revision, as environment.json holds them; what is unknown is left out."""
     described: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("relora", "torch", "transformers", "tokenizers", "safetensors"):
         try:
@@ -24,12 +24,12 @@ def describe_environment() -> dict[str, str | int]:
 
 
 def _git_revision() -> str | None:
-    """Of the checkout that this file stands in; None for an installed package, or without git."""
-    here = Path(__file__).resolve()
+    """Return the commit of the checkout that holds this file; None for an installed package, or without git."""
     command = ["git", "rev-parse", "HEAD", "--show-prefix"]
     try:
-        done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     revision, prefix = done.stdout.splitlines()
-    return revision if prefix == "src/relora/runs/" else None  # else some other repository around an installation
+    # with any other prefix, the package is installed inside a checkout of some other project
+    return revision if prefix == "src/relora/runs/" else None

@@ -1,15 +1,14 @@
-"""The run folder: who may write into it, and what stands there.
+"""The run folder: one process at a time writes it, and it belongs to one configuration.
 
     config.yaml  environment.json  tokenizer/  metrics.jsonl  restarts.jsonl  checkpoints/
     model/  samples.json  report.html
 
-A folder belongs to one configuration. The same command on it continues the run; another configuration is refused by
-name.
+The same command on the folder continues the run. A command with another configuration is refused, and the message
+names the keys that differ (`recipes.resume`).
 """
 
 import fcntl
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,21 +17,25 @@ from pathlib import Path
 
 from relora.config import RunConfig, TrainingConfig, load_config, to_yaml
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import write_durably
+from relora.files.atomic import write_json, write_text
 from relora.files.untrusted import check_folder
 from relora.runs.environment import describe_environment
+from relora.runs.settings import CONFIG_FILE, is_run, run_folder
 
 
 @contextmanager
 def claim(config: TrainingConfig, fresh: bool) -> Iterator[Path]:
-    """The run's folder, ready to be written and held alone: new, or holding an earlier part of a run.
+    """Lock the run folder for this process and yield its path; the folder is new or holds an earlier part of a run.
 
-    `fresh` moves what is there aside, to the first free `NAME.1`, `NAME.2` ...; nothing is deleted.
+    Args:
+        config: the configuration, whose `output_dir` is the folder.
+        fresh: rename a folder that is there to the first free `NAME.1`, `NAME.2` ... and create a new one. Nothing
+            is deleted.
 
     Raises:
         UserError: the folder holds something else, another process is writing it, or it cannot be written. Nothing
             was changed.
-        RunStopped: the disk failed while the folder was held.
+        RunStopped: an `OSError` came out of the `with` block, such as a full disk.
     """
     folder = Path(config.output_dir)
     with ExitStack() as held:
@@ -55,49 +58,69 @@ def claim(config: TrainingConfig, fresh: bool) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            what = f"{error.filename or folder}: {error.strerror or error}"
-            raise RunStopped(f"{what}; mend the disk or make room, and run the same command again") from error
+            problem = f"{error.filename or folder}: {error.strerror or error}"
+            raise RunStopped(f"{problem}; mend the disk or make room, and run the same command again") from error
 
 
 def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) -> None:
-    """`UserError` if the disk that will hold `folder` has less than `needed_bytes` free.
+    """Check that the disk that will hold `folder` has `needed_bytes` free.
 
-    `continuing`: the checkpoints that are there count as free, since later ones take their place.
+    Args:
+        folder: the run folder, which need not exist yet.
+        needed_bytes: bytes that the run will write.
+        continuing: count the bytes of the checkpoints in the folder as free, since later ones replace them.
+
+    Raises:
+        UserError: there is less space.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
     if continuing:
         files = [file.stat() for file in (folder / "checkpoints").rglob("*.safetensors")]
-        free += sum({file.st_ino: file.st_size for file in files}.values())  # one that several share counts once
-    if free < needed_bytes:
+        free_bytes += sum({file.st_ino: file.st_size for file in files}.values())  # hard links count once
+    if free_bytes < needed_bytes:
         raise UserError(
             f"output_dir: {folder} needs {needed_bytes / 1e6:,.0f} MB for checkpoints and the model, but "
-            f"{free / 1e6:,.0f} MB are free; make room, choose another output_dir or lower checkpoint.keep_last"
+            f"{free_bytes / 1e6:,.0f} MB are free; make room, choose another output_dir or lower checkpoint.keep_last"
         )
 
 
 def describe_run(folder: Path, config: TrainingConfig, parameters: int) -> None:
-    """Write config.yaml and environment.json: what the run is, and what it runs on."""
+    """Write config.yaml, the resolved configuration, and environment.json, the environment and the model's size.
+
+    Args:
+        folder: the run folder, claimed.
+        config: the configuration of the run.
+        parameters: number of the model's parameters.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     environment = {"parameters": parameters, **describe_environment()}
     try:
-        write_durably(folder / "config.yaml", to_yaml(config))  # first: it makes the folder a run's
-        write_durably(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+        write_text(folder / CONFIG_FILE, to_yaml(config))  # first, since it makes the folder a run folder
+        write_json(folder / "environment.json", environment)
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
 
 
 def open_run(folder: str | Path) -> tuple[Path, RunConfig]:
-    """An existing run folder and its configuration; `UserError` where there is none."""
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: not a run folder (no config.yaml in it)")
-    check_folder(folder)
-    return folder, load_config(folder / "config.yaml")
+    """Return the path and the configuration of an existing pretraining run.
+
+    Raises:
+        UserError: it is not a run folder, or its config.yaml is not a valid configuration for pretraining.
+    """
+    folder = run_folder(folder)
+    return folder, load_config(folder / CONFIG_FILE)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder alone. The lock is on the folder itself and dies with its process, so none is ever stale."""
+    """Hold the kernel's lock on a folder, which is released when the process ends in any way, so it is never stale.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -111,10 +134,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _free_name(folder: Path) -> Path:
-    """`NAME.1`, or the next that is not there."""
-    return next(aside for n in itertools.count(1) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
+    """Return the first of `NAME.1`, `NAME.2` ... that does not exist."""
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
 
 
 def _may_hold_a_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or holds no more than what a run leaves that was killed as it began."""
-    return {path.name for path in folder.iterdir()} <= {"config.yaml.partial"} or (folder / "config.yaml").is_file()
+    """Return whether a folder is a run folder, or is empty but for what a run leaves that was killed at its start."""
+    # earlier versions named the temporary without the leading dot
+    leftovers = {f".{CONFIG_FILE}.partial", f"{CONFIG_FILE}.partial"}
+    return is_run(folder) or {path.name for path in folder.iterdir()} <= leftovers

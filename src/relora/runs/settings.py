@@ -1,7 +1,7 @@
-"""What a run's config.yaml says to those who use its result.
+"""Recognizing a run folder, and the part of its config.yaml that matters to those who use its result.
 
-Not the whole configuration: a result outlives the version that made it, and opening a model must not wait for the
-classes of every setting to be built (0.1 s).
+Only that part is read, not the whole configuration, for two reasons: a result outlives the version of relora that made
+it, and opening a model must not wait until the classes of all settings are built (0.1 s).
 """
 
 from pathlib import Path
@@ -13,8 +13,13 @@ from relora.errors import UserError
 from relora.files.untrusted import check_folder, read_yaml
 from relora.messages import first_mistake
 
+CONFIG_FILE = "config.yaml"
+"""Name of the file with the run's configuration, which is the first that a run writes into its folder."""
+
 
 class _Section(BaseModel):
+    """A section of config.yaml, of which only the declared keys are read."""
+
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
@@ -29,28 +34,46 @@ class _Data(_Section):
 
 
 class RunSettings(_Section):
-    """The part of a run's configuration that counts for its result."""
+    """The part of a run's configuration that matters to those who use its result."""
 
     task: Literal["instruct", "classification"] | None = None
-    """None of pretraining."""
+    """The fine-tuning task; None for a pretraining run."""
     model: _Model = _Model()
     data: _Data = _Data()
 
     @property
     def template(self) -> str | None:
-        """By which prompts and responses were written; None where there were none."""
-        return None if self.task != "instruct" or self.data.layout == "completion" else self.data.template
+        """Name of the template by which prompts and responses were formatted; None if the run had no such pairs."""
+        if self.task != "instruct" or self.data.layout == "completion":
+            return None
+        return self.data.template
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's."""
-    return (folder / "config.yaml").is_file()
+def is_run(folder: str | Path) -> bool:
+    """Return whether a folder is a run folder: whether config.yaml is in it."""
+    return (Path(folder) / CONFIG_FILE).is_file()
 
 
-def read_run_settings(run: Path) -> RunSettings:
-    """What config.yaml of a run folder says; `UserError` where it cannot be read."""
-    check_folder(run)
-    file = run / "config.yaml"
+def run_folder(folder: str | Path) -> Path:
+    """Return the path of a run folder after checking that it is one.
+
+    Raises:
+        UserError: it has no config.yaml, or something in it that `check_folder` refuses.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise UserError(f"{folder}: not a run folder (no {CONFIG_FILE} in it)")
+    check_folder(folder)
+    return folder
+
+
+def read_run_settings(run: str | Path) -> RunSettings:
+    """Read the settings of a run from config.yaml in its folder.
+
+    Raises:
+        UserError: `run` is not a run folder, or config.yaml cannot be read or holds a wrong value.
+    """
+    file = run_folder(run) / CONFIG_FILE
     try:
         tree = read_yaml(file)
         if not isinstance(tree, dict):

@@ -23,6 +23,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relora.errors import RunStopped, UserError
-from relora.files.atomic import sync, write_durably
+from relora.files.atomic import atomic_folder, sync, write_text
 from relora.messages import first_line
 from relora.train.state import Count, TrainState
 
@@ -161,21 +162,22 @@ class Checkpoints:
         self.wait()
         if self._last is not None and self._last.step == state.step:
             return
-        partial = self.folder / f".{_name(state.step)}.partial"
-        try:
-            for leftover in self.folder.glob(".step-*"):  # left by a run that was killed while it saved
-                shutil.rmtree(leftover)
-            self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was deleted is not created again
-            partial.mkdir()
-            linked = self._link_frozen(partial, state) if frozen else None
-        except OSError as error:
-            raise self._not_written(state.step, error) from None
-        snapshot: dict[FileName, Tensors] = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
-        if frozen and linked is None:
-            snapshot[FROZEN] = frozen
-        if self.background:
-            snapshot = {name: {key: _copied(tensor) for key, tensor in part.items()} for name, part in snapshot.items()}
-        self._writing = self._writer.submit(self._write, partial, state, snapshot, linked, settings)
+        with ExitStack() as open_folder:
+            try:
+                for leftover in self.folder.glob(".step-*"):  # left by a run that was killed while it saved
+                    shutil.rmtree(leftover)
+                self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was deleted is not created again
+                partial = open_folder.enter_context(atomic_folder(self.folder / _name(state.step), replace=True))
+                linked = self._link_frozen(partial, state) if frozen else None
+            except OSError as error:
+                raise self._not_written(state.step, error) from None
+            snapshot: dict[FileName, Tensors] = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
+            if frozen and linked is None:
+                snapshot[FROZEN] = frozen
+            if self.background:
+                snapshot = {name: _copied(part) for name, part in snapshot.items()}
+            opened = open_folder.pop_all()  # from here on `_write` renames or removes the folder, in its own thread
+            self._writing = self._writer.submit(self._write, opened, partial, state, snapshot, linked, settings)
         if not self.background:
             self.wait()
 
@@ -284,35 +286,32 @@ class Checkpoints:
 
     def _write(
         self,
+        open_folder: ExitStack,
         partial: Path,
         state: SavedState,
         tensors: Mapping[FileName, Tensors],
         linked: Digest | None,
         settings: Mapping[str, str | int],
     ) -> Checkpoint:
-        """Write all files into `partial`, the manifest last, rename the folder and delete old checkpoints."""
-        final, old = self.folder / _name(state.step), self.folder / f".{_name(state.step)}.replaced"
+        """Write all files into `partial`, the manifest last, close the folder and delete old checkpoints.
+
+        A checkpoint of this step that is there already is replaced: it is damaged, or of a discarded part of the run.
+        """
         try:
-            for name, part in tensors.items():
-                save_file({key: tensor.contiguous() for key, tensor in part.items()}, partial / name)
-                sync(partial / name)
-            write_durably(partial / "state.json", json.dumps(asdict(state), indent=1))
-            files: dict[FileName, Digest] = {name: _digest(partial / name) for name in (*tensors, "state.json")}
-            if linked is not None:
-                files[FROZEN] = linked
-            manifest = Manifest(FORMAT, dict(settings), files).signed()
-            write_durably(partial / "manifest.json", json.dumps(asdict(manifest), indent=1))
-            if final.exists():  # damaged, or of a discarded part of the run
-                final.rename(old)
-            partial.rename(final)
-            for folder in (self.folder, self.folder.parent):
-                sync(folder)
+            with open_folder:
+                for name, part in tensors.items():
+                    save_file({key: tensor.contiguous() for key, tensor in part.items()}, partial / name)
+                write_text(partial / "state.json", json.dumps(asdict(state), indent=1))
+                files: dict[FileName, Digest] = {name: _digest(partial / name) for name in (*tensors, "state.json")}
+                if linked is not None:
+                    files[FROZEN] = linked
+                manifest = Manifest(FORMAT, dict(settings), files).signed()
+                write_text(partial / "manifest.json", json.dumps(asdict(manifest), indent=1))
+            sync(self.folder.parent)
         except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk in its own class
-            shutil.rmtree(partial, ignore_errors=True)
             raise self._not_written(state.step, error) from None
-        shutil.rmtree(old, ignore_errors=True)
         self._prune(state.step)
-        return Checkpoint(final, state, manifest)
+        return Checkpoint(self.folder / _name(state.step), state, manifest)
 
     def _prune(self, newest: int) -> None:
         """Delete checkpoints that `save` does not keep; one that cannot be deleted is tried again next time."""
@@ -347,9 +346,10 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU, so that the next training steps do not change what is saved."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _copied(tensors: Tensors) -> Tensors:
+    """Copy tensors to the CPU, so that the next training steps do not change what is saved."""
+    plain = torch.contiguous_format
+    return {key: tensor.detach().to("cpu", copy=True, memory_format=plain) for key, tensor in tensors.items()}
 
 
 def _read_manifest(folder: Path) -> Manifest:
