@@ -11,7 +11,7 @@ import tokenizers
 import yaml
 from tests.faults.tiny import DATA, Ended, TinyRun
 
-from relora.data.pretraining.prepare import TRAIN
+from relora.data.pretraining.journal import TRAIN
 
 LONGEST_LINE = 300
 """Characters of an error message."""

@@ -1,4 +1,9 @@
-"""From raw text to batches, in the order in which text walks: sources, tokenizer, encode, shards, batches.
+"""Turn text and records into batches of token ids.
 
-Only what makes batches needs torch: the processes that tokenize never load it.
+    readers, sources    files and datasets -> records
+    pretraining/        text -> token ids in shards on disk -> batches of fixed length
+    finetuning/         records -> examples -> batches of padded or packed examples
+    tokenizer, sampling what both use
+
+Only the modules that make batches import torch, so that `relora prepare` does not load it.
 """

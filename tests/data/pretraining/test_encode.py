@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.paths import DATA
 from tokenizers import normalizers, pre_tokenizers
 
-from relora.data.pretraining.encode import Chunk, Encoder, _reads_word_by_word, encode_all
+from relora.data.pretraining.encode import Chunk, Encoder, _encodes_word_by_word, encode_all
 from relora.data.sampling import DRAWS, SplitRule
 from relora.data.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -68,7 +68,7 @@ def test_words_are_left_whole_where_something_may_look_across_a_space(tokenizer_
     def reads_word_by_word(change) -> bool:
         backend = tokenizers.Tokenizer.from_str(text)
         change(backend)
-        return _reads_word_by_word(json.loads(backend.to_str()))
+        return _encodes_word_by_word(json.loads(backend.to_str()))
 
     assert reads_word_by_word(lambda backend: None)
     for change in (

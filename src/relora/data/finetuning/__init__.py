@@ -1,1 +1,1 @@
-"""From records to examples and batches of them: layouts, templates, encoding, packing, classification."""
+"""Turn records into examples and batches of them: for instructions (layouts, templates, packing) and classification."""

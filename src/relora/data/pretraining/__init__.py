@@ -1,1 +1,1 @@
-"""From raw text to token files and batches of them: sources, encoding, shards, sampling."""
+"""Prepare text as shards of token ids (corpus, encode, prepare, journal, shards) and read batches from them."""

@@ -1,14 +1,14 @@
-"""Documents -> token ids of the two splits, many chunks at once, with the same result for any number of workers.
+"""Encode documents as token ids of the two splits, in parallel, with the same result for any number of workers.
 
-Text repeats its words: of those in a megabyte of English about a sixth are different. Where a tokenizer's ids of a
-text are those of its words, one after another (`_reads_word_by_word`), a chunk is cut into words, and each different
-one is encoded once. Where that is not certain, whole texts are encoded; the ids are the same either way.
+A text repeats its words: of the words in a megabyte of English about a sixth are different. For many tokenizers the
+ids of a text are the ids of its words, one after another (`_encodes_word_by_word`); then a chunk is cut into words, and
+each different word is encoded once. For other tokenizers whole texts are encoded. The ids are the same either way.
 
-Workers are threads: numpy, Arrow and the tokenizer give up Python's lock while they work, so no process has to be
-started, fed or outlived.
+Workers are threads. numpy, Arrow and the tokenizer release Python's global lock while they work, so processes, to which
+the text would have to be sent, would not be faster.
 
-A document belongs to validation when a keyed hash of its text falls below a threshold: the choice depends on
-neither order nor workers, and the same text never lands on both sides.
+A document is held out when a keyed hash of its text is below a threshold (`sampling.SplitRule`). So the choice depends
+neither on the order of the documents nor on the workers, and equal texts are always on the same side.
 """
 
 import json
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,34 +32,36 @@ from relora.data.pretraining.shards import TokenDtype, token_dtype
 from relora.data.sampling import SplitRule
 
 CHUNK_CHARS = 1024 * 1024
-"""Text per task: enough to make a task's costs vanish, little enough to hold hundreds."""
+"""Characters of text per task: so many that the overhead of a task does not matter, so few that hundreds of chunks fit
+into memory."""
 
 PIECE_CHARS = 256 * 1024
-"""A longer document is encoded in pieces of this length: the tokenizer takes 160 bytes for each byte of a text."""
+"""A longer document is encoded in pieces of at most this many characters: the tokenizer needs 160 bytes of memory for
+each byte of a text."""
 
+CACHED_WORDS = 1 << 18
+"""Words whose ids are kept for all chunks, in about 60 MB; any other word is encoded once in each chunk."""
 
-KNOWN_WORDS = 1 << 18
-"""So many words' ids are kept, in about 60 MB; later ones are encoded once in each chunk."""
+LONGEST_CACHED_WORD = 64
+"""Most characters of a word whose ids are kept."""
 
-LONGEST_KNOWN = 64
-"""Characters of a word that is kept."""
-
-_PARTING = {"ByteLevel": "use_regex", "Metaspace": "split"}
-"""What parts texts into words before the model sees them, and the setting that can turn it off."""
+_WORD_SPLITTERS = {"ByteLevel": "use_regex", "Metaspace": "split"}
+"""Pre-tokenizers that split a text into words before the model encodes it -> the setting that can turn this off."""
 
 _LOCAL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Precompiled")
-"""They change characters by what stands beside them, and leave a space between two visible ASCII ones alone."""
+"""Normalizers that change a character by its neighbours only, and leave a space between two visible ASCII characters
+as it is."""
 
 _SPACE_NORMALIZERS = (
     {"type": "Strip", "strip_left": False, "strip_right": True},
     {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
 )
-"""T5's: they act on the end of a text and on spaces that stand together."""
+"""T5's normalizers: they change the end of a text and runs of several spaces only."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents, and how far the corpus was read when they were complete."""
+    """Consecutive documents, and how many bytes of the corpus had been read when the last of them was complete."""
 
     texts: list[str]
     read_bytes: int
@@ -67,32 +69,44 @@ class Chunk:
 
 @dataclass(frozen=True)
 class SplitTokens:
-    """What one chunk adds to one split."""
+    """The tokens that one chunk adds to one split."""
 
     tokens: npt.NDArray[Any]
+    """Ids of all documents, each followed by EOS; [tokens]."""
     documents: int
     text_bytes: int
+    """Bytes of the documents as UTF-8."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk's documents, encoded and split."""
+    """The documents of a chunk, encoded and divided between the splits."""
 
     train: SplitTokens
     validation: SplitTokens
     lowest_draw: int
+    """The smallest draw of its documents (see `sampling.SplitRule`)."""
 
 
 class Encoder:
-    """Encodes chunks; one copy of the tokenizer per thread, so that threads do not wait for one another's cache."""
+    """Encode chunks of documents, in any number of threads.
+
+    Every thread has a copy of the tokenizer, so that threads do not wait for the lock of its cache.
+
+    Args:
+        tokenizer_json: the fast tokenizer, serialized.
+        eos_token_id: the id that ends every document.
+        dtype: of the ids.
+        rule: decides which documents are held out.
+    """
 
     def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: TokenDtype, rule: SplitRule) -> None:
         self._tokenizer_json = tokenizer_json
         self._eos = np.array([eos_token_id], dtype=token_dtype(dtype))
         self._rule = rule
-        self._local = threading.local()
-        self._known: dict[str, npt.NDArray[np.uint32]] = {}
-        self._word_by_word = _reads_word_by_word(json.loads(tokenizer_json))
+        self._thread = threading.local()
+        self._cached_words: dict[str, npt.NDArray[np.uint32]] = {}
+        self._word_by_word = _encodes_word_by_word(json.loads(tokenizer_json))
 
     @property
     def itemsize(self) -> int:
@@ -100,66 +114,83 @@ class Encoder:
         return self._eos.itemsize
 
     def encode(self, chunk: Chunk) -> Encoded:
-        """Each document's ids and an EOS, in order."""
+        """Encode the documents of a chunk in their order, each followed by EOS.
+
+        No special token is added by a template or recognized in a text, so an EOS always ends a document.
+        """
         draws = [self._rule.draw(text) for text in chunk.texts]
-        # no special tokens: neither added by a template, nor read out of the text, so that EOS means an end
         ids: list[list[npt.NDArray[Any]]] = [[] for _ in chunk.texts]
         for numbers, texts in _batches(chunk.texts):
             for number, piece in zip(numbers, self._encode_texts(texts), strict=True):
                 ids[number].append(piece.astype(self._eos.dtype))
-        sides: dict[bool, list[npt.NDArray[Any]]] = {False: [self._eos[:0]], True: [self._eos[:0]]}
-        text_bytes = {False: 0, True: 0}
-        documents = {False: 0, True: 0}
-        for text, draw, pieces in zip(chunk.texts, draws, ids, strict=True):
-            side = draw < self._rule.threshold
-            sides[side] += [*pieces, self._eos]
-            documents[side] += 1
-            text_bytes[side] += len(text.encode())
-        train, validation = (
-            SplitTokens(np.concatenate(sides[side]), documents[side], text_bytes[side]) for side in (False, True)
+        is_held_out = [draw < self._rule.threshold for draw in draws]
+        return Encoded(
+            train=self._split_tokens(chunk, ids, [not held_out for held_out in is_held_out]),
+            validation=self._split_tokens(chunk, ids, is_held_out),
+            lowest_draw=min(draws),
         )
-        return Encoded(train, validation, min(draws))
+
+    def _split_tokens(self, chunk: Chunk, ids: list[list[npt.NDArray[Any]]], chosen: list[bool]) -> SplitTokens:
+        """Join the ids of the chosen documents, each followed by EOS.
+
+        Args:
+            chunk: the documents.
+            ids: for each document, the ids of its pieces.
+            chosen: for each document, whether it belongs to the split.
+        """
+        pieces = [self._eos[:0]]  # an empty array, so that there is something to join when no document is chosen
+        for document_pieces in compress(ids, chosen):
+            pieces += [*document_pieces, self._eos]
+        text_bytes = sum(len(text.encode()) for text in compress(chunk.texts, chosen))
+        return SplitTokens(np.concatenate(pieces), sum(chosen), text_bytes)
 
     def _encode_texts(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         if not self._word_by_word:
             return [np.array(ids, dtype=np.uint32) for ids in self._ids(texts)]
         words, first_words = _words(texts)
-        repeated = words.dictionary_encode()
-        ids = pyarrow.array(self._word_ids(repeated.dictionary.to_pylist()), pyarrow.list_(pyarrow.uint32()))
-        tokens = ids.take(repeated.indices)
-        flat, bounds = tokens.values.to_numpy(), tokens.offsets.to_numpy()[first_words]
+        encoded_words = words.dictionary_encode()  # the different words, and which of them each word is
+        different_ids = self._word_ids(encoded_words.dictionary.to_pylist())
+        ids = pyarrow.array(different_ids, pyarrow.list_(pyarrow.uint32())).take(encoded_words.indices)
+        flat, bounds = ids.values.to_numpy(), ids.offsets.to_numpy()[first_words]
         return [flat[start:end] for start, end in pairwise(bounds)]
 
     def _word_ids(self, words: list[str]) -> list[npt.NDArray[np.uint32]]:
-        """The ids of different words, each encoded when it is first met."""
-        found = {word: self._known[word] for word in words if word in self._known}
+        """Return the ids of each of several different words, encoding those that are not cached."""
+        found = {word: self._cached_words[word] for word in words if word in self._cached_words}
         new = [word for word in words if word not in found]
         for word, ids in zip(new, self._ids(new), strict=True):
             found[word] = np.array(ids, dtype=np.uint32)
-            if len(self._known) < KNOWN_WORDS and len(word) <= LONGEST_KNOWN:
-                self._known[word] = found[word]
+            if len(self._cached_words) < CACHED_WORDS and len(word) <= LONGEST_CACHED_WORD:
+                self._cached_words[word] = found[word]
         return [found[word] for word in words]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokenizer's ids of each text."""
         return [encoding.ids for encoding in self._tokenizer().encode_batch_fast(texts, add_special_tokens=False)]
 
     def _tokenizer(self) -> tokenizers.Tokenizer:
-        tokenizer: tokenizers.Tokenizer | None = getattr(self._local, "tokenizer", None)
+        """Return the tokenizer of the current thread."""
+        tokenizer: tokenizers.Tokenizer | None = getattr(self._thread, "tokenizer", None)
         if tokenizer is None:
             tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer_json)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = True
-            self._local.tokenizer = tokenizer
+            self._thread.tokenizer = tokenizer
         return tokenizer
 
 
 def _words(texts: list[str]) -> tuple[pyarrow.StringArray, npt.NDArray[np.int64]]:
-    """The words of all texts in order, and the number of each text's first one, then of the end.
+    """Cut texts into words.
 
-    A word ends before a single space that stands between two visible ASCII characters, and nowhere else: there no
-    tokenizer that `_reads_word_by_word` accepts looks past the space, whatever its normalizer does to other characters.
+    A word begins at a single space between two visible ASCII characters, and nowhere else but at the start of a text.
+    At such a space no tokenizer that `_encodes_word_by_word` accepts depends on both sides, whatever its normalizer
+    does to other characters.
+
+    Returns:
+        The words of all texts, in order, and the number of the first word of each text, followed by the number of
+        words; [texts + 1].
     """
     encoded = [text.encode() for text in texts]
     joined = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -167,25 +198,26 @@ def _words(texts: list[str]) -> tuple[pyarrow.StringArray, npt.NDArray[np.int64]
     visible = (joined > ord(" ")) & (joined < 0x7F)
     is_cut = np.zeros(len(joined) + 1, dtype=np.bool_)
     is_cut[1:-2] = (joined[1:-1] == ord(" ")) & visible[:-2] & visible[2:]
-    is_cut[begins[1:] - 1] = False  # a text's last character is not beside the next text's first
+    is_cut[begins[1:] - 1] = False  # a space at the end of a text is followed by another text's character
     is_cut[begins] = True
     cuts = np.flatnonzero(is_cut).astype(np.int32)
     words = pyarrow.StringArray.from_buffers(len(cuts) - 1, pyarrow.py_buffer(cuts), pyarrow.py_buffer(joined))
     return words, np.searchsorted(cuts, begins)
 
 
-def _reads_word_by_word(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer (its JSON) gives a text the ids of its `_words`, one after another.
+def _encodes_word_by_word(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether the ids of a text are those of its `_words`, one after another, for a tokenizer given as JSON.
 
-    So do GPT-2's kind (byte-level, parted by its pattern) and SentencePiece's as T5 has it (parted at every space),
-    unless a normalizer, an added token or a chance in the model looks across a space.
+    This holds for byte-level tokenizers such as GPT-2's, which split at its pattern, and for SentencePiece tokenizers
+    such as T5's, which split at every space; not if a normalizer or an added token depends on both sides of a space, or
+    the model is random (dropout).
     """
-    parting = tokenizer["pre_tokenizer"] or {"type": None}
+    splitter = tokenizer["pre_tokenizer"] or {"type": None}
     normalizer = tokenizer["normalizer"] or {"type": "Sequence", "normalizers": []}
     steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
     return (
-        parting["type"] in _PARTING
-        and parting.get(_PARTING[parting["type"]], True)
+        splitter["type"] in _WORD_SPLITTERS
+        and splitter.get(_WORD_SPLITTERS[splitter["type"]], True)
         and all(step["type"] in _LOCAL_NORMALIZERS or step in _SPACE_NORMALIZERS for step in steps)
         and not tokenizer["model"].get("dropout")
         and not any(map(_crosses_a_space, tokenizer["added_tokens"]))
@@ -193,16 +225,19 @@ def _reads_word_by_word(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _crosses_a_space(added: Mapping[str, Any]) -> bool:
-    """Whether an added token can hold or take a space between words; special ones are read as plain text."""
-    takes_more = added["lstrip"] or added["rstrip"] or added["single_word"]
-    return not added["special"] and bool(takes_more or re.search("[!-~] [!-~]", added["content"]))
+    """Return whether an added token can contain or absorb a space between words.
+
+    Special tokens cannot, because they are encoded as plain text here.
+    """
+    absorbs_neighbours = added["lstrip"] or added["rstrip"] or added["single_word"]
+    return not added["special"] and bool(absorbs_neighbours or re.search("[!-~] [!-~]", added["content"]))
 
 
 def pieces_of(text: str, most_chars: int = PIECE_CHARS) -> Iterator[str]:
-    """A document as it is, or a very long one in pieces that end before a space, where tokenizers part words anyway.
+    """Yield a document, or a very long one in pieces that end before a space, where tokenizers split words anyway.
 
-    The price: a tokenizer that puts a space before every text puts one before every piece; and a piece without any
-    space in its second half is cut in a word.
+    The price: a tokenizer that puts a space before every text puts one before every piece; and a piece that has no
+    space in its second half is cut inside a word.
     """
     start = 0
     while len(text) - start > most_chars:
@@ -214,7 +249,10 @@ def pieces_of(text: str, most_chars: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def _batches(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """The pieces of all texts, and the number of the text that each is of, about CHUNK_CHARS at a time."""
+    """Yield the pieces of all texts, about `CHUNK_CHARS` characters at a time.
+
+    Each batch is (for each piece, the number of its text; the pieces).
+    """
     numbers: list[int] = []
     pieces: list[str] = []
     chars = 0
@@ -230,8 +268,11 @@ def _batches(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
 
 
 def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
-    """The chunks and their encodings in order; at most two chunks per worker are held at any time."""
-    with _one_thread_a_batch(), ThreadPoolExecutor(workers) as pool:
+    """Yield the chunks and their encodings in order, encoded by `workers` threads.
+
+    At most two chunks per worker are in memory at any time.
+    """
+    with _without_tokenizer_threads(), ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
         try:
             for chunk in chunks:
@@ -248,8 +289,8 @@ def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Itera
 
 
 @contextmanager
-def _one_thread_a_batch() -> Iterator[None]:
-    """Keep the tokenizer from starting threads of its own: `workers` says how many there are."""
+def _without_tokenizer_threads() -> Iterator[None]:
+    """Keep the tokenizers library from starting threads of its own, so that `workers` is the number of threads."""
     variable = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(variable)
     os.environ[variable] = "false"

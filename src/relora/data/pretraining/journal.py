@@ -1,10 +1,11 @@
-"""How a preparation survives a kill at any moment: shards that only grow, and a journal of how far they are good.
+"""The journal of a preparation, which lets it continue after a kill at any moment.
 
-    OUT/journal.jsonl    first line: what was asked for; then one line per few seconds of work: how many documents are
-                         encoded, and how long each split's shards are up to there
+    OUT/journal.jsonl    first line: the request; then, every few seconds, a line with the number of encoded documents
+                         and the lengths of both splits' shards at that time
 
-The shards are synced before the line that speaks of them. To continue is to cut the shards back to the last whole
-line and go on with the next document: the bytes come out as if nothing had happened.
+Shards only grow, and they are synced to the disk before the line that states their lengths. To continue, the shards are
+cut back to the lengths in the last complete line, and encoding goes on with the next document. So the result has the
+same bytes as that of an uninterrupted preparation.
 """
 
 import errno
@@ -26,8 +27,10 @@ from relora.files.untrusted import inside
 
 JOURNAL_NAME = "journal.jsonl"
 
-SPLITS = ("train", "validation")
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+"""Names of the folders of the training tokens and of the held-out tokens."""
 HEADER_START = b'{"request": {"sources": '
+"""Beginning of every journal."""
 
 SHARD_TOKENS = 1 << 27
 """A shard is closed once it holds this many tokens."""
@@ -35,7 +38,7 @@ SHARD_TOKENS = 1 << 27
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for; equal requests have equal results."""
+    """The sources and options of a preparation; equal requests have equal results."""
 
     sources: tuple[Source, ...]
     options: Options
@@ -43,7 +46,7 @@ class Request:
 
 @dataclass
 class SplitState:
-    """How far one split is written."""
+    """Content of one split so far: its shards and the documents in them."""
 
     shards: list[Shard] = field(default_factory=list)
     documents: Count = 0
@@ -51,44 +54,47 @@ class SplitState:
 
     @property
     def tokens(self) -> int:
-        """Over all shards."""
+        """Number of tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
 
 
 @dataclass
 class PassState:
-    """How far the pass over the corpus is: what one line of the journal holds."""
+    """State of the pass over the corpus: the content of one line of the journal."""
 
     train: SplitState = field(default_factory=SplitState)
     validation: SplitState = field(default_factory=SplitState)
     lowest_draw: Count | None = None
-    """Of all documents so far (see `encode.SplitRule`)."""
+    """The smallest draw of all documents so far (see `sampling.SplitRule`)."""
 
     @property
     def documents(self) -> int:
-        """Encoded so far, in both splits."""
+        """Number of documents encoded so far, in both splits."""
         return self.train.documents + self.validation.documents
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the journal's first line holds."""
+    """Content of the first line of the journal."""
 
     request: Request
-    """The sources and options: a journal of another request cannot be continued."""
+    """A journal can only be continued by a call with the same request."""
     threshold: Count
-    """See `encode.SplitRule`."""
+    """The threshold below which a document is held out (see `sampling.SplitRule`)."""
 
 
 class Journal:
-    """The journal of a folder, locked: a second process is refused.
+    """The journal of a folder, opened and locked.
 
-    `header` is None when there is nothing to continue; `begin` then writes it.
+    `header` is None if there is nothing to continue; `begin` then writes it. `state` is that of the last complete line.
+
+    Raises:
+        UserError: another process holds the lock, or the file is damaged or not a journal.
     """
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        # unbuffered: what cannot be written now (a full disk) is not tried again by close()
+        # Unbuffered, so that `close` does not try again to write what could not be written (to a full disk).
         self._file = (out / JOURNAL_NAME).open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,45 +106,52 @@ class Journal:
         self.header, self.state = self._read()
 
     def begin(self, header: Header) -> None:
-        """Start over: whatever was noted is forgotten."""
+        """Write the header and the state of an empty folder; all earlier lines are removed."""
         self._file.truncate(0)
         self.header, self.state = header, PassState()
         self._append(asdict(header))
         sync(self._out)
 
     def note(self) -> None:
-        """Note `state`; the shards it speaks of must be synced."""
+        """Append `state`; the shards must have been synced to the disk before."""
         self._append(asdict(self.state))
 
     def close(self) -> None:
-        """Unlock; the file stays, to be continued."""
+        """Close and unlock the journal; the file stays, so that a later call can continue."""
         self._file.close()
 
-    def forget(self) -> None:
-        """What was noted no longer counts; who finds the journal empty starts over."""
+    def erase(self) -> None:
+        """Remove all lines, so that a later call starts from the beginning; the file stays, and stays locked."""
         self._file.truncate(0)
 
     def remove(self) -> None:
-        """The work is done, or given up."""
+        """Delete and unlock the journal, when the preparation is complete or has been given up."""
         (self._out / JOURNAL_NAME).unlink()
         self.close()
 
     def _append(self, line: object) -> None:
+        """Append one line and sync it; raise `OSError` if the disk has no space for all of it."""
         data = json.dumps(line).encode() + b"\n"
         if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
 
     def _read(self) -> tuple[Header | None, PassState]:
-        """The first and the last whole line; a kill may have cut the last one short, so it is removed."""
+        """Read the first and the last complete line.
+
+        A kill while a line was written leaves an incomplete last line, which is removed.
+        """
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
-        whole, torn = lines[:-1], lines[-1]
+        complete, incomplete = lines[:-1], lines[-1]
+        header, state = None, PassState()
         try:
-            if not whole:
-                self._check_unstarted(torn)
-            header = TypeAdapter(Header).validate_json(whole[0]) if whole else None
-            state = TypeAdapter(PassState).validate_json(whole[-1]) if len(whole) > 1 else PassState()
+            if complete:
+                header = TypeAdapter(Header).validate_json(complete[0])
+            else:
+                self._check_unstarted(incomplete)
+            if len(complete) > 1:
+                state = TypeAdapter(PassState).validate_json(complete[-1])
             for shard in (*state.train.shards, *state.validation.shards):
                 inside(self._out, shard.file)
         except (ValidationError, UserError):
@@ -147,20 +160,31 @@ class Journal:
                 f"{self._out / JOURNAL_NAME}: damaged; delete {self._out} and prepare again, "
                 "or choose another --out if `relora prepare` did not write it"
             ) from None
-        if torn:
-            self._file.truncate(sum(len(line) + 1 for line in whole))
+        if incomplete:
+            self._file.truncate(sum(len(line) + 1 for line in complete))
         return header, state
 
-    def _check_unstarted(self, torn: bytes) -> None:
-        """`UserError` if a journal without a whole line is not the rest of a kill but somebody else's file."""
-        strangers = {path.name for path in self._out.iterdir()} - {JOURNAL_NAME, *SPLITS}
-        start = HEADER_START[: len(torn)]
-        if strangers or torn[: len(start)] != start:
+    def _check_unstarted(self, incomplete: bytes) -> None:
+        """Raise `UserError` if a file without a complete line was not left by a killed preparation."""
+        other_files = {path.name for path in self._out.iterdir()} - {JOURNAL_NAME, *SPLITS}
+        start = HEADER_START[: len(incomplete)]
+        if other_files or incomplete[: len(start)] != start:
             raise UserError("not a journal")
 
 
 class SplitWriter:
-    """Appends tokens to one split's shards, from where `state` says; keeps `state` up to date."""
+    """Append tokens to the shards of one split, and keep `state` up to date.
+
+    At first the shards are cut back to the lengths in `state`, and shards that it does not list are deleted.
+
+    Args:
+        folder: the folder of the split.
+        state: its content so far, from the journal.
+        itemsize: bytes per token.
+
+    Raises:
+        UserError: a shard is shorter than `state` says.
+    """
 
     def __init__(self, folder: Path, state: SplitState, itemsize: int) -> None:
         self._folder = folder
@@ -180,7 +204,7 @@ class SplitWriter:
             self._file = (folder / state.shards[-1].file).open("ab")
 
     def append(self, split: SplitTokens) -> None:
-        """One chunk's share of this split."""
+        """Append the tokens that a chunk adds to this split, in a new shard if the last one is full."""
         self._state.documents += split.documents
         self._state.text_bytes += split.text_bytes
         if not len(split.tokens):
@@ -198,7 +222,7 @@ class SplitWriter:
         shards[-1] = Shard(last.file, last.tokens + len(split.tokens), zlib.crc32(data, last.crc32))
 
     def sync(self) -> None:
-        """Everything appended survives a power cut."""
+        """Write everything appended to the disk, so that it survives a power cut."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -1,94 +1,69 @@
-"""`relora prepare`: text -> a folder of tokens for training and one for validation.
+"""`relora prepare`: encode text as a folder of tokens for training and one of held-out tokens.
 
     OUT/train/  OUT/validation/     two prepared folders (see `shards`)
-    OUT/journal.jsonl               only while the work is unfinished (see `journal`)
+    OUT/journal.jsonl               exists only while the work is unfinished (see `journal`)
 
-Every document ends in EOS and documents follow one another without padding: decoding all of a split gives its
-documents, joined by EOS, and no token is dropped. The result is the same for any number of workers, and after any
-number of interruptions. Run again with nothing changed, it does nothing; with anything changed, it refuses.
+Every document ends in EOS, and documents follow one another without padding: decoding a whole split gives its
+documents, joined by EOS, and no token is dropped. The result is the same for any number of workers and after any number
+of interruptions. A second call with the same sources and options does nothing; with different ones it refuses.
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from signal import SIGINT
 from typing import TYPE_CHECKING
 
 from relora.data import tokenizer as tokenization
 from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.encode import CHUNK_CHARS, Chunk, Encoder, encode_all, pieces_of
-from relora.data.pretraining.journal import JOURNAL_NAME, SPLITS, Header, Journal, Request, SplitState, SplitWriter
+from relora.data.pretraining.journal import (
+    TRAIN,
+    VALIDATION,
+    Header,
+    Journal,
+    Request,
+    SplitState,
+    SplitWriter,
+)
+from relora.data.pretraining.output import PrepareReport, is_finished, locked_folder, remove_splits, report_on
 from relora.data.pretraining.progress import PrepareProgress
 from relora.data.pretraining.shards import (
     FORMAT_VERSION,
-    INDEX_NAME,
     TOKENIZER_NAME,
     Index,
-    PreparedFolder,
     TokenDtype,
-    read_index,
     write_index,
 )
 from relora.data.sampling import DRAWS, SplitRule
-from relora.errors import Interrupted, RunStopped, UserError
+from relora.errors import UserError
 from relora.messages import short_repr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TRAIN, VALIDATION = SPLITS
-
 TOKENIZER_CHARS = 100_000_000
-"""A tokenizer is trained on about this much of the training text, from all files alike: more hardly changes it."""
+"""Characters of training text on which a tokenizer is trained, the same share from every file; more text hardly changes
+the tokenizer."""
 
 MOST_IDS = 1 << 24
-"""Of a tokenizer trained here: far beyond what any model has, well below what would fill the memory at once."""
-
-MOST_NAMES = 4
-"""Sources that a message lists."""
+"""Largest vocabulary of a tokenizer trained here: more ids than any model has, few enough to fit into memory."""
 
 MOST_WORKERS = 1024
-"""Two chunks of text are in memory for each."""
+"""Most threads; two chunks of text are in memory for each."""
 
-TRAINING_CHARS = 4096
-"""A tokenizer is trained on pieces of this length: its time grows with the square of a word's."""
+TOKENIZER_PIECE_CHARS = 4096
+"""Most characters of the pieces on which a tokenizer is trained: the time grows with the square of a word's length."""
 
 DOCUMENT_CHARS = 100
-"""What a document takes in memory besides its text, counted as characters: a chunk holds so many tiny ones only."""
+"""Memory that a document takes besides its text, counted in characters; it limits how many tiny documents are in one
+chunk."""
 
 JOURNAL_SECONDS = 2.0
-"""A kill costs at most this much work, and the documents before it are read once more."""
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What was done."""
-
-    train: Index
-    validation: Index | None
-    reused: bool
-    """Everything was there already; nothing was written."""
-    continued: bool
-    """An interrupted run's work was taken up."""
-    seconds: float
-
-    def __str__(self) -> str:
-        """For the person at the terminal: one line a split, and what was left out."""
-        lines = [
-            f"{name}: {index.tokens:,} tokens, {index.documents:,} documents, {index.text_bytes / 1e6:.1f} MB of text"
-            for name, index in ((TRAIN, self.train), (VALIDATION, self.validation))
-            if index is not None
-        ]
-        if self.train.skipped_records:
-            lines.append(f"left out: {self.train.skipped_records:,} bad records")
-        lines.append("nothing changed, nothing done" if self.reused else f"done in {self.seconds:.1f} s")
-        return "\n".join(lines)
+"""Time between two lines of the journal: a kill costs at most this much work, and reading earlier documents again."""
 
 
 def prepare(
@@ -105,26 +80,27 @@ def prepare(
     skip_bad: bool = False,
     progress: Callable[[PrepareProgress], None] = lambda _: None,
 ) -> PrepareReport:
-    """Write OUT/train and OUT/validation, continue writing them, or find them written.
+    """Write OUT/train and OUT/validation, continue writing them, or find that they are complete.
 
     Args:
-        sources: files, folders, saved datasets, hub ids (see `sources`).
+        sources: files, folders, saved datasets or hub ids (see `data.sources`).
         out: the folder to write.
-        tokenizer: a tokenizer's folder or hub id; or
-        train_tokenizer: the vocabulary size of one to train on the training documents. One of the two.
-        validation: share of the documents held out, 0 <= share < 1. A document is drawn by a hash of its text, so
-            the share is met on average; where it would leave a side empty, exactly one document is held out.
-        text_field: field of JSONL records, column of tables.
+        tokenizer: folder or hub id of a tokenizer. Either this or `train_tokenizer` is given.
+        train_tokenizer: vocabulary size of a tokenizer that is trained on the training documents.
+        validation: share of the documents that is held out, 0 <= share < 1. A hash of its text decides about each
+            document, so the share is met on average; where it would leave a split empty, exactly one document is held
+            out.
+        text_field: field of JSON records, column of tables.
         take: at most this many documents of each source.
-        workers: threads that tokenize; all cores unless given. The result does not depend on it.
-        seed: of the draw of validation documents.
-        skip_bad: leave out records that cannot be used and count them, instead of refusing.
-        progress: is told how far the work is, about once per MB of text.
+        workers: threads that tokenize, one per core unless given. The result does not depend on it.
+        seed: keys the choice of held-out documents.
+        skip_bad: leave out records that cannot be used and count them, instead of refusing them.
+        progress: called with the progress about once per MB of text.
 
     Raises:
-        UserError: a source, an option or `out` cannot be used; what this call created is removed again.
+        UserError: a source, an option or `out` cannot be used. Everything that this call created has been removed.
         RunStopped: a disk or a network failed; the same call continues.
-        Interrupted: Ctrl-C; the same call continues.
+        Interrupted: Ctrl-C was pressed; the same call continues.
     """
     started = time.monotonic()
     _check_options(tokenizer, train_tokenizer, validation, text_field, take, workers)
@@ -142,19 +118,19 @@ def prepare(
             "skip_bad": skip_bad,
         },
     )
-    if _is_finished(out, request):
-        return _report(out, started, reused=True)
-    with _workplace(out, request) as journal:
+    if is_finished(out, request):
+        return report_on(out, started, reused=True)
+    with locked_folder(out, request) as journal:
         continued = journal.header is not None
         if journal.header is None:
-            _clear(out)  # of a start that was given up, and killed before it was gone
+            remove_splits(out)  # a call that gave up may have been killed before it had removed them
             journal.begin(Header(request, int(validation * DRAWS)))
-        settled = given or _train_or_reopen(out, corpus, train_tokenizer, _rule(journal, seed), progress)
-        tokenization.save_tokenizer(settled, out / TRAIN / TOKENIZER_NAME)
-        _encode_splits(corpus, settled, journal, seed, out, workers or os.cpu_count() or 1, progress)
-        _write_indexes(out, journal, settled, corpus)
+        used = given or _train_or_reopen(out, corpus, train_tokenizer, _rule(journal, seed), progress)
+        tokenization.save_tokenizer(used, out / TRAIN / TOKENIZER_NAME)
+        _encode_splits(corpus, used, journal, seed, out, workers or os.cpu_count() or 1, progress)
+        _write_indexes(out, journal, used, corpus)
         journal.remove()
-    return _report(out, started, continued=continued)
+    return report_on(out, started, continued=continued)
 
 
 def _check_options(
@@ -165,6 +141,7 @@ def _check_options(
     take: int | None,
     workers: int | None,
 ) -> None:
+    """Raise `UserError` if an option of `prepare` has no meaning."""
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("give either --tokenizer (a folder or hub id) or --train-tokenizer (a vocabulary size)")
     if train_tokenizer is not None:
@@ -182,89 +159,9 @@ def _check_options(
         raise UserError(f"--text-field {text_field!a}: not UTF-8") from None
 
 
-def _is_finished(out: Path, request: Request) -> bool:
-    """Whether `out` holds all that was asked for; `UserError` if it holds anything else that is finished."""
-    if not out.exists() or (out / JOURNAL_NAME).exists():
-        return False
-    if not out.is_dir():
-        raise UserError(f"{out}: a file is in the way; choose another --out")
-    if not (out / TRAIN / INDEX_NAME).exists():
-        if any(out.iterdir()):
-            raise UserError(f"{out}: holds something else, which is left alone; choose another --out")
-        return False
-    for split in _splits(out):
-        index = PreparedFolder.open(split).index
-        _refuse_other(out, Request(index.sources, index.options), request)
-    return True
-
-
-def _splits(out: Path) -> list[Path]:
-    return [out / split for split in (TRAIN, VALIDATION) if (out / split / INDEX_NAME).exists()]
-
-
-def _report(out: Path, started: float, *, reused: bool = False, continued: bool = False) -> PrepareReport:
-    train, *validation = [read_index(split) for split in _splits(out)]
-    return PrepareReport(
-        train=train,
-        validation=validation[0] if validation else None,
-        reused=reused,
-        continued=continued,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _refuse_other(out: Path, found: Request, wanted: Request) -> None:
-    """`UserError` that names the first thing in which two requests differ."""
-    names = [[source.source for source in request.sources] for request in (found, wanted)]
-    differences = [
-        f"{key} was {short_repr(found.options.get(key))} and is now {short_repr(value)}"
-        for key, value in wanted.options.items()
-        if found.options.get(key) != value
-    ]
-    if names[0] != names[1]:
-        before, now = (", ".join(some[:MOST_NAMES]) + ", ..." * (len(some) > MOST_NAMES) for some in names)
-        differences.append(f"the sources were {before} and are now {now}")
-    else:
-        changed = [new.source for old, new in zip(found.sources, wanted.sources, strict=True) if old != new]
-        differences += [f"{source} has changed since" for source in changed]
-    if differences:
-        raise UserError(f"{out}: holds tokens prepared otherwise ({differences[0]}); delete it or choose another --out")
-
-
-@contextmanager
-def _workplace(out: Path, request: Request) -> Iterator[Journal]:
-    """The folder, made and locked. A mistake of the user's leaves nothing behind; anything else can be continued."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        journal = Journal(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
-    with closing(journal):
-        if journal.header is not None:
-            _refuse_other(out, journal.header.request, request)
-        try:
-            yield journal
-        except UserError:
-            journal.forget()
-            _clear(out)
-            journal.remove()
-            for folder in missing:
-                folder.rmdir()
-            raise
-        except KeyboardInterrupt:
-            raise Interrupted(f"{out}: interrupted; the same command continues", SIGINT) from None
-        except OSError as error:
-            raise RunStopped(f"{out}: cannot be written: {error.strerror}; the same command continues") from None
-
-
-def _clear(out: Path) -> None:
-    for split in (TRAIN, VALIDATION):
-        shutil.rmtree(out / split, ignore_errors=True)
-
-
 def _rule(journal: Journal, seed: int) -> SplitRule:
-    assert journal.header is not None  # begun
+    """Return the rule by which documents are held out, with the threshold that the journal records."""
+    assert journal.header is not None  # the journal has been begun
     return SplitRule(seed, journal.header.threshold)
 
 
@@ -275,14 +172,14 @@ def _train_or_reopen(
     rule: SplitRule,
     progress: Callable[[PrepareProgress], None],
 ) -> "PreTrainedTokenizerFast":
-    """The tokenizer of this corpus: trained on training documents, or the one an interrupted run has trained."""
+    """Train a tokenizer on the training documents, or open the one that an interrupted call has trained."""
     folder = out / TRAIN / TOKENIZER_NAME
     if folder.is_dir():
         return tokenization.load_tokenizer(str(folder))
-    assert vocab_size is not None  # _check_options sees to it
+    assert vocab_size is not None  # _check_options has checked it
     progress(PrepareProgress("tokenizer"))
     texts = (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_held_out(text))
-    pieces = (piece for text in texts for piece in pieces_of(text, TRAINING_CHARS))
+    pieces = (piece for text in texts for piece in pieces_of(text, TOKENIZER_PIECE_CHARS))
     return tokenization.train_tokenizer(pieces, vocab_size)
 
 
@@ -295,8 +192,12 @@ def _encode_splits(
     workers: int,
     progress: Callable[[PrepareProgress], None],
 ) -> None:
-    """Write the shards of both splits; in a second pass if the draws left a side empty (few documents)."""
-    assert journal.header is not None  # begun
+    """Write the shards of both splits.
+
+    With few documents the draws may leave one split empty. Then a second pass writes all shards again, with the
+    threshold by which exactly one document is held out.
+    """
+    assert journal.header is not None  # the journal has been begun
     backend, dtype = tokenizer.backend_tokenizer.to_str(), _dtype(tokenizer)
     while True:
         rule = _rule(journal, seed)
@@ -304,11 +205,11 @@ def _encode_splits(
         state = journal.state
         if state.lowest_draw is None:
             raise UserError("the sources hold no text")
-        one_document = state.lowest_draw + 1  # the threshold that holds out the one document with the lowest draw
-        both = state.train.documents and state.validation.documents
-        if both or rule.threshold in (0, one_document):
+        one_document_threshold = state.lowest_draw + 1  # only the document with the lowest draw is below it
+        no_split_is_empty = state.train.documents and state.validation.documents
+        if no_split_is_empty or rule.threshold in (0, one_document_threshold):
             break
-        journal.begin(Header(journal.header.request, one_document))
+        journal.begin(Header(journal.header.request, one_document_threshold))
     if not state.train.documents:
         raise UserError(
             f"{state.documents} document(s), too few to hold any out; "
@@ -324,9 +225,9 @@ def _one_pass(
     workers: int,
     progress: Callable[[PrepareProgress], None],
 ) -> None:
-    """Encode all documents that the journal's state does not count yet."""
+    """Encode all documents after those that the journal's state counts, and append them to the shards."""
     state, total = journal.state, corpus.total_bytes
-    noted = time.monotonic()
+    last_note = time.monotonic()
     with (
         closing(SplitWriter(out / TRAIN, state.train, encoder.itemsize)) as train,
         closing(SplitWriter(out / VALIDATION, state.validation, encoder.itemsize)) as validation,
@@ -336,11 +237,11 @@ def _one_pass(
             validation.append(encoded.validation)
             lowest = DRAWS if state.lowest_draw is None else state.lowest_draw
             state.lowest_draw = min(encoded.lowest_draw, lowest)
-            if time.monotonic() - noted >= JOURNAL_SECONDS:
+            if time.monotonic() - last_note >= JOURNAL_SECONDS:
                 train.sync()
                 validation.sync()
                 journal.note()
-                noted = time.monotonic()
+                last_note = time.monotonic()
             progress(
                 PrepareProgress(
                     stage="tokens",
@@ -353,7 +254,7 @@ def _one_pass(
 
 
 def _chunks(corpus: Corpus, skip: int) -> Iterator[Chunk]:
-    """The documents after the first `skip`, bundled for the workers."""
+    """Yield the documents after the first `skip`, in chunks of about `CHUNK_CHARS` characters for the workers."""
     texts: list[str] = []
     chars = 0
     for text in islice(corpus.documents(), skip, None):
@@ -367,11 +268,12 @@ def _chunks(corpus: Corpus, skip: int) -> Iterator[Chunk]:
 
 
 def _dtype(tokenizer: "PreTrainedTokenizerFast") -> TokenDtype:
+    """Return the smallest dtype that can hold all ids of a tokenizer."""
     return "uint16" if tokenization.vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
 
 
 def _write_indexes(out: Path, journal: Journal, tokenizer: "PreTrainedTokenizerFast", corpus: Corpus) -> None:
-    """The last thing written: from here on the folders are whole."""
+    """Write the index of each split that has documents; as the last files, they make the folders complete."""
     for split, state in ((TRAIN, journal.state.train), (VALIDATION, journal.state.validation)):
         if state.documents:
             tokenization.copy_tokenizer(out / TRAIN / TOKENIZER_NAME, out / split / TOKENIZER_NAME)
@@ -379,7 +281,15 @@ def _write_indexes(out: Path, journal: Journal, tokenizer: "PreTrainedTokenizerF
 
 
 def _index(state: SplitState, journal: Journal, tokenizer: "PreTrainedTokenizerFast", corpus: Corpus) -> Index:
-    assert journal.header is not None  # begun
+    """Return the index of one split.
+
+    Args:
+        state: the split's shards and documents.
+        journal: has the options of the preparation.
+        tokenizer: the tokenizer of both splits.
+        corpus: the sources, after the pass.
+    """
+    assert journal.header is not None  # the journal has been begun
     return Index(
         format_version=FORMAT_VERSION,
         tokens=state.tokens,

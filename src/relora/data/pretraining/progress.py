@@ -1,4 +1,4 @@
-"""What a long preparation says while it works: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress display of `relora prepare`: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -11,24 +11,31 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far a preparation is; what an earlier, interrupted run did counts in."""
+    """Progress of a preparation; the work of an earlier, interrupted call is included."""
 
     stage: str
-    """`tokenizer` while one is trained, then `tokens`."""
+    """`tokenizer` while a tokenizer is trained, then `tokens`."""
     text_bytes: int = 0
+    """Bytes of UTF-8 text encoded so far."""
     tokens: int = 0
+    """Tokens written so far, in both splits."""
     read_share: float | None = None
-    """Of the sources, 0 to 1; None when their size is unknown."""
+    """Share of the sources' bytes that has been read, 0 to 1; None when their size is unknown."""
 
 
 class ConsoleProgress:
-    """Shows `PrepareProgress`, called with each; use it in a `with` statement.
+    """Display every `PrepareProgress` that it is called with; use it in a `with` statement.
 
-    Rates and the time left count from the first call with tokens, so a continued run does not look faster than it is.
+    Rates and the remaining time are computed from the first call with tokens on. So the work of an interrupted call,
+    which this one continues, does not make the rates larger than they are.
+
+    Args:
+        console: where to print; stderr unless given.
+        every_seconds: time between two lines, where the output is no terminal.
     """
 
     def __init__(self, console: Console | None = None, every_seconds: float = 5.0) -> None:
-        # force_terminal: FORCE_COLOR, which many CI systems set, must not put control codes into a log file
+        # Without force_terminal, FORCE_COLOR, which many CI systems set, would put control codes into a log file.
         self._console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         self._every_seconds = every_seconds
         self._bar = Progress(
@@ -46,7 +53,7 @@ class ConsoleProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:  # elsewhere it never started, and would print an empty line
+        if self._console.is_terminal:  # a bar that was never started would print an empty line
             self._bar.stop()
 
     def __call__(self, progress: PrepareProgress) -> None:
@@ -65,7 +72,15 @@ class ConsoleProgress:
 
 
 def _figures(progress: PrepareProgress, start: PrepareProgress, seconds: float) -> str:
-    """`41% · 120.0 MB · 29.3 M tokens · 8.1 MB/s · 1.98 M tokens/s · 0:21 left`, as far as it is known."""
+    """Return a line such as `41% · 120.0 MB · 29.3 M tokens · 8.1 MB/s · 1.98 M tokens/s · 0:21 left`.
+
+    Figures that are not known yet, or cannot be known, are left out.
+
+    Args:
+        progress: the current progress.
+        start: the progress at the first call with tokens.
+        seconds: time since then.
+    """
     parts = [f"{progress.text_bytes / 1e6:.1f} MB", f"{progress.tokens / 1e6:.1f} M tokens"]
     if progress.read_share is not None:
         parts.insert(0, f"{progress.read_share:.0%}")

@@ -1,11 +1,11 @@
-"""A prepared folder: flat token files behind one index, all that training needs to know about its data.
+"""Prepared folders: files of token ids (shards) and an index, which is all that training needs to know of its data.
 
     FOLDER/index.json         counts, dtype, vocabulary, tokenizer fingerprint, shards, sources, options
     FOLDER/shard-00000.bin    token ids, little-endian uint16 or uint32; every document ends in EOS
     FOLDER/tokenizer/         a copy of the tokenizer
 
-The shards together are one long stream of tokens; where one shard ends means nothing. The index is written last,
-so a folder without one is unfinished. Shards are memory-mapped: a corpus larger than main memory costs none.
+The shards together are one long stream of tokens, and the borders between them have no meaning. The index is written
+last, so a folder without an index is unfinished. Shards are memory-mapped, so a corpus may be larger than main memory.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Shard:
-    """One token file."""
+    """One file of token ids, as the index describes it."""
 
     file: str
     tokens: Positive
@@ -47,27 +47,27 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """One source as it was given, and what tells whether it changed."""
+    """One source as the user named it, and a fingerprint that tells whether it has changed."""
 
     source: str
     files: Count
     bytes: Count | None
-    """On disk; None for a dataset that is streamed from the hub."""
+    """Bytes on disk; None for a dataset that is streamed from the hub."""
     fingerprint: str
-    """Over the names, sizes and modification times of its files; of a streamed one, over its commit."""
+    """Hash over the names, sizes and modification times of the files; over the commit of a streamed dataset."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What `index.json` holds."""
+    """Content of `index.json`."""
 
     format_version: int
     tokens: Positive
     documents: Positive
     text_bytes: Positive
-    """Of the documents as UTF-8, without the EOS that ends each."""
+    """Bytes of the documents as UTF-8, without the EOS tokens."""
     skipped_records: Count
-    """Bad records that `skip_bad` left out of the whole corpus (both splits together)."""
+    """Bad records that `skip_bad` left out of the whole corpus, both splits together."""
     dtype: TokenDtype
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
     eos_token_id: Count
@@ -78,7 +78,7 @@ class Index:
 
 
 class PreparedFolder:
-    """One finished split, memory-mapped; `open` is its constructor."""
+    """One finished split, memory-mapped; `open` checks and opens it."""
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path = path
@@ -89,7 +89,11 @@ class PreparedFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "PreparedFolder":
-        """Open `path`, checking its index and its shards' sizes; `UserError` on anything missing or cut short."""
+        """Open the folder `path` and check its index and the sizes of its shards.
+
+        Raises:
+            UserError: a file is missing or has another size, or the index contradicts itself.
+        """
         path = Path(path)
         index = read_index(path)
         itemsize = token_dtype(index.dtype).itemsize
@@ -110,38 +114,42 @@ class PreparedFolder:
 
     @property
     def tokens(self) -> int:
-        """Length of the stream."""
+        """Number of tokens in the stream."""
         return self.index.tokens
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below this."""
+        """Size of the vocabulary: every id is smaller."""
         return self.index.vocab_size
 
     @property
     def fingerprint(self) -> str:
-        """The tokenizer's; equal fingerprints mean equal ids for equal text."""
+        """The fingerprint of the tokenizer: where it is equal, equal texts have equal ids."""
         return self.index.tokenizer_fingerprint
 
     @property
     def content(self) -> str:
-        """Equal for folders of the same tokens, wherever they lie."""
+        """A fingerprint of the tokens: equal for copies of a folder, whatever their paths are."""
         shards = [(shard.tokens, shard.crc32) for shard in self.index.shards]
-        what = json.dumps([self.index.dtype, self.fingerprint, self.index.eos_token_id, shards])
-        return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+        identity = json.dumps([self.index.dtype, self.fingerprint, self.index.eos_token_id, shards])
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, EOS counted: loss in nats / ln 2 / this is bits per byte."""
+        """UTF-8 bytes of text per token, EOS tokens included: (loss in nats) / ln 2 / this are the bits per byte."""
         return self.index.text_bytes / self.index.tokens
 
     @property
     def tokenizer_path(self) -> Path:
-        """The folder that `transformers.AutoTokenizer` opens."""
+        """The folder of the tokenizer, which `transformers.AutoTokenizer` can open."""
         return self.path / TOKENIZER_NAME
 
     def verify(self) -> None:
-        """Read every shard and compare it with the index's checksum and vocabulary; `UserError` names what is wrong."""
+        """Read all shards and compare them with the checksums and the vocabulary of the index.
+
+        Raises:
+            UserError: the first difference, or the tokenizer's folder is missing.
+        """
         if not self.tokenizer_path.is_dir():
             raise UserError(f"{self.tokenizer_path}: No such folder; {PREPARE_AGAIN}")
         for shard, tokens in zip(self.index.shards, self._shards, strict=True):
@@ -158,9 +166,11 @@ class PreparedFolder:
                 )
 
     def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        """The ids `start` to `start + length` of the stream, [length], copied, across shard borders.
+        """Return a copy of the ids at `start` to `start + length` of the stream, across shard borders, [length].
 
-        `UserError` if an id is outside the vocabulary: only a damaged shard can hold one.
+        Raises:
+            UserError: an id is outside the vocabulary, which happens only in a damaged shard.
+            IndexError: the window is not inside the stream.
         """
         if not 0 <= start <= start + length <= self.tokens:
             raise IndexError(f"window {start}+{length} of {self.tokens} tokens")
@@ -184,12 +194,12 @@ class PreparedFolder:
 
 
 def token_dtype(name: TokenDtype) -> np.dtype[Any]:
-    """As the ids lie in a shard: little-endian on every machine."""
+    """Return the dtype of the ids in a shard, little-endian on every machine."""
     return np.dtype(name).newbyteorder("<")
 
 
 def read_index(folder: Path) -> Index:
-    """The checked content of `folder/index.json`; `UserError` when there is none or not of this format."""
+    """Read and check `folder/index.json`; raise `UserError` if there is none, or none of this format."""
     file = folder / INDEX_NAME
     try:
         text = regular_file(file, INDEX_BYTES).read_text(encoding="utf-8")
@@ -209,12 +219,12 @@ def read_index(folder: Path) -> Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `folder/index.json`, durably and in one step: it is there whole, or not there."""
+    """Write `folder/index.json` durably and in one step: after a crash it exists completely or not at all."""
     write_json(folder / INDEX_NAME, asdict(index), ensure_ascii=False)
 
 
 def _why_no_index(folder: Path) -> str:
-    """The line for a folder without a readable index: the commonest reasons told apart."""
+    """Return the message for a folder without a readable index, which distinguishes the most frequent reasons."""
     if not folder.is_dir():
         return f"{folder}: no such folder; write it with `relora prepare`"
     if (folder / "train" / INDEX_NAME).exists():

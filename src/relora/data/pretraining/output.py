@@ -1,0 +1,156 @@
+"""The folder that `relora prepare` writes: whether it is complete, locked while it is written, reported at the end.
+
+A folder belongs to one request (sources and options). It is never written over: a call with another request refuses.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGINT
+
+from relora.data.pretraining.journal import JOURNAL_NAME, TRAIN, VALIDATION, Journal, Request
+from relora.data.pretraining.shards import INDEX_NAME, Index, PreparedFolder, read_index
+from relora.errors import Interrupted, RunStopped, UserError
+from relora.messages import short_repr
+
+MOST_NAMES = 4
+"""Most sources that a message lists."""
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """Result of a call of `prepare`."""
+
+    train: Index
+    validation: Index | None
+    """None if no document was to be held out."""
+    reused: bool
+    """Whether everything existed already, so that nothing was written."""
+    continued: bool
+    """Whether the work of an interrupted call was continued."""
+    seconds: float
+    """Duration of this call."""
+
+    def __str__(self) -> str:
+        """Return the text for the terminal: one line per split, and the number of bad records left out."""
+        lines = [
+            f"{name}: {index.tokens:,} tokens, {index.documents:,} documents, {index.text_bytes / 1e6:.1f} MB of text"
+            for name, index in ((TRAIN, self.train), (VALIDATION, self.validation))
+            if index is not None
+        ]
+        if self.train.skipped_records:
+            lines.append(f"left out: {self.train.skipped_records:,} bad records")
+        lines.append("nothing changed, nothing done" if self.reused else f"done in {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def is_finished(out: Path, request: Request) -> bool:
+    """Return whether `out` is the complete result of this request; `UserError` if it contains anything else.
+
+    An unfinished folder, which has a journal, is not complete.
+    """
+    if not out.exists() or (out / JOURNAL_NAME).exists():
+        return False
+    if not out.is_dir():
+        raise UserError(f"{out}: a file is in the way; choose another --out")
+    if not (out / TRAIN / INDEX_NAME).exists():
+        if any(out.iterdir()):
+            raise UserError(f"{out}: holds something else, which is left alone; choose another --out")
+        return False
+    for split in _finished_splits(out):
+        index = PreparedFolder.open(split).index
+        _refuse_other(out, Request(index.sources, index.options), request)
+    return True
+
+
+def _finished_splits(out: Path) -> list[Path]:
+    """Return the folders of the splits that have an index, the one for training first."""
+    return [out / split for split in (TRAIN, VALIDATION) if (out / split / INDEX_NAME).exists()]
+
+
+def report_on(out: Path, started: float, *, reused: bool = False, continued: bool = False) -> PrepareReport:
+    """Read the indexes of the finished folder `out` and return the report.
+
+    Args:
+        out: the folder.
+        started: `time.monotonic()` at the start of the call.
+        reused: whether nothing had to be written.
+        continued: whether the work of an interrupted call was continued.
+    """
+    train, *validation = [read_index(split) for split in _finished_splits(out)]
+    return PrepareReport(
+        train=train,
+        validation=validation[0] if validation else None,
+        reused=reused,
+        continued=continued,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _refuse_other(out: Path, found: Request, wanted: Request) -> None:
+    """Raise a `UserError` that names the first difference between two requests, if they differ.
+
+    Args:
+        out: the folder, for the message.
+        found: the request by which the folder was written.
+        wanted: the request of this call.
+    """
+    names_before, names_now = ([source.source for source in request.sources] for request in (found, wanted))
+    differences = [
+        f"{key} was {short_repr(found.options.get(key))} and is now {short_repr(value)}"
+        for key, value in wanted.options.items()
+        if found.options.get(key) != value
+    ]
+    if names_before != names_now:
+        differences.append(f"the sources were {_first_names(names_before)} and are now {_first_names(names_now)}")
+    else:
+        changed = [new.source for old, new in zip(found.sources, wanted.sources, strict=True) if old != new]
+        differences += [f"{source} has changed since" for source in changed]
+    if differences:
+        raise UserError(f"{out}: holds tokens prepared otherwise ({differences[0]}); delete it or choose another --out")
+
+
+def _first_names(names: Sequence[str]) -> str:
+    """Return the first `MOST_NAMES` names for a message, with dots where there are more."""
+    dots = ["..."] if len(names) > MOST_NAMES else []
+    return ", ".join([*names[:MOST_NAMES], *dots])
+
+
+@contextmanager
+def locked_folder(out: Path, request: Request) -> Iterator[Journal]:
+    """Create `out` unless it exists, lock it and yield its journal.
+
+    After a `UserError` inside the `with` block everything that was created is removed. After any other error the work
+    can be continued; Ctrl-C and errors of the disk are raised as `Interrupted` and `RunStopped`.
+    """
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        journal = Journal(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from None
+    with closing(journal):
+        if journal.header is not None:
+            _refuse_other(out, journal.header.request, request)
+        try:
+            yield journal
+        except UserError:
+            journal.erase()
+            remove_splits(out)
+            journal.remove()
+            for folder in missing:
+                folder.rmdir()
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(f"{out}: interrupted; the same command continues", SIGINT) from None
+        except OSError as error:
+            raise RunStopped(f"{out}: cannot be written: {error.strerror}; the same command continues") from None
+
+
+def remove_splits(out: Path) -> None:
+    """Delete the folders of both splits, as far as they exist."""
+    for split in (TRAIN, VALIDATION):
+        shutil.rmtree(out / split, ignore_errors=True)
