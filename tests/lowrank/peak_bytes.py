@@ -1,4 +1,4 @@
-"""The most bytes that new tensors held at one time."""
+"""Peak memory of the tensors that operations create, counted by a dispatch mode."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,10 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts every storage that an operation inside makes, for as long as it lives; `peak` is the most at one time."""
+    """Context that counts the bytes of every storage that an operation inside it creates, for as long as it lives.
+
+    `peak` is the largest number of such bytes that were alive at one time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,10 +30,10 @@ class PeakBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._known.add(storage.data_ptr())
                 self._live += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+                weakref.finalize(storage, self._release, storage.data_ptr(), storage.nbytes())
         self.peak = max(self.peak, self._live)
         return result
 
-    def _gone(self, place: int, size: int) -> None:
-        self._known.discard(place)
+    def _release(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self._live -= size

@@ -1,4 +1,4 @@
-"""The machine is measured once; what is kept is used, and what cannot be used is measured again."""
+"""Calibration: a machine is measured once, the rates are kept in a file, and an invalid file is measured again."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _as_a_new_process() -> None:
+def _forget_rates_of_this_process() -> None:
     calibrate._calibrated.cache_clear()
 
 
-def test_measures_plausibly() -> None:
+def test_measured_rates_are_plausible() -> None:
     rates = measure(CPU)
     sides, figures = zip(*rates.fp32, strict=True)
     assert list(sides) == sorted(sides) and list(figures) == sorted(figures)
@@ -35,7 +35,7 @@ def test_the_first_measurement_stays(tmp_path: Path) -> None:
     assert calibrated(CPU, tmp_path) == kept
 
 
-def test_measured_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_anew_discards_the_rates_that_are_kept(tmp_path: Path) -> None:
     calibrated(CPU, tmp_path)
     file = rates_file(CPU, tmp_path)
     file.write_text(to_json(replace(NOMINAL_RATES, bandwidth=12345.0)))
@@ -44,7 +44,7 @@ def test_measured_anew_where_that_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"fp32": [], "bf16": 1, "int8": 1, "bandwidth": 1}', "\x80"])
-def test_what_cannot_be_used_is_measured_again(tmp_path: Path, damage: str) -> None:
+def test_an_invalid_file_is_measured_again(tmp_path: Path, damage: str) -> None:
     calibrated(CPU, tmp_path)
     [file] = tmp_path.iterdir()
     file.write_bytes(damage.encode("latin-1"))
@@ -54,7 +54,7 @@ def test_what_cannot_be_used_is_measured_again(tmp_path: Path, damage: str) -> N
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_folder_that_cannot_be_written_is_no_mistake(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert calibrated(CPU, tmp_path / "file").bandwidth > 0
 
@@ -70,5 +70,5 @@ def test_round_trip_and_refusals() -> None:
     assert from_json("None") is None
 
 
-def test_a_model_without_memory_needs_no_machine() -> None:
+def test_the_meta_device_is_not_measured() -> None:
     assert calibrated(torch.device("meta")) is NOMINAL_RATES

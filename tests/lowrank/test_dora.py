@@ -1,4 +1,4 @@
-"""DoRA: PEFT's to the last digits, one function in training and out of it, and merged without moving it."""
+"""DoRA: equal to PEFT's, the same function in training and evaluation, and merged without changing the function."""
 
 import pytest
 import torch
@@ -21,11 +21,13 @@ from relora.lowrank import (
 from relora.lowrank.costs import NOMINAL_RATES
 
 
-def layer_of(out: int = 12, inn: int = 16, dtype: torch.dtype = torch.float64, **config: object) -> LowRankLinear:
-    """Somewhere in its training: no factor and no magnitude is as it began."""
+def layer_of(
+    out_features: int = 12, in_features: int = 16, dtype: torch.dtype = torch.float64, **config: object
+) -> LowRankLinear:
+    """Build a layer in the middle of training: no factor and no magnitude has its initial value."""
     torch.manual_seed(0)
     settings = {"r": 3, "lora_alpha": 3.0, "dora": True, "rates": NOMINAL_RATES, **config}
-    layer = LowRankLinear(nn.Linear(inn, out, dtype=dtype), LowRankConfig(**settings), name="x")
+    layer = LowRankLinear(nn.Linear(in_features, out_features, dtype=dtype), LowRankConfig(**settings), name="x")
     with torch.no_grad():
         nn.init.normal_(layer.lora_B, std=0.3)
         layer.magnitude.mul_(torch.empty_like(layer.magnitude).uniform_(0.5, 2))
@@ -33,7 +35,7 @@ def layer_of(out: int = 12, inn: int = 16, dtype: torch.dtype = torch.float64, *
 
 
 def merged_weight(layer: LowRankLinear) -> Tensor:
-    """W' by the formula, its norm under the gradient's eyes."""
+    """Compute W' by the formula, with a norm that is not constant for the gradient."""
     direction = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
     return layer.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
 
@@ -60,7 +62,7 @@ def test_equals_peft(kind: str, rslora: bool) -> None:
         (ours.lora_B, twin.lora_B["default"].weight),
         (ours.magnitude, twin.lora_magnitude_vector["default"].weight),
     ]
-    torch.testing.assert_close(*pairs[2], rtol=1e-12, atol=0)  # the start: norms of W
+    torch.testing.assert_close(*pairs[2], rtol=1e-12, atol=0)  # they start as the row norms of W
     with torch.no_grad():
         for mine, other in pairs:
             other.copy_(mine.add_(0.1 * torch.randn_like(mine)))
@@ -77,7 +79,7 @@ def test_equals_peft(kind: str, rslora: bool) -> None:
     torch.testing.assert_close(models[0][0].weight, merged[0].weight, rtol=1e-12, atol=1e-12)
 
 
-def test_is_the_formula_in_training_and_out_of_it() -> None:
+def test_computes_the_formula_in_training_and_evaluation() -> None:
     layer = layer_of()
     x = torch.randn(5, 16, dtype=torch.float64)
     expected = nn.functional.linear(x, merged_weight(layer), layer.bias)
@@ -86,16 +88,16 @@ def test_is_the_formula_in_training_and_out_of_it() -> None:
 
 
 def test_the_norm_is_a_constant_for_the_gradient() -> None:
-    """The factors' gradients are those of the formula with the norms put in as numbers, and not of the formula."""
+    """The factors' gradients are those of the formula with norms that are numbers, not functions of the factors."""
     layer = layer_of()
     x = torch.randn(5, 16, dtype=torch.float64)
     norms = (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).norm(dim=1).detach()
     direction = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
     constant = (nn.functional.linear(x, direction) * layer.magnitude / norms).square().sum()
-    through = nn.functional.linear(x, merged_weight(layer)).square().sum()
+    not_constant = nn.functional.linear(x, merged_weight(layer)).square().sum()
     mine = torch.autograd.grad((layer(x) - layer.bias).square().sum(), layer.lora_B)[0]
     torch.testing.assert_close(mine, torch.autograd.grad(constant, layer.lora_B)[0], rtol=1e-12, atol=1e-12)
-    assert (mine - torch.autograd.grad(through, layer.lora_B)[0]).norm() > 0.01 * mine.norm()
+    assert (mine - torch.autograd.grad(not_constant, layer.lora_B)[0]).norm() > 0.01 * mine.norm()
 
 
 @pytest.mark.parametrize("base", ["auto", "bf16", "int8"])
@@ -120,14 +122,14 @@ def test_the_magnitude_is_a_factor() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_merge_gives_the_weight_that_it_multiplies_by(transposed: bool) -> None:
+def test_merge_gives_the_weight_that_the_layer_multiplies_by(transposed: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(12, 16, bias=False) if transposed else nn.Linear(16, 12)
     config = LowRankConfig(r=3, lora_alpha=3, dora=True)
     layer = LowRankLinear(plain.double(), config, name="x", fan_in_fan_out=transposed)
     with torch.no_grad():
         nn.init.normal_(layer.lora_B, std=0.3)
-        layer.magnitude[0] *= -2  # nothing forbids it
+        layer.magnitude[0] *= -2  # a magnitude may be negative
     x = torch.randn(5, 16, dtype=torch.float64)
     outputs, start = layer(x), layer.weight.clone()
     delta = layer.merge_()
@@ -159,7 +161,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
     assert all(factor.grad.isfinite().all() for factor in layer.factors.values())
 
 
-def test_forms_one_matrix_of_the_weights_size_and_keeps_none() -> None:
+def test_forms_one_matrix_of_the_size_of_the_weight_and_keeps_none() -> None:
     layer = LowRankLinear(nn.Linear(512, 512, bias=False), LowRankConfig(r=2, dora=True, rates=NOMINAL_RATES), name="x")
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept = []
@@ -177,7 +179,7 @@ def test_forms_one_matrix_of_the_weights_size_and_keeps_none() -> None:
 
 
 def test_dropout_leaves_the_frozen_product_alone() -> None:
-    """With B = 0 there is nothing that it could drop."""
+    """With B = 0, dropout on the input of the factors has no effect."""
     torch.manual_seed(0)
     layer = LowRankLinear(nn.Linear(16, 12), LowRankConfig(r=2, dora=True, lora_dropout=0.5), name="x")
     x = torch.randn(4, 16)
@@ -189,7 +191,7 @@ def test_dropout_leaves_the_frozen_product_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast(dtype: torch.dtype) -> None:
-    """bf16 has 8 bits: within 1% of the formula; the norms themselves are in fp32."""
+    """Output within 1% of the formula, since bf16 has 8 bits; the norms are computed in fp32."""
     layer = layer_of(48, 64, torch.float32)
     x = torch.randn(40, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -201,8 +203,8 @@ def test_under_autocast(dtype: torch.dtype) -> None:
     assert layer.magnitude.grad.dtype == torch.float32
 
 
-def test_small_changes_of_the_magnitude_are_seen_in_half_precision() -> None:
-    """1.003 is 1 in bf16; times a number it moves some of the products, by 0.3% on the whole."""
+def test_small_changes_of_the_magnitude_are_not_rounded_away_in_half_precision() -> None:
+    """1.003 rounds to 1 in bf16. Applied in fp32, it changes some of the products, by 0.3% on average."""
     torch.manual_seed(0)
     layer = LowRankLinear(
         nn.Linear(64, 48, bias=False).bfloat16(), LowRankConfig(r=4, dora=True, rates=NOMINAL_RATES), name="x"
@@ -228,7 +230,7 @@ def test_round_trip_through_exact_tensors() -> None:
     assert torch.equal(model(x), other(x))
 
 
-def test_no_restart() -> None:
+def test_a_restart_is_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8))
     inject(model, LowRankConfig(r=2, dora=True))
     with pytest.raises(UserError, match=r"lowrank\.dora: a restart .* row lengths .*dora: false"):

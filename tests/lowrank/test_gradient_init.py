@@ -1,4 +1,4 @@
-"""Factors that begin with a part of the weight: the function stays, and what was learnt can be told from the start."""
+"""Initial factors whose product is subtracted from the weight: the function stays the same, the update measurable."""
 
 from collections.abc import Callable
 from functools import partial
@@ -48,15 +48,16 @@ def loss(ids: Tensor, model: nn.Module) -> Tensor:
 BATCHES = [partial(loss, IDS), partial(loss, IDS.flip(0) + 7)]
 
 
-def begun(model: nn.Module, init: str, **config: object) -> nn.Module:
+def injected(model: nn.Module, init: str, **config: object) -> nn.Module:
+    """Inject layers with an initialization from the weight or its gradient."""
     inject(model, LowRankConfig(**{"r": 4, "lora_alpha": 8.0, "init": init, "rest": "frozen", **config}))
     if init == "gradient-svd":
         gradient_svd_(model, weight_gradients(model, BATCHES))
     return model
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """As if it had trained."""
+def trained(model: nn.Module) -> nn.Module:
+    """Change all factors at random, in the place of training."""
     torch.manual_seed(1)
     with torch.no_grad():
         for layer in low_rank_layers(model).values():
@@ -68,9 +69,11 @@ def moved(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("init", FROM_WEIGHT)
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_the_function_stays_and_both_factors_live(build: Callable[[], PreTrainedModel], init: str, dora: bool) -> None:
+def test_the_function_does_not_change_and_both_factors_have_gradients(
+    build: Callable[[], PreTrainedModel], init: str, dora: bool
+) -> None:
     before = build()(IDS).logits
-    model = begun(build(), init, dora=dora)
+    model = injected(build(), init, dora=dora)
     torch.testing.assert_close(model(IDS).logits, before, rtol=1e-10, atol=1e-10)
     loss(IDS, model).backward()
     for layer in low_rank_layers(model).values():
@@ -79,8 +82,8 @@ def test_the_function_stays_and_both_factors_live(build: Callable[[], PreTrained
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_pissa_is_peft_s(kind: str) -> None:
-    """In fp32, the only type that both take: the same product of factors and the same residual, to 1e-5."""
+def test_pissa_equals_pefts(kind: str) -> None:
+    """The same product of factors and the same residual to 1e-5, in fp32, the only dtype that both support."""
     torch.manual_seed(0)
     models = [nn.Sequential(Conv1D(24, 32) if kind == "conv1d" else nn.Linear(32, 24)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -95,8 +98,8 @@ def test_pissa_is_peft_s(kind: str) -> None:
     torch.testing.assert_close(ours.lora_B @ ours.lora_A, product, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_gradients_are_autograd_s() -> None:
-    """Of the mean over the batches, [out, in] also of GPT-2's layers; nothing of the model has changed."""
+def test_weight_gradients_equal_autograds() -> None:
+    """Mean over the batches, [out, in] also for GPT-2's layers; the model does not change."""
     for build in (llama, gpt2):
         plain, model = build(), build()
         sum(batch(plain) for batch in BATCHES).div(2).backward()
@@ -109,14 +112,14 @@ def test_weight_gradients_are_autograd_s() -> None:
             torch.testing.assert_close(gradient, twin.T if build is gpt2 else twin, rtol=1e-9, atol=1e-12)
         assert all(parameter.grad is None for parameter in model.parameters())
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        loss(IDS, model).backward()  # no hook is left that would add to them
+        loss(IDS, model).backward()  # a hook that was left would change the gradients below
         assert all(
             torch.equal(gradient, again)
             for gradient, again in zip(gradients.values(), weight_gradients(model, BATCHES).values(), strict=True)
         )
 
 
-def test_a_layer_that_is_used_twice_has_the_sum_of_both_gradients() -> None:
+def test_the_gradient_of_a_layer_used_twice_is_the_sum() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(8, 8).double()
     model, x = nn.ModuleDict({"a": layer}), torch.randn(5, 8, dtype=torch.float64)
@@ -130,7 +133,7 @@ def test_a_layer_that_is_used_twice_has_the_sum_of_both_gradients() -> None:
 
 
 def test_the_first_step_follows_the_gradient_in_2_r_directions() -> None:
-    """Theorem 3.1 of the paper: it is the best approximation of dW that both factors' steps together can make."""
+    """Theorem 3.1 of the paper: the first step of both factors is the best approximation of dW that they can make."""
     model = llama()
     inject(model, LowRankConfig(r=4, lora_alpha=8.0, init="gradient-svd", rest="frozen"))
     gradients = weight_gradients(model, BATCHES[:1])
@@ -152,37 +155,37 @@ def test_the_first_step_follows_the_gradient_in_2_r_directions() -> None:
 @pytest.mark.parametrize("trainable_scaling", [False, True])
 @pytest.mark.parametrize("init", [*FROM_WEIGHT, "kaiming"])
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_an_update_relative_to_the_weight_as_it_was(
+def test_update_factors_are_relative_to_the_weight_before_injection(
     build: Callable[[], PreTrainedModel], init: str, trainable_scaling: bool
 ) -> None:
     weights = {name: parameter.detach().clone() for name, parameter in build().named_parameters()}
-    model = moved(begun(build(), init, trainable_scaling=trainable_scaling))
+    model = trained(injected(build(), init, trainable_scaling=trainable_scaling))
     for name, layer in low_rank_layers(model).items():
         a, b, scaling = update_factors(layer)
         assert len(a) == b.shape[1] == (4 if init == "kaiming" else 8) and scaling == layer.initial_scaling
         layer.merge_()
         merged, weight = (layer.base.reorient(each) for each in (layer.weight, weights[f"{name}.weight"]))
         torch.testing.assert_close(merged, weight + scaling * b @ a, rtol=1e-9, atol=1e-10)
-        a, b, _ = update_factors(layer)  # of what is merged nothing is left
+        a, b, _ = update_factors(layer)  # a merged update is no longer in the factors
         assert len(a) == 4 and not b.any()
 
 
 @pytest.mark.parametrize("init", FROM_WEIGHT)
-def test_stripped_the_weight_is_as_it_was_and_merged_the_function_stays(init: str) -> None:
-    model = moved(begun(llama(), init))
+def test_strip_restores_the_weight_and_merge_keeps_the_function(init: str) -> None:
+    model = trained(injected(llama(), init))
     outputs = model(IDS).logits
     strip(model)
     for name, parameter in llama().named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-12, atol=1e-12)
-    model = moved(begun(llama(), init))
+    model = trained(injected(llama(), init))
     merge(model)
     torch.testing.assert_close(model(IDS).logits, outputs, rtol=1e-9, atol=1e-9)
     assert model.state_dict().keys() == llama().state_dict().keys()
 
 
 @pytest.mark.parametrize("init", FROM_WEIGHT)
-def test_the_start_is_saved_and_comes_back(init: str) -> None:
-    model, other = moved(begun(llama(), init)), llama()
+def test_initial_factors_are_saved_and_loaded(init: str) -> None:
+    model, other = trained(injected(llama(), init)), llama()
     saved = {name: tensor.clone() for name, tensor in exact_tensors(model).items()}
     inject(other, LowRankConfig(r=4, lora_alpha=8.0, init=init, rest="frozen"), seed=9)
     load_exact_tensors(other, saved)
@@ -193,7 +196,7 @@ def test_the_start_is_saved_and_comes_back(init: str) -> None:
 
 @pytest.mark.parametrize("base", ["bf16", "int8"])
 def test_a_coarse_base_keeps_the_exact_residual(base: str) -> None:
-    """The master holds W - s·B A; what is multiplied is that, rounded."""
+    """The master holds W - s·B A; products use the master rounded."""
     torch.manual_seed(0)
     plain = nn.Linear(32, 24)
     weight = plain.weight.detach().clone()
@@ -205,8 +208,8 @@ def test_a_coarse_base_keeps_the_exact_residual(base: str) -> None:
 
 
 @pytest.mark.parametrize("init", FROM_WEIGHT)
-def test_no_restart(init: str) -> None:
-    model = begun(llama(), init)
+def test_a_restart_is_refused(init: str) -> None:
+    model = injected(llama(), init)
     with pytest.raises(UserError, match=rf"lowrank\.init: {init} .*need kaiming or orthogonal"):
         restart(model, torch.optim.SGD(model.parameters(), lr=0.1), cycle=1)
 
@@ -227,18 +230,18 @@ def test_gradient_svd_refuses_and_changes_nothing() -> None:
         with pytest.raises(error, match=message):
             gradient_svd_(model, bad)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    begun_once = begun(llama(), "gradient-svd")
+    initialized = injected(llama(), "gradient-svd")
     with pytest.raises(UserError, match="has begun already"):
-        gradient_svd_(begun_once, gradients)
+        gradient_svd_(initialized, gradients)
     with pytest.raises(UserError, match="injected with init: pissa"):
-        gradient_svd_(begun(llama(), "pissa"), gradients)
+        gradient_svd_(injected(llama(), "pissa"), gradients)
     with pytest.raises(NonFinite, match=r"gradient of model\.layers\.0"):
         fresh = llama()
         inject(fresh, LowRankConfig(r=4, init="gradient-svd"))
         gradient_svd_(fresh, {name: gradient / 0 for name, gradient in gradients.items()})
 
 
-def test_no_batch_and_no_layer_are_the_users_mistake() -> None:
+def test_no_batches_and_no_layers_are_refused() -> None:
     with pytest.raises(UserError, match="no low-rank layers"):
         weight_gradients(llama(), BATCHES)
     model = llama()
@@ -247,7 +250,7 @@ def test_no_batch_and_no_layer_are_the_users_mistake() -> None:
         weight_gradients(model, [])
 
 
-def test_a_weight_that_is_not_finite_has_no_principal_part() -> None:
+def test_pissa_refuses_a_weight_that_is_not_finite() -> None:
     plain = nn.Linear(8, 6)
     with torch.no_grad():
         plain.weight[1, 1] = torch.nan

@@ -1,4 +1,4 @@
-"""How factors begin: drawn by key, orthonormal, or the best approximation there is."""
+"""Initial factors: keyed draws, orthonormal rows, best approximations."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def test_orthogonal_rows_are_orthonormal() -> None:
     torch.testing.assert_close(square @ square.T, torch.eye(12, dtype=torch.float64), rtol=1e-14, atol=1e-14)
 
 
-def test_orthogonal_directions_are_all_alike() -> None:
-    """Of 400 draws of one row of three numbers the mean is zero and the covariance a third of the identity."""
+def test_orthogonal_directions_are_uniform() -> None:
+    """400 draws of one row of three numbers have mean zero and a third of the identity as covariance."""
     rows = torch.cat([orthogonal((1, 3), keyed_generator(0, "x", i)) for i in range(400)])
     assert rows.mean(0).abs().max() < 0.1
     torch.testing.assert_close(rows.T @ rows / 400, torch.eye(3, dtype=torch.float64) / 3, rtol=0, atol=0.06)
@@ -39,7 +39,7 @@ def test_an_orthogonal_layer_starts_as_the_layer_it_replaces_and_restarts_orthog
 
 def test_orthogonal_draws_depend_on_seed_cycle_and_name_only() -> None:
     def drawn(seed: int = 0, cycle: int = 0, name: str = "x") -> torch.Tensor:
-        torch.rand(3)  # the global stream has no say
+        torch.rand(3)  # the global generator must not matter
         layer = LowRankLinear(nn.Linear(8, 6), LowRankConfig(r=2, init="orthogonal"), name=name, seed=seed)
         layer.redraw_(cycle)
         return layer.lora_A.detach().clone()
@@ -51,7 +51,7 @@ def test_orthogonal_draws_depend_on_seed_cycle_and_name_only() -> None:
 
 @pytest.mark.parametrize("scaling", [0.5, 4.0])
 def test_principal_factors_are_the_best_approximation_of_their_rank(scaling: float) -> None:
-    """Eckart and Young: what is left is as long as the other singular values; both factors carry equal shares."""
+    """Eckart and Young: the error's norm is that of the other singular values. Both factors have equal norms."""
     torch.manual_seed(0)
     weight = torch.randn(9, 7, dtype=torch.float64)
     a, b = principal_factors(weight, 3, scaling)

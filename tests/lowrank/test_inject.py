@@ -1,4 +1,4 @@
-"""Injection into real architectures: what is matched, frozen, refused; and the way back."""
+"""Injection into real architectures: targets, what trains, refusals; and the removal of the layers."""
 
 import pytest
 import torch
@@ -53,20 +53,24 @@ def family(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, int]:
 IDS = torch.arange(24).view(2, 12)
 
 
-def test_block_linears_get_factors_and_the_rest_trains_at_full_rank(family: tuple[PreTrainedModel, int]) -> None:
+def test_linear_layers_of_blocks_get_factors_and_the_rest_trains_at_full_rank(
+    family: tuple[PreTrainedModel, int],
+) -> None:
     model, targets = family
     keys, before = list(model.state_dict()), model(IDS).logits
     report = inject(model, LowRankConfig(r=4))
     assert len(report.targets) == targets
     assert torch.equal(model(IDS).logits, before)
-    assert [key for key in model.state_dict() if "lora_" not in key] == keys  # base keys do not move
+    assert [key for key in model.state_dict() if "lora_" not in key] == keys  # the keys of the base do not change
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {f"{name}.weight" for name in report.targets}
     assert report.frozen + report.trainable == sum(p.numel() for p in model.parameters())
-    assert report.low_rank == sum(4 * (out + inn) for out, inn in report.targets.values())
+    assert report.low_rank == sum(
+        4 * (out_features + in_features) for out_features, in_features in report.targets.values()
+    )
 
 
-def test_merge_gives_the_plain_model_back(family: tuple[PreTrainedModel, int]) -> None:
+def test_merge_restores_the_plain_model(family: tuple[PreTrainedModel, int]) -> None:
     model, _ = family
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
     inject(model, LowRankConfig(r=4))
@@ -137,7 +141,7 @@ def test_patterns(targets: str | tuple[str, ...], matched: int) -> None:
         (lambda: nn.LayerNorm(3), {}, "no linear layer"),
     ],
 )
-def test_refusals_leave_the_model_untouched(model: type, config: dict[str, object], message: str) -> None:
+def test_refusals_leave_the_model_unchanged(model: type, config: dict[str, object], message: str) -> None:
     subject = model()
     with pytest.raises(UserError, match=message):
         inject(subject, LowRankConfig(**config))
@@ -151,6 +155,6 @@ def test_a_second_injection_is_refused() -> None:
         inject(model, LowRankConfig(r=4))
 
 
-def test_any_module_will_do() -> None:
+def test_works_for_any_module() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     assert set(inject(model, LowRankConfig(r=2)).targets) == {"0", "2"}

@@ -1,4 +1,4 @@
-"""The layer computes what the formula says, starts as the layer it replaces, and merges without moving the function."""
+"""The layer computes the formula, starts as the layer it replaces, and merges without changing the function."""
 
 import math
 
@@ -13,19 +13,23 @@ from relora.errors import RunStopped, UserError
 from relora.lowrank import LowRankConfig, LowRankLinear
 
 
-def layer_of(out: int, inn: int, *, dtype: torch.dtype = torch.float64, **config: object) -> LowRankLinear:
+def layer_of(
+    out_features: int, in_features: int, *, dtype: torch.dtype = torch.float64, **config: object
+) -> LowRankLinear:
     torch.manual_seed(0)
-    layer = LowRankLinear(nn.Linear(inn, out, dtype=dtype), LowRankConfig(**config), name="layer")
+    layer = LowRankLinear(nn.Linear(in_features, out_features, dtype=dtype), LowRankConfig(**config), name="layer")
     nn.init.normal_(layer.lora_B)
     return layer
 
 
 @settings(max_examples=30)
-@given(out=st.integers(1, 40), inn=st.integers(1, 40), tokens=st.integers(1, 5), data=st.data())
-def test_forward_and_gradients_equal_plain_pytorch(out: int, inn: int, tokens: int, data: st.DataObject) -> None:
-    r = data.draw(st.integers(1, min(out, inn)))
-    layer = layer_of(out, inn, r=r, lora_alpha=3.0)
-    x = torch.randn(2, tokens, inn, dtype=torch.float64, requires_grad=True)
+@given(out_features=st.integers(1, 40), in_features=st.integers(1, 40), tokens=st.integers(1, 5), data=st.data())
+def test_forward_and_gradients_equal_plain_pytorch(
+    out_features: int, in_features: int, tokens: int, data: st.DataObject
+) -> None:
+    r = data.draw(st.integers(1, min(out_features, in_features)))
+    layer = layer_of(out_features, in_features, r=r, lora_alpha=3.0)
+    x = torch.randn(2, tokens, in_features, dtype=torch.float64, requires_grad=True)
     a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     twin_x = x.detach().clone().requires_grad_()
     twin = twin_x @ (layer.weight + 3.0 / r * b @ a).T + layer.bias
@@ -41,7 +45,7 @@ def test_forward_and_gradients_equal_plain_pytorch(out: int, inn: int, tokens: i
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_equals_peft(rslora: bool) -> None:
-    """Outputs and gradients in float64, relative 1e-12: the same sums, in another order at most."""
+    """Outputs and gradients agree to 1e-12 in float64: the same sums, perhaps in another order."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(24, 17, dtype=torch.float64))
     config = LoraConfig(r=5, lora_alpha=7, target_modules=["0"], use_rslora=rslora)
@@ -85,7 +89,7 @@ def test_a_is_kaiming_uniform() -> None:
 
 def test_draws_depend_on_seed_cycle_and_name_only() -> None:
     def drawn(seed: int = 0, cycle: int = 0, name: str = "x") -> torch.Tensor:
-        torch.rand(3)  # the global stream has no say
+        torch.rand(3)  # the global generator must not matter
         layer = LowRankLinear(nn.Linear(8, 6), LowRankConfig(r=2), name=name, seed=seed)
         layer.redraw_(cycle)
         return layer.lora_A.detach().clone()
@@ -107,20 +111,24 @@ def test_merge_moves_the_update_into_the_weight(trainable_scaling: bool) -> None
 
 @settings(max_examples=50)
 @given(
-    out=st.integers(2, 80),
-    inn=st.integers(2, 80),
+    out_features=st.integers(2, 80),
+    in_features=st.integers(2, 80),
     relative_update=st.sampled_from([0.002, 0.01, 0.05]),
     bias=st.booleans(),
     transposed=st.booleans(),
     data=st.data(),
 )
 def test_a_merge_in_fp32_loses_nothing_but_rounding(
-    out: int, inn: int, relative_update: float, bias: bool, transposed: bool, data: st.DataObject
+    out_features: int, in_features: int, relative_update: float, bias: bool, transposed: bool, data: st.DataObject
 ) -> None:
-    """Of the weight half a unit in the last place, summed by hand in float64, of the function 1e-5; any shape."""
+    """For any shape the weight is half a unit in the last place from the float64 sum, and the function within 1e-5."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    plain = nn.Linear(out, inn, bias=False) if transposed else nn.Linear(inn, out, bias=bias)
-    r = data.draw(st.integers(1, min(out, inn)))
+    plain = (
+        nn.Linear(out_features, in_features, bias=False)
+        if transposed
+        else nn.Linear(in_features, out_features, bias=bias)
+    )
+    r = data.draw(st.integers(1, min(out_features, in_features)))
     layer = LowRankLinear(plain, LowRankConfig(r=r, lora_alpha=r), name="layer", fan_in_fan_out=transposed)
     nn.init.normal_(layer.lora_B)
     with torch.no_grad():

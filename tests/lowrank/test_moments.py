@@ -1,4 +1,4 @@
-"""Optimizer state beside new factors: carried over where it means something, and never negative."""
+"""Projection of the optimizer state onto new factors: exact where the old factors contain the gradient."""
 
 import torch
 from hypothesis import given, settings
@@ -9,7 +9,8 @@ from relora.lowrank import LowRankConfig, RestartConfig, inject, low_rank_layers
 from relora.lowrank.moments import PartnerChange, reset_moments
 
 
-def state_of(factor: nn.Parameter, first: torch.Tensor, second: torch.Tensor) -> torch.optim.AdamW:
+def optimizer_with(factor: nn.Parameter, first: torch.Tensor, second: torch.Tensor) -> torch.optim.AdamW:
+    """Build AdamW with these moments of one factor, after seven steps."""
     optimizer = torch.optim.AdamW([factor], lr=0.1)
     optimizer.state[factor] = {"step": torch.tensor(7.0), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
     return optimizer
@@ -18,17 +19,17 @@ def state_of(factor: nn.Parameter, first: torch.Tensor, second: torch.Tensor) ->
 def projected(
     first: torch.Tensor, second: torch.Tensor, before: torch.Tensor, after: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments of a lora_B [out, r] beside another lora_A."""
+    """Return the moments of a lora_B [out, r] after its lora_A changed from `before` to `after`."""
     factor = nn.Parameter(torch.zeros_like(first))
-    optimizer = state_of(factor, first, second)
+    optimizer = optimizer_with(factor, first, second)
     change = PartnerChange(before, after, slice(0, first.shape[1]), rank_dim=1)
     assert reset_moments(optimizer, factor, "project", change, 0.1, (0, 1, "B")) == 0
     assert optimizer.state[factor]["step"] == 7
     return optimizer.state[factor]["exp_avg"], optimizer.state[factor]["exp_avg_sq"]
 
 
-def test_the_first_moment_follows_a_gradient_within_the_old_rows() -> None:
-    """m = dW Aᵀ with dW's rows in A's row space: beside any A' it must become dW A'ᵀ, exactly."""
+def test_the_first_moment_is_exact_for_a_gradient_inside_the_old_row_space() -> None:
+    """If dW's rows are in A's row space, m = dW Aᵀ must become exactly dW A'ᵀ for any A'."""
     torch.manual_seed(0)
     before, after = torch.randn(4, 9).double(), torch.randn(4, 9).double()
     gradient = torch.randn(6, 4).double() @ before
@@ -36,7 +37,7 @@ def test_the_first_moment_follows_a_gradient_within_the_old_rows() -> None:
     torch.testing.assert_close(first, gradient @ after.T)
 
 
-def test_the_same_factor_keeps_its_moments() -> None:
+def test_an_unchanged_or_permuted_partner_keeps_the_moments() -> None:
     torch.manual_seed(0)
     before = torch.randn(4, 9).double()
     m, v = torch.randn(6, 4).double(), torch.rand(6, 4).double()
@@ -48,7 +49,7 @@ def test_the_same_factor_keeps_its_moments() -> None:
     torch.testing.assert_close((first, second), (m[:, swapped], v[:, swapped]))
 
 
-def test_rows_that_were_never_seen_have_no_momentum_and_the_mean_level() -> None:
+def test_rows_outside_the_old_row_space_get_no_momentum_and_the_mean_second_moment() -> None:
     before, after = torch.eye(9)[:4].double(), torch.eye(9)[4:8].double()
     v = torch.rand(6, 4).double()
     first, second = projected(torch.randn(6, 4).double(), v, before, after)
@@ -66,7 +67,7 @@ def test_the_second_moment_stays_positive(seed: int, r: int) -> None:
     assert (second > 0).all() and second.isfinite().all()
 
 
-def test_beside_a_zero_factor_there_is_nothing_to_carry_over() -> None:
+def test_the_moments_beside_a_zero_factor_are_cleared() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8))
     inject(model, LowRankConfig(r=2))

@@ -1,4 +1,4 @@
-"""Patterns mean what they mean in PEFT; what is named trains, and what is not named need not."""
+"""Patterns match as in PEFT, and they decide ranks, scales, and which modules train at full rank."""
 
 import pytest
 import torch
@@ -55,9 +55,9 @@ def test_a_pattern_matches_as_in_peft(path: list[str], keys: list[str]) -> None:
     assert by_pattern(values, name, -1, "x") == values.get(get_pattern_key(keys, name), -1)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
 @pytest.mark.parametrize("rslora", [False, True])
-def test_ranks_and_scales_are_peft_s(rslora: bool) -> None:
+def test_ranks_and_scales_equal_pefts(rslora: bool) -> None:
     ours = llama()
     inject(ours, LowRankConfig(r=4, lora_alpha=8.0, rank_pattern=RANKS, alpha_pattern=ALPHAS, rslora=rslora))
     peft = LoraConfig(
@@ -80,7 +80,9 @@ def test_ranks_and_scales_are_peft_s(rslora: bool) -> None:
 def test_the_report_counts_the_ranks_of_the_patterns() -> None:
     report = inject(llama(), LowRankConfig(r=4, rank_pattern={"up_proj": 8}))
     ranks = {name: 8 if name.endswith("up_proj") else 4 for name in report.targets}
-    assert report.low_rank == sum(ranks[name] * (out + inn) for name, (out, inn) in report.targets.items())
+    assert report.low_rank == sum(
+        ranks[name] * (out_features + in_features) for name, (out_features, in_features) in report.targets.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_the_report_counts_the_ranks_of_the_patterns() -> None:
         ({"rest": "half"}, r"lowrank\.rest: 'half' is none of trained, frozen"),
     ],
 )
-def test_refusals_leave_the_model_untouched(config: dict[str, object], message: str) -> None:
+def test_refusals_leave_the_model_unchanged(config: dict[str, object], message: str) -> None:
     model = llama()
     with pytest.raises(UserError, match=message):
         inject(model, LowRankConfig(r=4, **config))
@@ -112,26 +114,30 @@ def test_refusals_leave_the_model_untouched(config: dict[str, object], message: 
 
 
 @pytest.mark.parametrize("build", [llama, tied_qwen, gpt2])
-def test_a_frozen_rest_trains_nothing_but_factors(build: type) -> None:
-    """Biases of targets too."""
+def test_with_a_frozen_rest_only_the_factors_train(build: type) -> None:
+    """The biases of targets are frozen, too."""
     model = build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = inject(model, LowRankConfig(r=4, rest="frozen"))
     assert trained(model) == {f"{name}.{kind}" for name in report.targets for kind in ("lora_A", "lora_B")}
     assert (report.full_rank, report.frozen) == (0, parameters)
-    assert report.trainable == report.low_rank == sum(4 * (out + inn) for out, inn in report.targets.values())
+    assert (
+        report.trainable
+        == report.low_rank
+        == sum(4 * (out_features + in_features) for out_features, in_features in report.targets.values())
+    )
 
 
-def test_modules_train_in_full_where_they_are_named() -> None:
-    """By name or by a regular expression, with everything in them but targets."""
+def test_named_modules_train_at_full_rank() -> None:
+    """They are named by an ending or a regular expression; everything in them trains except targets."""
     model = llama(attention_bias=True)
     config = LowRankConfig(r=4, rest="frozen", trained_modules=("lm_head", r"layers\.0\..*norm", "layers.1.self_attn"))
     report = inject(model, config)
-    in_full = {name for name in trained(model) if "lora_" not in name}
+    full_rank = {name for name in trained(model) if "lora_" not in name}
     norms = {f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")}
     biases = {f"model.layers.1.self_attn.{name}_proj.bias" for name in "qkvo"}
-    assert in_full == {"lm_head.weight"} | norms | biases
-    assert report.full_rank == sum(model.get_parameter(name).numel() for name in in_full)
+    assert full_rank == {"lm_head.weight"} | norms | biases
+    assert report.full_rank == sum(model.get_parameter(name).numel() for name in full_rank)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
@@ -145,8 +151,8 @@ def test_a_tied_weight_trains_and_stays_tied(name: str) -> None:
 
 
 @pytest.mark.parametrize("leave", [merge, strip])
-def test_what_trained_before_trains_again(leave: type) -> None:
-    """And what did not does not, though it trained in between."""
+def test_merge_and_strip_restore_what_trains(leave: type) -> None:
+    """A parameter that was frozen before injection is frozen again, even if it trained in between."""
     model = llama()
     model.model.embed_tokens.weight.requires_grad_(False)
     model.lm_head.weight.requires_grad_(False)

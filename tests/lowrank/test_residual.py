@@ -1,4 +1,4 @@
-"""The frozen weight's own step is what the formula says, and goes only where the factors cannot."""
+"""The residual step follows the formula, and lies outside the row space of A."""
 
 from collections.abc import Callable
 
@@ -24,28 +24,33 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 class Conv1D(nn.Module):
     """GPT-2's linear layer: its weight is [in, out]."""
 
-    def __init__(self, inn: int, out: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.nf = out
-        self.weight, self.bias = nn.Parameter(torch.empty(inn, out)), nn.Parameter(torch.zeros(out))
+        self.nf = out_features
+        self.weight, self.bias = (
+            nn.Parameter(torch.empty(in_features, out_features)),
+            nn.Parameter(torch.zeros(out_features)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
 
 
-def layer_of(inn: int = 12, out: int = 9, r: int = 3, conv1d: bool = False, **options: object) -> LowRankLinear:
-    """In the middle of a cycle, in float64."""
-    plain = Conv1D(inn, out) if conv1d else nn.Linear(inn, out)
+def layer_of(
+    in_features: int = 12, out_features: int = 9, r: int = 3, conv1d: bool = False, **options: object
+) -> LowRankLinear:
+    """Build a layer in the middle of a cycle, in float64."""
+    plain = Conv1D(in_features, out_features) if conv1d else nn.Linear(in_features, out_features)
     model = nn.Sequential(plain).double()
     with torch.no_grad():
-        weight = drawn(out, inn, seed=5) / inn**0.5
+        weight = drawn(out_features, in_features, seed=5) / in_features**0.5
         plain.weight.copy_(weight.T if conv1d else weight)
-        plain.bias.copy_(drawn(out, seed=8) / 10)
+        plain.bias.copy_(drawn(out_features, seed=8) / 10)
     inject(model, LowRankConfig(r=r, lora_alpha=2 * r, target_modules=("0",), rates=NOMINAL_RATES, **options))  # type: ignore[arg-type]
     layer = low_rank_layers(model)["0"]
     with torch.no_grad():
-        layer.lora_A.copy_(drawn(r, inn, seed=6) / inn**0.5)
-        layer.lora_B.copy_(drawn(out, r, seed=7) / 10)
+        layer.lora_A.copy_(drawn(r, in_features, seed=6) / in_features**0.5)
+        layer.lora_B.copy_(drawn(out_features, r, seed=7) / 10)
     return layer
 
 
@@ -55,7 +60,7 @@ def adamw(layer: nn.Module, **options: object) -> torch.optim.AdamW:
 
 
 def loss_of(y: Tensor, step: int) -> Tensor:
-    """Another aim in every step."""
+    """Compute a loss with another target in every step."""
     return F.mse_loss(y, drawn(*y.shape, seed=100 + step).to(y.dtype))
 
 
@@ -79,24 +84,26 @@ def take_step(
 # The projection
 
 
-def test_what_is_left_lies_outside_of_the_row_space_of_a() -> None:
+def test_the_result_is_outside_the_row_space_of_a() -> None:
     gradient, a = drawn(7, 10), drawn(4, 10, seed=1)
     expected = gradient @ (torch.eye(10, dtype=torch.float64) - torch.linalg.pinv(a) @ a)
     left = remove_row_space_(gradient.clone(), a)
     torch.testing.assert_close(left, expected, rtol=1e-10, atol=1e-10)
     assert (left @ a.T).abs().max() < 1e-10 < left.abs().max()
-    torch.testing.assert_close(remove_row_space_(left.clone(), a), left, rtol=1e-10, atol=1e-10)  # once is enough
+    torch.testing.assert_close(
+        remove_row_space_(left.clone(), a), left, rtol=1e-10, atol=1e-10
+    )  # applying it twice changes nothing
 
 
-def test_in_fp32_it_is_as_exact_as_fp32_is() -> None:
-    """Beside a ridge of a few roundings: a thousandth where A has half as many rows as columns."""
+def test_exact_to_a_thousandth_in_fp32() -> None:
+    """The ridge is a few rounding errors; A has half as many rows as columns."""
     gradient, a = drawn(96, 128, dtype=torch.float32), drawn(64, 128, seed=1, dtype=torch.float32)
     expected = remove_row_space_(gradient.double(), a.double())
     assert (remove_row_space_(gradient.clone(), a) - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("defect", ["dependent", "zero row", "zero"])
-def test_dependent_rows_of_a_break_nothing(defect: str) -> None:
+def test_works_if_rows_of_a_are_dependent(defect: str) -> None:
     gradient, a = drawn(6, 10, dtype=torch.float32), drawn(4, 10, seed=1, dtype=torch.float32)
     if defect == "dependent":
         a[3] = 2 * a[0] - a[1]
@@ -117,7 +124,7 @@ def test_dependent_rows_of_a_break_nothing(defect: str) -> None:
 def test_equals_a_twin_in_plain_pytorch(
     conv1d: bool, scale: float, every_steps: int, options: dict[str, object]
 ) -> None:
-    """Six steps with decay and clipping; to 1e-6, since AdamW counts its steps in fp32."""
+    """Six steps with weight decay and clipping agree to 1e-6, because AdamW counts its steps in fp32."""
     layer = layer_of(conv1d=conv1d, **options)
     optimizer = adamw(layer)
     start = {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
@@ -150,9 +157,9 @@ def test_equals_a_twin_in_plain_pytorch(
     assert (w - layer_of(conv1d=conv1d).weight).norm() > 0.01
 
 
-def test_goes_on_at_the_rate_of_the_factors() -> None:
-    """With orthogonal rows of A and scale 1, W + s B A moves as if AdamW's step on B had no subspace to stay in."""
-    layer = layer_of(inn=32, r=8)
+def test_has_the_learning_rate_of_the_factors() -> None:
+    """With orthogonal rows of A and scale 1, W + s B A moves as if AdamW's step on B were not limited to a subspace."""
+    layer = layer_of(in_features=32, r=8)
     with torch.no_grad():
         layer.lora_A.copy_(torch.linalg.qr(drawn(32, 8, seed=1)).Q.T)
     optimizer = adamw(layer, weight_decay=0.0)
@@ -172,10 +179,10 @@ def test_goes_on_at_the_rate_of_the_factors() -> None:
     torch.testing.assert_close(outside, -lengths[:, None] * (gradients[0] - inside), rtol=1e-6, atol=1e-9)
 
 
-def test_vanishes_where_the_factors_span_everything() -> None:
+def test_is_zero_if_the_rows_of_a_span_everything() -> None:
     changes = []
     for r in (8, 2):
-        layer = layer_of(inn=8, out=12, r=r)
+        layer = layer_of(in_features=8, out_features=12, r=r)
         before = layer.weight.detach().clone()
         take_step(layer, adamw(layer), 0)
         changes.append((layer.weight - before).norm().item())
@@ -183,11 +190,11 @@ def test_vanishes_where_the_factors_span_everything() -> None:
 
 
 def test_lowers_the_loss_further_than_the_factors_alone() -> None:
-    """A fit of full rank, by factors of rank 1 whose learning rate is the same."""
-    aim = drawn(9, 12, seed=3) / 3
+    """Fit a full-rank target with factors of rank 1, always with the same learning rate."""
+    target = drawn(9, 12, seed=3) / 3
 
     def fit(y: Tensor, step: int) -> Tensor:
-        return F.mse_loss(y, F.linear(drawn(20, 12, seed=50 + step), aim))
+        return F.mse_loss(y, F.linear(drawn(20, 12, seed=50 + step), target))
 
     losses = {}
     for scale in (0.0, 0.5, 1.0):
@@ -200,7 +207,7 @@ def test_lowers_the_loss_further_than_the_factors_alone() -> None:
     assert losses[1.0] < losses[0.5] < losses[0.0] and losses[1.0] < 0.5 * losses[0.0]
 
 
-def test_is_merged_and_left_like_any_weight() -> None:
+def test_merge_restores_the_plain_layers() -> None:
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)).double()
     report = inject(model, LowRankConfig(r=2, rates=NOMINAL_RATES, residual=ALWAYS))
     assert report.moved == report.frozen == 6 * 5 + 5 * 4 and "of which 50 follow their residual" in str(report)
@@ -216,12 +223,12 @@ def test_is_merged_and_left_like_any_weight() -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
-# What it leaves alone
+# Conditions under which the weight does not move, and products of lower precision
 
 
-def test_products_on_codes_of_the_weight_follow_it() -> None:
-    """Codes are made anew after every step; the gradient is that of the exact weight for the gradient that came."""
-    layer = layer_of(inn=48, out=40, frozen="int8").float()
+def test_codes_of_the_weight_follow_it() -> None:
+    """Codes are made again after every step; dW is computed from the exact input and output gradient."""
+    layer = layer_of(in_features=48, out_features=40, frozen="int8").float()
     layer.train()
     optimizer, x, before = adamw(layer), drawn(64, 48, dtype=torch.float32), layer.weight.detach().clone()
     for step in range(3):
@@ -238,7 +245,7 @@ def test_products_on_codes_of_the_weight_follow_it() -> None:
 
 
 @pytest.mark.parametrize("residual", [Residual(), Residual(scale=1.0, every_steps=2)], ids=["off", "not due"])
-def test_where_it_is_not_due_nothing_knows_of_it(residual: Residual) -> None:
+def test_without_a_due_step_nothing_changes(residual: Residual) -> None:
     layer = layer_of()
     optimizer, before = adamw(layer), layer.weight.detach().clone()
     with residual_steps(layer, optimizer, residual, 1):
@@ -249,7 +256,7 @@ def test_where_it_is_not_due_nothing_knows_of_it(residual: Residual) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_afterwards_the_weight_is_frozen_and_has_no_gradient(fails: bool) -> None:
+def test_after_the_step_the_weight_is_frozen_and_has_no_gradient(fails: bool) -> None:
     layer = layer_of()
     optimizer = adamw(layer)
 
@@ -270,8 +277,8 @@ def test_afterwards_the_weight_is_frozen_and_has_no_gradient(fails: bool) -> Non
     assert layer.weight not in optimizer.state
 
 
-def test_rows_that_lora_b_has_no_gradient_of_stay() -> None:
-    """Some outputs are not in the loss; of one the input of the factors alone is 0."""
+def test_rows_without_a_gradient_of_lora_b_do_not_move() -> None:
+    """First because the loss does not depend on these outputs, then because A x is zero for the given input."""
     layer = layer_of()
     optimizer, before = adamw(layer, weight_decay=0.0), layer.weight.detach().clone()
     for step in range(3):
@@ -279,7 +286,7 @@ def test_rows_that_lora_b_has_no_gradient_of_stay() -> None:
     assert torch.isfinite(layer.weight).all()
     assert torch.equal(layer.weight[2:], before[2:]) and (layer.weight - before)[:2].norm() > 0.01
     with torch.no_grad():
-        layer.lora_A[:, :6] = 0  # sees the second half of the input
+        layer.lora_A[:, :6] = 0  # A x depends on the second half of the input only
         layer.lora_B.zero_()
     before = layer.weight.detach().clone()
     optimizer = adamw(layer, weight_decay=0.0)
@@ -292,20 +299,20 @@ def test_rows_that_lora_b_has_no_gradient_of_stay() -> None:
     assert torch.equal(layer.weight, before)
 
 
-def test_one_row_with_hardly_a_gradient_is_not_thrown_far() -> None:
-    """Its ‖u‖ / ‖g‖ is 1e6 times that of the others; the step is ten times theirs at most."""
+def test_the_step_of_a_row_with_a_tiny_gradient_is_limited() -> None:
+    """Its ‖u‖ / ‖g‖ is 1e6 times that of the other rows, but φ is at most ten times the median."""
     layer = layer_of()
     optimizer = adamw(layer, weight_decay=0.0)
     for step in range(5):
         take_step(layer, optimizer, step)
     before = layer.weight.detach().clone()
-    ones = torch.ones(9, dtype=torch.float64)
-    ones[0] = 1e-6
+    gradient_scale = torch.ones(9, dtype=torch.float64)
+    gradient_scale[0] = 1e-6
 
-    def nearly_nothing_of_the_first(y: Tensor, step: int) -> Tensor:
-        return loss_of(y.detach() + ones * (y - y.detach()), step)
+    def loss_with_scaled_gradients(y: Tensor, step: int) -> Tensor:
+        return loss_of(y.detach() + gradient_scale * (y - y.detach()), step)
 
-    take_step(layer, optimizer, 5, loss=nearly_nothing_of_the_first)
+    take_step(layer, optimizer, 5, loss=loss_with_scaled_gradients)
     lengths = (layer.weight - before).norm(dim=1)
     assert 0 < lengths[0] < 1e-4 * lengths[1:].median()
 
@@ -318,8 +325,8 @@ def test_an_optimizer_without_moments_of_lora_b_moves_no_weight() -> None:
 
 
 @pytest.mark.parametrize("moments", [False, True])
-def test_what_holds_back_the_optimizer_holds_back_the_weight(moments: bool) -> None:
-    """As in a step that is taken unseen, on the device; the gradients are not finite."""
+def test_a_skipped_update_of_the_optimizer_skips_the_residual_step(moments: bool) -> None:
+    """The gradients are not finite, and `found_inf` on the device makes the optimizer skip its update."""
     layer = layer_of()
     optimizer = adamw(layer)
     if moments:
@@ -333,7 +340,7 @@ def test_what_holds_back_the_optimizer_holds_back_the_weight(moments: bool) -> N
     assert all(not torch.equal(parameter, before[name]) for name, parameter in layer.named_parameters())
 
 
-def test_with_dropout_the_weight_sees_the_whole_input() -> None:
+def test_dropout_does_not_affect_the_gradient_of_the_weight() -> None:
     layer = layer_of(lora_dropout=0.5)
     x = drawn(20, 12)
     with residual_steps(layer, adamw(layer), ALWAYS, 0):
@@ -343,7 +350,7 @@ def test_with_dropout_the_weight_sees_the_whole_input() -> None:
         torch.testing.assert_close(layer.weight.grad, weights.T @ x, rtol=1e-10, atol=1e-10)
 
 
-# What it cannot be combined with
+# Options that it cannot be combined with
 
 
 @pytest.mark.parametrize(
@@ -356,7 +363,7 @@ def test_with_dropout_the_weight_sees_the_whole_input() -> None:
         ({"init": "pissa"}, "it is for pretraining"),
     ],
 )
-def test_refused(options: dict[str, object], message: str) -> None:
+def test_combinations_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LowRankConfig(residual=ALWAYS, **options)  # type: ignore[arg-type]
     LowRankConfig(residual=Residual(every_steps=3), **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The restart: the function stays, the factors start over, the optimizer forgets, and the report says so."""
+"""The restart: the function stays the same, factors start anew, optimizer state is reset, and the report is right."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from relora.lowrank.restart import effective_rank, set_initial_directions_, upda
 
 
 def trained(steps: int = 5, **config: object) -> tuple[nn.Module, torch.optim.AdamW, torch.Tensor]:
-    """A small network with a few AdamW steps behind it; targets are its two inner layers."""
+    """Build a small network after a few AdamW steps; its first two linear layers are targets."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
     inject(model, LowRankConfig(**{"r": 3, "lora_alpha": 3, "target_modules": ("2", "0"), **config}))
@@ -32,7 +32,7 @@ def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (model(x) - torch.sin(x[:, :4] * 2)).square().mean()
 
 
-WAYS = [
+CONFIGS = [
     *(RestartConfig(init=init) for init in ("kaiming", "orthogonal", "gradient-svd", "weight-svd")),
     *(
         RestartConfig(init="balanced", directions=directions)
@@ -52,13 +52,15 @@ def test_output_is_unchanged(base: str) -> None:
     torch.testing.assert_close(model(x), before, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
-def test_no_restart_moves_the_function(how: RestartConfig) -> None:
+@pytest.mark.parametrize("how", CONFIGS, ids=str)
+def test_no_restart_changes_the_function(how: RestartConfig) -> None:
     model, optimizer, x = trained()
     before, old = model(x), {name: layer.lora_A.detach().clone() for name, layer in low_rank_layers(model).items()}
     for cycle in range(1, how.turns + 1):
         restart(model, optimizer, how, cycle=cycle, loss_of=lambda model: loss(model, x))
-        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)  # fp32, W taking up and giving up products
+        torch.testing.assert_close(
+            model(x), before, rtol=1e-5, atol=1e-6
+        )  # rounding of the products added to W in fp32
     for name, layer in low_rank_layers(model).items():
         assert not torch.isclose(layer.lora_A, old[name]).any()  # after all turns, every rank is new
         assert bool(layer.lora_B.any()) == (how.init == "balanced")
@@ -66,9 +68,9 @@ def test_no_restart_moves_the_function(how: RestartConfig) -> None:
     assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in low_rank_layers(model).values())
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
-def test_no_restart_moves_the_function_of_a_transposed_layer(how: RestartConfig) -> None:
-    """GPT-2's, whose weight is [in, out]."""
+@pytest.mark.parametrize("how", CONFIGS, ids=str)
+def test_no_restart_changes_the_function_of_a_transposed_layer(how: RestartConfig) -> None:
+    """GPT-2's linear layers, whose weights are [in, out]."""
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(16, 10), nn.Tanh(), Conv1D(4, 16))
     inject(model, LowRankConfig(r=3, lora_alpha=3, target_modules=("0", "2")))
@@ -77,26 +79,26 @@ def test_no_restart_moves_the_function_of_a_transposed_layer(how: RestartConfig)
     before, weights = model(x), [layer.weight.clone() for layer in low_rank_layers(model).values()]
     restart(model, optimizer, how, cycle=1, loss_of=lambda model: loss(model, x))
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
-    moved = [
+    changed = [
         not torch.equal(layer.weight, w) for layer, w in zip(low_rank_layers(model).values(), weights, strict=True)
     ]
-    assert moved == ([True, False] if how.stagger == "layers" else [True, True])
+    assert changed == ([True, False] if how.stagger == "layers" else [True, True])
 
 
-def test_balanced_factors_have_the_norms_of_the_old_and_a_gradient_at_once() -> None:
+def test_balanced_factors_have_the_norms_of_the_old_ones_and_a_gradient_in_the_first_step() -> None:
     model, optimizer, x = trained()
     layers = low_rank_layers(model)
     norms = {name: (layer.lora_A.norm(), layer.lora_B.norm()) for name, layer in layers.items()}
     restart(model, optimizer, RestartConfig(init="balanced"), cycle=1)
     for name, layer in layers.items():
         torch.testing.assert_close((layer.lora_A.norm(), layer.lora_B.norm()), norms[name])
-        for rows in (layer.lora_A, layer.lora_B.T):  # orthogonal, of one length
+        for rows in (layer.lora_A, layer.lora_B.T):  # orthogonal rows of equal norm
             torch.testing.assert_close(rows @ rows.T, torch.eye(3) * rows[0].square().sum(), rtol=1e-5, atol=1e-6)
     train(model, optimizer, x, 1)
     assert all(layer.lora_A.grad.any() for layer in layers.values())  # beside B = 0 it would be zero
 
 
-def test_turns_restart_a_part_each() -> None:
+def test_each_turn_restarts_one_part() -> None:
     for stagger, kept_rows in (("layers", {"0": 3, "2": 0}), ("ranks", {"0": 2, "2": 2})):
         model, optimizer, _ = trained()
         layers = low_rank_layers(model)
@@ -109,7 +111,7 @@ def test_turns_restart_a_part_each() -> None:
         assert [len(update.singular_values) for update in report.layers] == ([3] if stagger == "layers" else [1, 1])
 
 
-def test_a_part_of_the_ranks_forgets_its_moments_and_no_others() -> None:
+def test_restarting_some_ranks_clears_their_moments_only() -> None:
     model, optimizer, x = trained()
     layer = low_rank_layers(model)["0"]
     before = {kind: {k: v.clone() for k, v in optimizer.state[f].items()} for kind, f in layer.factors.items()}
@@ -127,13 +129,13 @@ def test_a_part_of_the_ranks_forgets_its_moments_and_no_others() -> None:
         assert (factor - factors[kind]).abs().max() < 0.06
 
 
-def test_the_gradient_needs_a_loss() -> None:
+def test_directions_of_the_gradient_need_a_loss() -> None:
     model, optimizer, _ = trained()
     with pytest.raises(ValueError, match="loss_of"):
         restart(model, optimizer, RestartConfig(init="gradient-svd"), cycle=1)
 
 
-def test_nothing_moves_when_the_gradient_is_not_finite() -> None:
+def test_nothing_changes_if_the_gradient_is_not_finite() -> None:
     model, optimizer, x = trained()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(NonFinite, match="gradient"):
@@ -142,7 +144,7 @@ def test_nothing_moves_when_the_gradient_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "gradient-svd", "weight-svd", "balanced"])
-def test_the_first_factors_begin_along_the_same_directions(init: str) -> None:
+def test_the_first_factors_have_the_directions_of_later_ones(init: str) -> None:
     model, _, x = trained(steps=0)
     layers, before = low_rank_layers(model), model(x)
     set_initial_directions_(model, RestartConfig(init=init), lambda model: loss(model, x))
@@ -152,7 +154,7 @@ def test_the_first_factors_begin_along_the_same_directions(init: str) -> None:
         assert not layer.lora_B.any()
 
 
-def test_factors_start_over_alive() -> None:
+def test_new_factors_have_gradients() -> None:
     model, optimizer, x = trained()
     old = {name: layer.lora_A.detach().clone() for name, layer in low_rank_layers(model).items()}
     restart(model, optimizer, cycle=1)
@@ -217,7 +219,7 @@ def test_keep_touches_no_moment() -> None:
 
 
 def test_magnitude_pruning_takes_tensors_of_more_than_16_million_entries() -> None:
-    """torch.quantile, which published code prunes by, refuses them."""
+    """The published code prunes by torch.quantile, which refuses so many."""
     model = nn.Sequential(nn.Linear(2**24 + 1, 1, bias=False))
     inject(model, LowRankConfig(r=1))
     layer = low_rank_layers(model)["0"]
@@ -228,7 +230,7 @@ def test_magnitude_pruning_takes_tensors_of_more_than_16_million_entries() -> No
     assert report.moments_cleared == 2 * 2**23
 
 
-def test_pruning_refuses_moments_that_are_codes() -> None:
+def test_pruning_refuses_moments_in_8_bit_codes() -> None:
     model, optimizer, _ = trained()
     for state in optimizer.state.values():
         state["exp_avg"] = state["exp_avg"].to(torch.uint8)
@@ -266,7 +268,7 @@ def test_report_measures_the_merged_update() -> None:
     assert report.moments_cleared == 2 * sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
 
 
-def test_nothing_moves_when_a_factor_is_not_finite() -> None:
+def test_nothing_changes_if_a_factor_is_not_finite() -> None:
     model, optimizer, _ = trained()
     layers = list(low_rank_layers(model).values())
     weights = [layer.weight.clone() for layer in layers]

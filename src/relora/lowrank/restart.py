@@ -49,7 +49,7 @@ class RestartConfig:
     """Settings of a restart: how the new factors start, and what the optimizer keeps of the old ones."""
 
     optimizer: Reset = "zero"
-    """What happens to the factors' optimizer state (see `moments`)."""
+    """Treatment of the factors' optimizer state (see `moments`)."""
     keep_ratio: float = 0.1
     """Share of the moments' entries that `random` and `magnitude` keep."""
     init: RestartInit = "kaiming"
@@ -59,7 +59,7 @@ class RestartConfig:
     directions: Directions = "orthogonal"
     """Directions of `balanced` factors."""
     stagger: Stagger = "none"
-    """What one restart includes: everything, every `turns`-th layer, or one of `turns` parts of every layer's ranks."""
+    """Extent of one restart: everything, every `turns`-th layer, or one of `turns` parts of every layer's ranks."""
     turns: int = 1
     """Number of restarts after which every part has restarted once."""
 
@@ -77,7 +77,7 @@ class MergedUpdate:
 
     name: str
     shape: tuple[int, int]
-    """(out, in)."""
+    """Shape (out, in) of the weight."""
     update_norm: float
     """Frobenius norm of the merged s·B A; for balanced factors it includes the product that they started with."""
     weight_norm: float
@@ -95,7 +95,7 @@ class RestartReport:
     cycle: int
     """Number of the cycle that begins."""
     optimizer: Reset
-    """What happened to the factors' optimizer state."""
+    """Treatment of the factors' optimizer state."""
     layers: list[MergedUpdate]
     """Measurements of every layer that restarted, in model order."""
     moments_cleared: int

@@ -1,4 +1,4 @@
-"""Merging into a weight that is stored coarsely loses nothing."""
+"""Storage of frozen weights: merges into a weight of low precision lose nothing, and its exact weight is saved."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def bf16_layer(base: str, dtype: torch.dtype) -> LowRankLinear:
     ("base", "dtype"), [("bf16", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float32)]
 )
 def test_twenty_small_merges_arrive(base: str, dtype: torch.dtype) -> None:
-    """Updates of 0.2% of the weight's norm are below bf16's grain; summed by hand in float64 they must all be there."""
+    """Updates of 0.2% of the weight's norm would be rounded away in bf16; their sum in float64 must arrive in full."""
     layer = bf16_layer(base, dtype)
     start = layer.base.exact.double().clone()
     total = torch.zeros_like(start)
@@ -47,7 +47,7 @@ def test_bf16_weight_under_fp32_arithmetic() -> None:
     torch.testing.assert_close(layer(x), twin)
 
 
-def test_plain_layer_comes_back_exact() -> None:
+def test_unwrap_returns_the_replaced_layer_with_the_exact_weight() -> None:
     plain = nn.Linear(64, 48)
     weight = plain.weight.detach().clone()
     layer = LowRankLinear(plain, LowRankConfig(r=4, base="bf16"), name="x")
@@ -56,8 +56,8 @@ def test_plain_layer_comes_back_exact() -> None:
 
 
 @pytest.mark.parametrize("config", [{"base": "bf16"}, {"base": "int8"}, {"frozen": "int8"}, {"frozen": "bf16"}])
-def test_state_dict_holds_and_takes_the_exact_weight(config: dict[str, str]) -> None:
-    """Plain PyTorch's saving and loading: what products run on must follow what was loaded."""
+def test_state_dict_saves_and_loads_the_exact_weight(config: dict[str, str]) -> None:
+    """After `load_state_dict`, products must use the weight that was loaded."""
     torch.manual_seed(0)
     source, target = (LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, **config), name="x") for _ in range(2))
     assert not torch.equal(source.base.exact, target.base.exact)

@@ -1,4 +1,4 @@
-"""Products in int8: exact in integers, close in numbers, and never silent about a NaN."""
+"""Products in int8: exact sums of codes, close to the exact products, and not finite where an operand is not."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ from relora.lowrank.storage.int8 import (
 
 @settings(max_examples=40)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), power=st.integers(-30, 30), seed=st.integers(0, 100))
-def test_a_number_moves_by_half_a_level_at_most(rows: int, columns: int, power: int, seed: int) -> None:
+def test_rounding_is_at_most_half_a_level(rows: int, columns: int, power: int, seed: int) -> None:
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**power
     codes, scale = quantize_rows(x)
     assert codes.dtype == torch.int8 and codes.abs().max() <= LEVELS
     assert ((dequantize_int8(codes, scale, torch.float32) - x).abs() <= scale * 0.501).all()
-    assert (codes.abs().amax(1) == LEVELS).all()  # the largest of a row uses the whole range
+    assert (codes.abs().amax(1) == LEVELS).all()  # the largest number of a row has the largest code
 
 
 def test_zero_rows_stay_zero() -> None:
@@ -36,7 +36,7 @@ def test_zero_rows_stay_zero() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 17, 512, 1100])
 def test_products_are_those_of_the_codes(tokens: int) -> None:
-    """The sum in int32 is exact: against float64 over the same codes only the last rounding to fp32 is left."""
+    """The sum in int32 is exact, so compared with float64 sums of the same codes only the rounding to fp32 remains."""
     torch.manual_seed(0)
     x, grad = torch.randn(tokens, 40), torch.randn(tokens, 24)
     codes, scale = quantize_rows(torch.randn(24, 40))
@@ -50,27 +50,31 @@ def test_products_are_those_of_the_codes(tokens: int) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize(("tokens", "out", "inn"), [(17, 32, 48), (100, 16, 16), (512, 336, 128), (1025, 512, 1376)])
-def test_products_on_a_gpu_are_those_of_the_cpu(tokens: int, out: int, inn: int) -> None:
-    """Exact sums of the same codes. A number half-way between two codes may go to either where a quotient's last bit
-    differs: one level of 127 in one of `inn` terms.
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features"), [(17, 32, 48), (100, 16, 16), (512, 336, 128), (1025, 512, 1376)]
+)
+def test_products_on_a_gpu_are_those_of_the_cpu(tokens: int, out_features: int, in_features: int) -> None:
+    """Both devices sum the same codes exactly, with one exception: where the last bit of a quotient differs, a number
+    half-way between two codes may be rounded to either, which changes one of `in_features` terms by one level of 127.
     """
     torch.manual_seed(0)
-    x, grad = torch.randn(tokens, inn), torch.randn(tokens, out)
-    codes, scale = quantize_rows(torch.randn(out, inn))
-    there = codes.cuda(), scale.cuda()
-    assert runs_in_int8(tokens, there[0])
+    x, grad = torch.randn(tokens, in_features), torch.randn(tokens, out_features)
+    codes, scale = quantize_rows(torch.randn(out_features, in_features))
+    weight_on_gpu = codes.cuda(), scale.cuda()
+    assert runs_in_int8(tokens, weight_on_gpu[0])
     for multiply, factor in ((int8_product, x), (int8_product_backward, grad)):
-        here, on_gpu = multiply(factor, codes, scale), multiply(factor.cuda(), *there).cpu()
-        assert (here - on_gpu).norm() < 1e-4 * here.norm()
+        on_cpu, on_gpu = multiply(factor, codes, scale), multiply(factor.cuda(), *weight_on_gpu).cpu()
+        assert (on_cpu - on_gpu).norm() < 1e-4 * on_cpu.norm()
 
 
 @needs_gpu
-@pytest.mark.parametrize(("tokens", "out", "inn"), [(16, 32, 48), (100, 24, 16), (100, 32, 42)])
-def test_shapes_that_a_gpu_has_no_int8_product_for_are_multiplied_all_the_same(tokens: int, out: int, inn: int) -> None:
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(16, 32, 48), (100, 24, 16), (100, 32, 42)])
+def test_shapes_without_an_int8_product_on_the_gpu_are_multiplied_dequantized(
+    tokens: int, out_features: int, in_features: int
+) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(inn, out, bias=False).cuda()
-    x = torch.randn(tokens, inn, device="cuda", requires_grad=True)
+    linear = nn.Linear(in_features, out_features, bias=False).cuda()
+    x = torch.randn(tokens, in_features, device="cuda", requires_grad=True)
     layer = LowRankLinear(linear, LowRankConfig(r=4, rates=NOMINAL_RATES, frozen="int8"), name="x")
     y = layer(x)
     y.square().sum().backward()
@@ -79,8 +83,8 @@ def test_shapes_that_a_gpu_has_no_int8_product_for_are_multiplied_all_the_same(t
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so(bad: float) -> None:
-    """A NaN has no code; the loss must still see it."""
+def test_a_number_that_is_not_finite_makes_its_output_not_finite(bad: float) -> None:
+    """A NaN has no code, but the loss must become NaN."""
     codes, scale = quantize_rows(torch.randn(8, 16))
     x = torch.randn(20, 16)
     x[3, 5] = bad
@@ -88,7 +92,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     assert not torch.isfinite(y[3]).any() and torch.isfinite(y[[0, 1, 2, 4]]).all()
 
 
-def test_one_outlying_token_costs_the_others_nothing() -> None:
+def test_an_outlier_token_does_not_affect_the_others() -> None:
     torch.manual_seed(0)
     codes, scale = quantize_rows(torch.randn(8, 16))
     x = torch.randn(20, 16)
@@ -99,7 +103,7 @@ def test_one_outlying_token_costs_the_others_nothing() -> None:
 
 @pytest.mark.parametrize("base", ["auto", "int8"])
 def test_codes_follow_the_weight_through_a_merge(base: str) -> None:
-    """Quantized once per merge from the exact weight: no error is carried from one cycle to the next."""
+    """The exact weight is quantized after each merge, so rounding errors do not accumulate over cycles."""
     torch.manual_seed(0)
     layer = LowRankLinear(
         nn.Linear(64, 48), LowRankConfig(r=4, base=base, frozen="int8", rates=NOMINAL_RATES), name="x"
@@ -113,13 +117,13 @@ def test_codes_follow_the_weight_through_a_merge(base: str) -> None:
         assert torch.equal(stored, codes) and torch.equal(stored_scale, scale) and arithmetic == "int8"
 
 
-def test_the_saved_model_knows_nothing_of_codes() -> None:
+def test_codes_are_not_saved() -> None:
     layer = LowRankLinear(nn.Linear(64, 48), LowRankConfig(r=4, frozen="int8", rates=NOMINAL_RATES), name="x")
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
     assert layer.unwrap().weight.dtype == torch.float32
 
 
-def test_memory_is_a_byte_a_parameter() -> None:
+def test_memory_is_one_byte_per_parameter() -> None:
     layer = LowRankLinear(nn.Linear(64, 48, bias=False), LowRankConfig(r=4, base="int8", rates=NOMINAL_RATES), name="x")
     on_device = sum(t.nbytes for t in (layer.weight, layer.frozen_scale, layer.frozen_copy) if t is not None)
     assert on_device == 64 * 48 + 4 * 48

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits: what is computed with them, what merges, and what is saved; with a master and without."""
+"""Frozen weights in NF4, with and without a master: codes, products, merges, and what is saved."""
 
 import importlib.util
 import sys
@@ -32,9 +32,11 @@ pytestmark = pytest.mark.skipif(
 IDS = torch.arange(24).view(2, 12)
 
 
-def layer_of(inn: int = 64, out: int = 48, transposed: bool = False, **config: object) -> LowRankLinear:
+def layer_of(
+    in_features: int = 64, out_features: int = 48, transposed: bool = False, **config: object
+) -> LowRankLinear:
     torch.manual_seed(0)
-    plain = nn.Linear(out, inn, bias=False) if transposed else nn.Linear(inn, out)
+    plain = nn.Linear(out_features, in_features, bias=False) if transposed else nn.Linear(in_features, out_features)
     settings_ = LowRankConfig(**{"r": 4, "lora_alpha": 4.0, "base": "nf4", "rates": NOMINAL_RATES, **config})
     return LowRankLinear(plain, settings_, name="x", fan_in_fan_out=transposed)
 
@@ -46,14 +48,15 @@ def llama() -> LlamaForCausalLM:
 
 
 def trained(layer: LowRankLinear, size: float = 0.05) -> LowRankLinear:
+    """Draw lora_B at random, in the place of training."""
     nn.init.normal_(layer.lora_B, std=size)
     return layer
 
 
 @settings(max_examples=40)
 @given(rows=st.integers(1, 9), pairs=st.integers(1, 70), power=st.integers(-30, 30), seed=st.integers(0, 100))
-def test_codes_of_what_codes_stand_for_are_the_same_codes(rows: int, pairs: int, power: int, seed: int) -> None:
-    """So a checkpoint of the numbers is a checkpoint of the codes, also where the last block is short."""
+def test_quantizing_dequantized_numbers_gives_the_same_codes(rows: int, pairs: int, power: int, seed: int) -> None:
+    """Therefore a checkpoint may hold the numbers in the place of the codes, also where the last block is short."""
     x = torch.randn(rows, 2 * pairs, generator=torch.Generator().manual_seed(seed)) * 10.0**power
     codes, absmax = quantize_nf4(x)
     assert codes.shape == (rows, pairs) and codes.dtype == torch.uint8 and absmax.shape == (-(-rows * pairs // 32),)
@@ -65,8 +68,8 @@ def test_codes_of_what_codes_stand_for_are_the_same_codes(rows: int, pairs: int,
 
 @pytest.mark.parametrize("shape", [(5, 16), (48, 32), (32, 48), (5, 96), (7, 100), (3, 66), (1, 2), (4, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_number_is_its_level_times_its_block_s_scale(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Also where rows end inside a block. The levels are those of QLoRA's table (arXiv 2305.14314, appendix E)."""
+def test_every_number_is_its_level_times_the_scale_of_its_block(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The same if rows end inside a block. The levels are those of QLoRA's table (arXiv 2305.14314, appendix E)."""
     negative = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
     positive = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
     codes, absmax = quantize_nf4(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
@@ -81,7 +84,7 @@ def test_every_number_is_its_level_times_its_block_s_scale(shape: tuple[int, int
 @settings(max_examples=40)
 @given(rows=st.integers(1, 200), power=st.integers(-30, 30), seed=st.integers(0, 1000))
 def test_int8_codes_round_to_themselves(rows: int, power: int, seed: int) -> None:
-    """127 · (largest / 127) is the largest again in fp32, or gives the same scale."""
+    """In fp32, 127 · (largest / 127) is the largest number again, or gives the same scale."""
     x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)) * 10.0**power
     numbers = dequantize_int8(*quantize_rows(x), torch.float32)
     assert torch.equal(numbers, dequantize_int8(*quantize_rows(numbers), torch.float32))
@@ -99,8 +102,8 @@ def test_zeros_stay_zero() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_is_the_plain_formula_on_the_numbers_of_the_codes(transposed: bool, training: bool) -> None:
-    """Sums in float64; gradients of the factors arrive in their own fp32."""
+def test_equals_the_plain_formula_with_the_dequantized_weight(transposed: bool, training: bool) -> None:
+    """Sums are in float64; gradients of the factors are rounded to the factors' fp32."""
     layer = trained(layer_of(transposed=transposed)).train(training)
     numbers = layer.base.dense(torch.float32).double()
     x = torch.randn(2, 20, 64, dtype=torch.float64, requires_grad=True)
@@ -121,7 +124,7 @@ def test_is_the_plain_formula_on_the_numbers_of_the_codes(transposed: bool, trai
 @pytest.mark.parametrize("arithmetic", ["native", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_half_precision_and_dropout(arithmetic: str, dropout: float) -> None:
-    """With B = 0 dropout has nothing to drop; bf16 is within 1%."""
+    """With B = 0 dropout has no effect; bf16 is within 1%."""
     layer = layer_of(frozen=arithmetic, lora_dropout=dropout)
     x = torch.randn(20, 64)
     twin = nn.functional.linear(x, layer.base.dense(torch.float32), layer.bias)
@@ -130,16 +133,16 @@ def test_half_precision_and_dropout(arithmetic: str, dropout: float) -> None:
         assert (layer(x) - twin).norm() <= 0.01 * twin.norm()
 
 
-def test_memory_is_four_and_a_half_bits_a_parameter() -> None:
-    layer = layer_of(out=512, inn=512)
+def test_memory_is_four_and_a_half_bits_per_parameter() -> None:
+    layer = layer_of(out_features=512, in_features=512)
     on_device = [t for t in (layer.weight, layer.frozen_scale, layer.frozen_copy) if t is not None]
     assert sum(t.nbytes for t in on_device) == 512 * 512 * 4.5 / 8
     assert layer.base.exact.dtype == torch.float32
     assert layer_of(master=False).base.master is None
 
 
-def test_nothing_dequantized_is_kept_for_the_way_back() -> None:
-    layer = layer_of(out=256, inn=256)
+def test_no_dequantized_weight_is_kept_for_the_backward_pass() -> None:
+    layer = layer_of(out_features=256, in_features=256)
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     x, kept = torch.randn(8, 256, requires_grad=True), []
 
@@ -154,14 +157,14 @@ def test_nothing_dequantized_is_kept_for_the_way_back() -> None:
     y.sum().backward()
 
 
-def test_a_master_is_the_weight_as_it_was() -> None:
+def test_the_master_is_the_weight_before_injection() -> None:
     layer, plain = layer_of(), layer_of(base="fp32")
     assert torch.equal(layer.base.exact, plain.weight)
     assert torch.equal(layer.unwrap().weight, plain.weight)
 
 
 def test_twenty_small_merges_arrive() -> None:
-    """Of 0.2% of the weight's norm: forty times smaller than the rounding of what is multiplied."""
+    """Updates of 0.2% of the weight's norm, forty times smaller than the rounding error of the stored weight."""
     layer = layer_of()
     start = layer.base.exact.double().clone()
     total = torch.zeros_like(start)
@@ -179,7 +182,7 @@ def test_twenty_small_merges_arrive() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
-def test_without_a_master_what_is_stored_is_exact_and_a_merge_is_not_rounded(base: str, transposed: bool) -> None:
+def test_without_a_master_the_stored_weight_is_exact_and_a_merge_is_not_rounded(base: str, transposed: bool) -> None:
     layer = trained(layer_of(base=base, master=False, transposed=transposed), size=1e-4)
     stored, shape = layer.base.reorient(layer.base.dense(torch.float32)), layer.base.shape
     assert layer.base.master is None and torch.equal(layer.base.exact.float(), stored) and stored.shape == shape
@@ -191,7 +194,7 @@ def test_without_a_master_what_is_stored_is_exact_and_a_merge_is_not_rounded(bas
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
 def test_round_trip_through_exact_tensors(base: str, master: bool, merged: bool) -> None:
-    """Bit for bit, and without a master where there was none."""
+    """Equal bit for bit; no master is created where there was none."""
     config = LowRankConfig(r=4, base=base, master=master, rest="frozen", rates=NOMINAL_RATES)
     model, other = llama(), LlamaForCausalLM(llama().config).eval()
     inject(model, config)
@@ -213,8 +216,8 @@ def test_round_trip_through_exact_tensors(base: str, master: bool, merged: bool)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_state_dict_holds_and_takes_the_exact_weight(base: str, master: bool, transposed: bool) -> None:
-    """Plain PyTorch's saving and loading, in the shape of the weight."""
+def test_state_dict_saves_and_loads_the_exact_weight(base: str, master: bool, transposed: bool) -> None:
+    """`state_dict` has the weight in its own shape, not that of the codes."""
     source, target = (layer_of(base=base, master=master, transposed=transposed) for _ in range(2))
     with torch.no_grad():
         source.base.add_(torch.randn(source.base.shape))
@@ -227,8 +230,8 @@ def test_state_dict_holds_and_takes_the_exact_weight(base: str, master: bool, tr
     assert (target.base.master is None) == (not master)
 
 
-def test_a_weight_that_is_loaded_is_not_rounded_away() -> None:
-    """Without a master, codes cannot hold any weight: one that is given keeps its numbers."""
+def test_a_loaded_weight_is_not_rounded() -> None:
+    """Also without a master: a weight that codes cannot represent gets one when it is loaded."""
     layer = layer_of(master=False)
     weight = torch.randn(48, 64)
     layer.load_state_dict(layer.state_dict() | {"weight": weight})
@@ -247,7 +250,7 @@ def test_other_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("leave", [merge, strip])
-def test_a_plain_model_comes_back(leave: type) -> None:
+def test_merge_and_strip_restore_the_plain_model(leave: type) -> None:
     model, plain = llama(), llama()
     report = inject(model, LowRankConfig(r=4, base="nf4", rest="frozen"))
     assert report.frozen == sum(parameter.numel() for parameter in plain.parameters())
@@ -257,7 +260,7 @@ def test_a_plain_model_comes_back(leave: type) -> None:
 
 
 def test_dora_measures_the_stored_weight() -> None:
-    """As PEFT does: the layer starts as what is stored."""
+    """The layer starts with the function of the stored weight, as in PEFT."""
     layer = layer_of(dora=True, master=False)
     stored = layer.base.dense(torch.float32)
     torch.testing.assert_close(layer.magnitude, stored.norm(dim=1))
@@ -268,8 +271,8 @@ def test_dora_measures_the_stored_weight() -> None:
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-5)
 
 
-def test_pissa_rounds_what_is_left_of_the_weight() -> None:
-    """The principal part stays in fp32, so the layer is nearer to the weight than its codes are (PiSSA, section 4)."""
+def test_pissa_rounds_only_the_residual_of_the_weight() -> None:
+    """The principal part is kept in fp32, so the layer is closer to the weight than its codes (PiSSA, section 4)."""
     torch.manual_seed(0)
     plain = nn.Linear(64, 48, bias=False)
     with torch.no_grad():
@@ -288,14 +291,14 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         inject(model, LowRankConfig(r=2, base="nf4"))
     with pytest.raises(UserError, match=r"precision\.frozen: int8 .*nf4"):
         LowRankConfig(base="nf4", frozen="int8")
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # makes its import fail, as if it were not installed
     with pytest.raises(UserError, match=r"lowrank\.base: nf4 needs bitsandbytes.*relora\[quant\]"):
         inject(model, LowRankConfig(r=2, base="nf4", target_modules=("0", "1")))
     assert not low_rank_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_gradient_svd_rounds_the_residual_and_makes_no_master() -> None:
-    """What the layer computes moves by a rounding of the weight, as much as the storage itself costs."""
+    """The layer's function changes by a rounding of the weight, about as much as the storage itself causes."""
     model = llama()
     inject(model, LowRankConfig(r=4, lora_alpha=4, base="nf4", init="gradient-svd", master=False, rest="frozen"))
     layers = low_rank_layers(model)

@@ -1,4 +1,4 @@
-"""The layer under what is put around it: accumulation, activation checkpointing, torch.compile, DDP, sharding."""
+"""The layer together with accumulation, activation checkpointing, torch.compile, DDP and sharding, and its memory."""
 
 import copy
 import shutil
@@ -26,11 +26,11 @@ class Blocks(nn.Module):
     def __init__(self, depth: int = 2, side: int = 32) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(side, side), nn.SiLU()) for _ in range(depth))
-        self.around: Callable[..., Tensor] = lambda block, x: block(x)
+        self.run_block: Callable[..., Tensor] = lambda block, x: block(x)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = self.around(block, x)
+            x = self.run_block(block, x)
         return x
 
 
@@ -53,7 +53,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_accumulated_micro_batches_are_the_batch(arithmetic: str) -> None:
-    """Per-token scales make even int8 blind to its neighbours: fp32 sums in another order, no more."""
+    """Also in int8, since each token has a scale of its own; only the order of the fp32 sums differs."""
     whole, parts = built(arithmetic), built(arithmetic)
     whole(data()).square().sum().backward()
     for part in data().split(16):
@@ -64,7 +64,7 @@ def test_accumulated_micro_batches_are_the_batch(arithmetic: str) -> None:
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_activation_checkpointing_keeps_every_bit(arithmetic: str) -> None:
     plain, checkpointed = built(arithmetic), built(arithmetic)
-    checkpointed.around = lambda block, x: checkpoint(block, x, use_reentrant=False)
+    checkpointed.run_block = lambda block, x: checkpoint(block, x, use_reentrant=False)
     losses = []
     for model in (plain, checkpointed):
         losses.append(model(data().requires_grad_()).square().sum())
@@ -74,11 +74,11 @@ def test_activation_checkpointing_keeps_every_bit(arithmetic: str) -> None:
         assert torch.equal(gradient, checkpointed.get_parameter(name).grad)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler emits warnings about itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_compiles_as_one_graph(arithmetic: str) -> None:
-    """And once for all blocks of a shape, restarts included."""
+    """Blocks of one shape share one compilation, and restarts do not cause another."""
     plain, compiled = built(arithmetic), built(arithmetic)
     torch._dynamo.reset()
     for block in compiled.blocks:
@@ -95,7 +95,7 @@ def test_compiles_as_one_graph(arithmetic: str) -> None:
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_backward_holds_the_gradient_of_one_weight_at_a_time(arithmetic: str) -> None:
-    """dW and the merged weight are dropped within their layer: eight layers take no more than two do."""
+    """dW and the merged weight are dropped within their layer, so eight layers need no more memory than two."""
     side, peaks = 128, {}
     for depth in (2, 8):
         model = built(arithmetic, depth=depth, side=side)
@@ -109,7 +109,7 @@ def test_backward_holds_the_gradient_of_one_weight_at_a_time(arithmetic: str) ->
 
 @pytest.mark.parametrize("base", ["auto", "bf16", "int8"])
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-def test_a_restart_takes_one_layer_of_memory_more(base: str, arithmetic: str) -> None:
+def test_a_restart_needs_additional_memory_for_one_layer_only(base: str, arithmetic: str) -> None:
     side = 512
     torch.manual_seed(0)
     model = Blocks(depth=3, side=side)
@@ -118,7 +118,9 @@ def test_a_restart_takes_one_layer_of_memory_more(base: str, arithmetic: str) ->
     with PeakBytes() as bytes_held:
         restart(model, optimizer, cycle=1)
     one_layer = 4 * side * side
-    coarse = one_layer if base == "bf16" else one_layer // 2  # what is rounded on its way, and the parts of a rounding
+    coarse = (
+        one_layer if base == "bf16" else one_layer // 2
+    )  # the rounded copy, or the chunks of rows that are quantized
     assert one_layer <= bytes_held.peak < one_layer + coarse + 0.3 * one_layer
 
 
@@ -140,12 +142,14 @@ def _rank(rank: int, store: str, arithmetic: str, sharded: bool, results: str) -
         if sharded:
             found = {name: gradient.full_tensor() for name, gradient in found.items()}
         if rank == 0:
-            torch.save({name: 2 * gradient for name, gradient in found.items()}, results)  # both average
+            torch.save(
+                {name: 2 * gradient for name, gradient in found.items()}, results
+            )  # DDP and FSDP average the gradients
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot go on where its parent has used a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use a GPU that its parent has used")
 @pytest.mark.parametrize(("arithmetic", "sharded"), [("int8", False), ("native", True)])
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, arithmetic: str, sharded: bool) -> None:
     one = copy.deepcopy(built(arithmetic))
