@@ -116,7 +116,7 @@ def evaluate_tasks(
 
 
 class _Harness:
-    """The library lm-evaluation-harness and the tasks that it was told of.
+    """The library lm-evaluation-harness, and the tasks that `find_tasks` made it read.
 
     Raises:
         UserError: the extra `eval` is not installed.
