@@ -18,7 +18,7 @@ from relora.adapters.llama_adapter import save_prompts
 from relora.adapters.save_load import save_adapter
 from relora.config import FinetuneConfig
 from relora.data.finetuning.classification import encode_classes, settle_padding
-from relora.data.finetuning.instruct import encode, prompts, shown
+from relora.data.finetuning.instruct import encode, prompts, render_example
 from relora.data.tokenizer import load_tokenizer, save_tokenizer
 from relora.errors import UserError
 from relora.files.atomic import write_json
@@ -119,7 +119,7 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
         return "\n\n".join(rows)
     first = list(islice(records, number))
     found = encode(first, tokenizer, form_of(config), sequence_length=data.sequence_length + 1, skip_bad=data.skip_bad)
-    return "\n\n".join([str(found), *(shown(example, tokenizer) for example in found.examples)])
+    return "\n\n".join([str(found), *(render_example(example, tokenizer) for example in found.examples)])
 
 
 def _leaves_model(config: FinetuneConfig) -> bool:

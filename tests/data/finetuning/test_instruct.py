@@ -11,7 +11,14 @@ from tests.data.tongues import CHATML, WITH_BLOCKS, gpt2_like, llama_like, recor
 
 from relora.data.finetuning import instruct
 from relora.data.finetuning.examples import Example
-from relora.data.finetuning.instruct import ExampleCounts, InstructionForm, InstructionSet, encode, prompts, shown
+from relora.data.finetuning.instruct import (
+    ExampleCounts,
+    InstructionForm,
+    InstructionSet,
+    encode,
+    prompts,
+    render_example,
+)
 from relora.errors import UserError
 
 GPT2, LLAMA = gpt2_like(), llama_like()
@@ -247,14 +254,14 @@ def test_many_records_are_encoded_as_each_alone(monkeypatch: pytest.MonkeyPatch)
 def test_an_example_is_shown_as_the_model_sees_it() -> None:
     example = one({"prompt": "ä \x1b[31m<|endoftext|>", "completion": "b\u202e\nc"}, template="plain")
     tokens, scored = len(example.input_ids), int(example.scored.sum())
-    assert shown(example, GPT2) == (
+    assert render_example(example, GPT2) == (
         f"x.jsonl, line 1: {tokens} tokens, {scored} scored\nä \\x1b[31m<|endoftext|>\n⟦b\\u202e\nc<|endoftext|>⟧"
     )
     llama = one({"prompt": "He", "completion": "the"}, LLAMA, template="plain")
-    assert shown(llama, LLAMA).endswith("He\n⟦the</s>⟧")
+    assert render_example(llama, LLAMA).endswith("He\n⟦the</s>⟧")
     said = [{"role": role, "content": "x"} for role in ("user", "assistant")] * 2
     asked = f"<|im_start|>user\nx{END}\n<|im_start|>assistant\n"
-    assert shown(one({"messages": said}, GPT2_CHAT), GPT2_CHAT).endswith(f"\n{asked}⟦x{END}⟧\n{asked}⟦x{END}⟧")
+    assert render_example(one({"messages": said}, GPT2_CHAT), GPT2_CHAT).endswith(f"\n{asked}⟦x{END}⟧\n{asked}⟦x{END}⟧")
 
 
 def test_the_form_and_the_set_are_plain_values() -> None:

@@ -1,15 +1,15 @@
-"""Which examples are in a batch: a pure function of (seed, number), as in `relora.data.pretraining.batches`.
+"""Batches of examples, as a pure function of (seed, number), like those of `relora.data.pretraining.batches`.
 
-An example is a text's tokens and which of them are scored. In a row of a batch
+An example is the tokens of a text, and for each token whether it is scored. In a row of a batch
 
-    input_ids = tokens[:-1]        labels[i] = tokens[i + 1] where that is scored, else -100
+    input_ids = tokens[:-1]        labels[i] = tokens[i + 1] if that token is scored, else -100
 
-and rows are padded on the right, to the longest one of their batch; under causal attention no position sees what comes
-after it, so padding needs no mask. A row is one example, or several (`relora.data.finetuning.packing`).
+Rows are padded on the right to the longest row of their batch. Under causal attention no position depends on later
+ones, so padding needs no mask. A row has one example, or several (`relora.data.finetuning.packing`).
 
-Each epoch visits all rows once, in an order of its own. Grouped by length, the order is shuffled, cut into pools of
-`POOL` batches, each pool sorted by length and cut into batches, and the batches are shuffled: rows of one batch are of
-about one length, little is padding, and which rows meet is still mostly chance.
+Every epoch visits all rows once, in an order of its own. Grouping by length shuffles the rows, cuts them into pools of
+`POOL` batches, sorts each pool by length, cuts it into batches, and shuffles the batches. So the rows of a batch have
+similar lengths and little padding, and are still drawn almost independently.
 """
 
 import hashlib
@@ -27,45 +27,47 @@ from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
 
 POOL = 50
-"""Batches that are sorted by length together."""
+"""Number of batches in a pool that is sorted by length."""
 
 MULTIPLE = 8
-"""Rows are padded to a multiple of so many positions, which kernels like; never beyond the sequence length."""
+"""Rows are padded to a multiple of this many positions, for which kernels are faster; never beyond the sequence
+length."""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """The tokens of an example, and which of them are scored: two arrays [tokens]."""
+    """The tokens of an example, and for each whether it is scored: two arrays [tokens]."""
 
     input_ids: npt.NDArray[np.int32]
     scored: npt.NDArray[np.bool_]
     where: str = ""
-    """The record, for a person."""
+    """Place of the record, for messages."""
 
     @property
     def positions(self) -> int:
-        """Of a row, that it takes."""
+        """Number of positions of a row that the example takes: one less than it has tokens."""
         return len(self.input_ids) - 1
 
     @property
     def targets(self) -> int:
-        """Labels that count. The first token is none, for nothing stands before it."""
+        """Number of scored tokens. The first token does not count, because no token precedes it."""
         return int(np.count_nonzero(self.scored[1:]))
 
 
 class ExampleBatches:
-    """The batches of a run, by number.
+    """The training batches of a run, by number.
 
     Args:
-        examples: none longer than `sequence_length` + 1 tokens.
+        examples: the examples, none longer than `sequence_length` + 1 tokens.
         sequences: rows per optimizer step.
         sequence_length: most positions of a row.
-        pad_id: what fills rows up; any id will do.
-        packing: several examples in a row; batches then have position numbers, too.
-        group_by_length: batches of rows of about one length.
-        seed: the run's.
+        pad_id: the id for padding; any id of the vocabulary is possible.
+        packing: put several examples into a row; batches then also have position numbers.
+        group_by_length: make batches of rows of similar lengths.
+        seed: the run's seed, which keys the order.
 
-    `UserError` when there is less than one batch.
+    Raises:
+        UserError: there are not enough examples for one batch, or one is too long.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class ExampleBatches:
             raise UserError(f"examples of up to {max(lengths) + 1} tokens do not fit sequences of {sequence_length}")
         self.rows = pack(lengths, sequence_length, seed) if packing else [[number] for number in range(len(examples))]
         self._lengths = np.array([sum(lengths[number] for number in row) for row in self.rows], dtype=np.int64)
-        self._grouped = _Grouped(self._lengths, sequences, seed) if group_by_length else None
+        self._length_grouping = _LengthGrouping(self._lengths, sequences, seed) if group_by_length else None
         if len(self.rows) < sequences:
             packed = f" in {len(self.rows):,} packed rows" if packing else ""
             raise UserError(
@@ -99,46 +101,65 @@ class ExampleBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in which every row is met; the last goes on with the next epoch's."""
+        """Number of batches that cover all rows; the last one may continue into the next epoch."""
         return -(-len(self.rows) // self.sequences)
 
     @property
     def content(self) -> str:
-        """A fingerprint of all that a model sees of the examples."""
+        """A fingerprint of the examples, as far as a model sees them."""
         return fingerprint(self.examples)
 
     def batch(self, number: int) -> tuple[torch.Tensor, ...]:
-        """The batch of a number, counted from 0: (input_ids, labels), packed also position_ids; [sequences, length]."""
-        rows = [[self.examples[one] for one in self.rows[row]] for row in self._rows_of(number)]
-        input_ids, labels, positions = _filled(rows, self._pad_id, self.sequence_length)
+        """Return the batch with this number, counted from 0.
+
+        Returns:
+            (input_ids, labels), with packing (input_ids, labels, position_ids); each [sequences, length] int64.
+        """
+        rows = [[self.examples[index] for index in self.rows[row]] for row in self._rows_of(number)]
+        input_ids, labels, positions = _padded(rows, self._pad_id, self.sequence_length)
         return (input_ids, labels, positions) if self.packing else (input_ids, labels)
 
     def place(self, number: int, sequences: range) -> str:
-        """Which records are in sequences of a batch, for a person."""
+        """Describe for a message which records are in rows of a batch.
+
+        Args:
+            number: of the batch.
+            sequences: rows of the batch.
+        """
         rows = self._rows_of(number)[sequences.start : sequences.stop]
-        records = [self.examples[one].where for row in rows for one in self.rows[row]]
+        records = [self.examples[index].where for row in rows for index in self.rows[row]]
         more = [f"and {len(records) - 4} more"] if len(records) > 4 else []
         return f"batch {number:,}: {', '.join(records[:4] + more)}"
 
     def _rows_of(self, number: int) -> list[int]:
-        """The rows of a batch."""
+        """Return the numbers of the rows in a batch."""
         first = number * self.sequences
         epochs, offsets = np.divmod(np.arange(first, first + self.sequences, dtype=np.int64), len(self.rows))
         rows = np.empty_like(offsets)
-        for epoch in np.unique(epochs).tolist():  # two, where an epoch ends within the batch
-            now = epochs == epoch
-            if self._grouped is None:
-                rows[now] = permute(offsets[now], len(self.rows), _order_key(self._seed, epoch))
+        for epoch in np.unique(epochs).tolist():  # more than one where an epoch ends within the batch
+            in_epoch = epochs == epoch
+            if self._length_grouping is None:
+                rows[in_epoch] = permute(offsets[in_epoch], len(self.rows), _order_key(self._seed, epoch))
             else:
-                rows[now] = self._grouped.order(epoch)[offsets[now]]
+                rows[in_epoch] = self._length_grouping.order(epoch)[offsets[in_epoch]]
         found: list[int] = rows.tolist()
         return found
 
 
 class HeldOutExamples:
-    """The first examples that hold `tokens` scored tokens between them, the same ones every time, the longest first.
+    """The first held-out examples, the same ones in every evaluation, as batches.
 
-    Iterating yields `(input_ids, labels)` of `micro_sequences` rows (the last batch may hold fewer).
+    Iterating yields `(input_ids, labels)` of `micro_sequences` rows, the longest examples first, so that there is
+    little padding; the last batch may have fewer rows.
+
+    Args:
+        examples: the held-out examples.
+        micro_sequences: examples per batch.
+        pad_id: the id for padding.
+        tokens: so many examples are used, from the first on, that they have at least this many scored tokens together.
+
+    Raises:
+        UserError: there is no example.
     """
 
     def __init__(self, examples: Sequence[Example], *, micro_sequences: int, pad_id: int, tokens: int) -> None:
@@ -146,15 +167,15 @@ class HeldOutExamples:
             raise UserError("evaluation needs at least one example, here is none")
         ends = np.cumsum([example.targets for example in examples])
         first = examples[: int(np.searchsorted(ends, tokens)) + 1]
-        self.examples = sorted(first, key=lambda example: -example.positions)  # so that little is padding
+        self.examples = sorted(first, key=lambda example: -example.positions)
         self.targets = int(ends[len(first) - 1])
-        """Labels that count, over all batches."""
+        """Number of scored tokens, over all batches."""
         self._micro_sequences = micro_sequences
         self._pad_id = pad_id
 
     @property
     def content(self) -> str:
-        """A fingerprint of all that a model sees of the examples."""
+        """A fingerprint of the examples, as far as a model sees them."""
         return fingerprint(self.examples)
 
     def __len__(self) -> int:
@@ -165,12 +186,12 @@ class HeldOutExamples:
         longest = self.examples[0].positions
         for start in range(0, len(self.examples), self._micro_sequences):
             rows = [[example] for example in self.examples[start : start + self._micro_sequences]]
-            input_ids, labels, _ = _filled(rows, self._pad_id, longest)
+            input_ids, labels, _ = _padded(rows, self._pad_id, longest)
             yield input_ids, labels
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of the examples' tokens, of what is scored, and of their order."""
+    """Return a hash of the examples: their tokens, which of them are scored, and their order."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         digest.update(len(example.input_ids).to_bytes(8, "little"))
@@ -179,12 +200,19 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _filled(
+def _padded(
     rows: Sequence[Sequence[Example]], pad_id: int, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, labels, position_ids), each [rows, positions], int64.
+    """Put examples into rows of equal length.
 
-    What fills a row up is numbered as one more example, so that no example is longer for it.
+    Args:
+        rows: the examples of each row.
+        pad_id: the id for padding.
+        most: most positions of a row.
+
+    Returns:
+        (input_ids, labels, position_ids), each [rows, positions] int64. Position numbers start at 0 with every example,
+        and with the padding, which so is not part of the last example.
     """
     longest = max(sum(example.positions for example in row) for row in rows)
     width = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, most))
@@ -202,8 +230,14 @@ def _filled(
     return torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions)
 
 
-class _Grouped:
-    """The orders of epochs, grouped by length."""
+class _LengthGrouping:
+    """The order of the rows in each epoch, grouped by length.
+
+    Args:
+        lengths: positions of each row, [rows].
+        sequences: rows per batch.
+        seed: keys the order.
+    """
 
     def __init__(self, lengths: Int64Array, sequences: int, seed: int) -> None:
         self._lengths = lengths
@@ -212,19 +246,23 @@ class _Grouped:
         self._orders: dict[int, Int64Array] = {}
 
     def order(self, epoch: int) -> Int64Array:
-        """All rows, as an epoch visits them, [rows]; the last two epochs' are kept, for they cost a sort."""
+        """Return the numbers of all rows in the order of an epoch, [rows].
+
+        Because an order costs a sort, those of two neighbouring epochs are kept.
+        """
         if epoch not in self._orders:
             self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
-            self._orders[epoch] = self._drawn(epoch)
+            self._orders[epoch] = self._draw_order(epoch)
         return self._orders[epoch]
 
-    def _drawn(self, epoch: int) -> Int64Array:
+    def _draw_order(self, epoch: int) -> Int64Array:
+        """Draw the order of an epoch, [rows]."""
         size, pool = len(self._lengths), POOL * self._sequences
         shuffled = permute(np.arange(size), size, _order_key(self._seed, epoch))
-        # the batches in which an epoch begins and ends hold rows of two epochs, so those are left as they were drawn
-        begun = -(epoch * size) % self._sequences
-        head, whole, tail = np.split(shuffled, [begun, size - (size - begun) % self._sequences])
-        pools = np.split(whole, range(pool, len(whole), pool))
+        # The first and the last batch of an epoch may contain rows of two epochs. The rows in them are not sorted.
+        head_rows = -(epoch * size) % self._sequences
+        head, middle, tail = np.split(shuffled, [head_rows, size - (size - head_rows) % self._sequences])
+        pools = np.split(middle, range(pool, len(middle), pool))
         by_length = [part[np.argsort(self._lengths[part], kind="stable")] for part in pools]
         batches = np.concatenate(by_length).reshape(-1, self._sequences)
         turns = permute(np.arange(len(batches)), len(batches), keyed_seed(self._seed, "batches", epoch))
@@ -232,4 +270,5 @@ class _Grouped:
 
 
 def _order_key(seed: int, epoch: int) -> int:
+    """Return the key of an epoch's permutation of the rows."""
     return keyed_seed(seed, "order", "examples", epoch)

@@ -1,15 +1,16 @@
-"""From records to examples: a layout reads a record, a template writes it, the tokenizer encodes it, part by part.
+"""Encode records as examples: a layout reads the record, a template writes it, and the tokenizer encodes each part.
 
     record -> conversation (`layouts`) -> prompts and responses (`templates`) -> tokens, of which responses are scored
 
-Prompts and responses are encoded apart, so a token is never part of both and a prompt has the ids that it has when a
-model is asked. Most tokenizers encode a text alike wherever it stands; those of SentencePiece's kind put a space before
-the first word, so parts that follow others are encoded behind a line end, which is then taken off. Control tokens act
-as such only where a chat template wrote them. (A tokenizer that gives no text back exactly, such as T5's, which reads
-line ends as spaces, is no more exact here.)
+Prompts and responses are encoded separately, so no token contains characters of both, and a prompt has the same ids as
+in generation. Most tokenizers encode a text in the same way at every position. Tokenizers of the SentencePiece kind put
+a space before the first word of a text; there, every part but the first is encoded behind a line end, whose ids are
+then removed. Control tokens act as such only where a chat template wrote them. (Tokenizers that do not reproduce texts
+exactly, such as T5's, which treats line ends as spaces, are not more exact here.)
 
-What does not fit into a sequence is cut so that the response stays: of several turns those that fit from the start are
-kept; of a single one the prompt loses its middle; and only a response that would not fit by itself loses its end.
+An example that does not fit into a sequence is cut so that the response is kept: of several turns, the first ones that
+fit are kept; of a single turn, the middle of the prompt is left out; only a response that alone is too long loses its
+end.
 """
 
 from collections import Counter
@@ -34,33 +35,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InstructionForm:
-    """How records become examples."""
+    """Settings by which records become examples."""
 
     layout: LayoutName | Literal["auto"] = "auto"
-    """`auto` goes by the columns of the first record."""
+    """`auto` chooses the layout by the columns of the first record."""
     template: TemplateName | Literal["auto"] = "auto"
-    """`auto` is the tokenizer's chat template where it has one, else alpaca."""
+    """`auto` is the tokenizer's chat template if it has one, else alpaca."""
     loss_on: Literal["response", "all"] = "response"
-    """Which tokens are scored."""
+    """The tokens that are scored: those of the responses, or all."""
     prompt_column: str | None = None
-    """With `response_column`: of the layout `columns`. Without it, that column holds completions."""
+    """Column of the prompt in the layout `columns`; needs `response_column`."""
     response_column: str | None = None
+    """Column of the response in the layout `columns`; without `prompt_column`, the column of completions."""
 
 
 @dataclass(frozen=True)
 class ExampleCounts:
-    """What became of the records."""
+    """Numbers of records: read, used, left out and cut."""
 
     read: int
     used: int
     bad: int
-    """Left out because they could not be used."""
+    """Records left out because they could not be used."""
     empty: int
-    """Left out because there is no response in them."""
+    """Records left out because they have no response."""
     prompt_cut: int
-    """Used, without the middle of the prompt."""
+    """Records used without the middle of the prompt."""
     response_cut: int
-    """Used, without the end of the response, or without the later turns of several."""
+    """Records used without the end of the response, or without the later ones of several turns."""
 
     def __str__(self) -> str:
         left_out = {"with no response": self.empty, "bad": self.bad}
@@ -76,23 +78,25 @@ class ExampleCounts:
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """Examples, and where they come from."""
+    """The examples of a data set, with the layout and the template by which they were made."""
 
     examples: tuple[Example, ...]
     counts: ExampleCounts
     layout: Layout
     template: str
+    """Name of the template."""
 
     def __str__(self) -> str:
         return f"{self.layout}, template {self.template}: {self.counts}"
 
 
 class Prompt(NamedTuple):
-    """What a model is asked, and the response it should give."""
+    """A prompt for a model, and the response expected of it."""
 
     input_ids: list[int]
     response: str
     where: str
+    """Place of the record, for messages."""
 
 
 def encode(
@@ -103,9 +107,17 @@ def encode(
     sequence_length: int,
     skip_bad: bool = False,
 ) -> InstructionSet:
-    """The examples of a data set, in order, each of at most `sequence_length` tokens.
+    """Encode records as examples, in their order.
 
-    `UserError` where the layout or the template does not fit, no record is left, or one is bad (unless `skip_bad`).
+    Args:
+        records: the records of one data set; the first one decides the layout.
+        tokenizer: encodes the texts; may have the chat template.
+        form: settings of layout, template and loss.
+        sequence_length: most tokens of an example.
+        skip_bad: leave out records that cannot be used and count them, instead of refusing them.
+
+    Raises:
+        UserError: the layout or the template does not fit, no record can be used, or one is bad (unless `skip_bad`).
     """
     if sequence_length < 2:
         raise UserError(f"sequence_length is {sequence_length}: an example needs at least 2 tokens")
@@ -115,8 +127,8 @@ def encode(
         parts, prompt_cut, response_cut = _fitting(parts, sequence_length)
         reader.counts.update(prompt_cut=prompt_cut, response_cut=response_cut)
         ids = np.fromiter(chain.from_iterable(part.ids for part in parts), dtype=np.int32)
-        lengths, are_responses = [len(part.ids) for part in parts], [part.is_response for part in parts]
-        scored = np.repeat(np.array(are_responses) | (form.loss_on == "all"), lengths)
+        part_is_scored = [part.is_response or form.loss_on == "all" for part in parts]
+        scored = np.repeat(np.array(part_is_scored), [len(part.ids) for part in parts])
         examples.append(Example(ids, scored, record.where))
     count = reader.counts
     counts = ExampleCounts(
@@ -139,7 +151,11 @@ def prompts(
     *,
     skip_bad: bool = False,
 ) -> Iterator[Prompt]:
-    """What comes before the last response of each record, as `encode` would write it, whole; and that response."""
+    """Yield the prompt before the last response of each record, and this response.
+
+    A prompt is encoded as by `encode`, with all earlier turns, and is not cut. See `encode` for arguments and errors;
+    in addition, completions are refused.
+    """
     reader = _Reader(records, tokenizer, form, skip_bad)
     if reader.layout.name == "completion":
         raise UserError(f"{reader.layout}: completions have no prompt that a model could be asked")
@@ -148,36 +164,44 @@ def prompts(
         yield Prompt(ids, conversation[-1].content, record.where)
 
 
-def shown(example: Example, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """An example as a model sees it, for a person: special tokens spelt out, what is scored between ⟦ and ⟧.
+def render_example(example: Example, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return an example as text for a terminal: special tokens written out, scored parts between ⟦ and ⟧.
 
-    Characters that a terminal would obey are escaped.
+    Control characters are escaped, so that they have no effect on the terminal.
     """
     borders = np.flatnonzero(np.diff(example.scored.astype(np.int8))) + 1
-    pieces, before = [], ""
+    pieces, decoded = [], ""
     for start, end in zip([0, *borders.tolist()], [*borders.tolist(), len(example.input_ids)], strict=True):
-        # decoded from the start, since some decoders drop a space before the first word
+        # Always from the first token on, since some decoders drop a space before the first word.
         text = tokenizer.decode(example.input_ids[:end].tolist(), clean_up_tokenization_spaces=False)
-        piece = _printable(text[len(before) :])
+        piece = _printable(text[len(decoded) :])
         pieces.append(f"⟦{piece}⟧" if example.scored[start] else piece)
-        before = text
+        decoded = text
     scored = int(example.scored.sum())
     return f"{example.where}: {len(example.input_ids)} tokens, {scored} scored\n{''.join(pieces)}"
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """Escape all characters that are neither printable nor a line end or tab."""
+
+    def escaped(char: str) -> str:
+        return char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+
+    return "".join(map(escaped, text))
 
 
 class EncodedPart(NamedTuple):
-    """A part of an example, encoded."""
+    """The ids of a part of an example."""
 
     ids: list[int]
     is_response: bool
 
 
 class _Reader:
-    """Records on their way to tokens; the first one decides the layout."""
+    """Read records by a layout and encode them by a template; the first record decides the layout.
+
+    See `encode` for the arguments. `counts` has the numbers of records by what became of them.
+    """
 
     def __init__(
         self, records: Iterable[Record], tokenizer: "PreTrainedTokenizerFast", form: InstructionForm, skip_bad: bool
@@ -194,7 +218,10 @@ class _Reader:
         self.counts: Counter[str] = Counter()
 
     def encoded(self) -> Iterator[tuple[Record, Conversation, list[EncodedPart]]]:
-        """The records that have a response, and their parts; about CHUNK_CHARS of text are encoded at a time."""
+        """Yield each record that has a response, its conversation and its encoded parts.
+
+        About `CHUNK_CHARS` characters of text are encoded at a time.
+        """
         waiting: list[tuple[Record, Conversation, list[Part]]] = []
         chars = 0
         for record in self._records:
@@ -218,18 +245,26 @@ class _Reader:
     def _encode(
         self, waiting: list[tuple[Record, Conversation, list[Part]]]
     ) -> Iterator[tuple[Record, Conversation, list[EncodedPart]]]:
+        """Encode the records that have been collected."""
         encoded = self._encoder.encode([parts for _, _, parts in waiting])
         for (record, conversation, _), parts in zip(waiting, encoded, strict=True):
             yield record, conversation, parts
 
     def _bad(self, message: str) -> None:
+        """Refuse a record that cannot be used, or count it."""
         if not self._skip_bad:
             raise UserError(f"{message} (skip_bad leaves such records out)")
         self.counts["bad"] += 1
 
 
 class PartEncoder:
-    """Encodes the parts of examples: the first of each as the start of a text, the others as what follows it."""
+    """Encode the parts of examples: the first one as the beginning of a text, the others as its continuation.
+
+    Args:
+        tokenizer: encodes the texts.
+        is_chat: whether the parts come from a chat template: control tokens in them then act as such, and the
+            tokenizer's own beginning of a text, such as BOS, is not added.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, is_chat: bool) -> None:
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -239,60 +274,69 @@ class PartEncoder:
         self._eos: int = tokenizer.eos_token_id
         self._opening = [] if is_chat else _opening(tokenizer)
         self._line_end = self._ids(["\n"])[0]
-        self._alike = self._behind_line_ends(["x"]) == self._ids(["x"])
+        self._is_position_independent = self._continuation_ids(["x"]) == self._ids(["x"])
 
     def encode(self, examples: Sequence[list[Part]]) -> list[list[EncodedPart]]:
-        """The ids of all parts of each example, its opening and its ends among them."""
-        pieces: list[str] = []
-        firsts = set()
+        """Return the ids of all parts of each example, including BOS where the tokenizer has it, and EOS."""
+        pieces: list[str] = []  # the parts of all examples, split at MARK
+        beginnings = set()  # numbers of the pieces with which an example begins
         for parts in examples:
-            firsts.add(len(pieces))
+            beginnings.add(len(pieces))
             pieces += [piece for part in parts for piece in part.text.split(MARK)]
-        ids = iter(self._pieces(pieces, firsts))
-        return [
-            [
-                EncodedPart(
-                    [
-                        *(self._opening if index == 0 else ()),
-                        *chain.from_iterable(next(ids) for _ in range(part.text.count(MARK) + 1)),
-                        *((self._eos,) if part.eos else ()),
-                    ],
-                    part.is_response,
-                )
-                for index, part in enumerate(parts)
-            ]
-            for parts in examples
-        ]
+        piece_ids = iter(self._piece_ids(pieces, beginnings))
+        return [self._encoded_parts(parts, piece_ids) for parts in examples]
 
-    def _pieces(self, texts: list[str], firsts: set[int]) -> list[list[int]]:
-        if self._alike:
-            return self._ids(texts)
-        starts = iter(self._ids([text for number, text in enumerate(texts) if number in firsts]))
-        others = iter(self._behind_line_ends([text for number, text in enumerate(texts) if number not in firsts]))
-        return [next(starts) if number in firsts else next(others) for number in range(len(texts))]
+    def _encoded_parts(self, parts: list[Part], piece_ids: Iterator[list[int]]) -> list[EncodedPart]:
+        """Join the ids of the pieces of one example, which are next in `piece_ids`, to those of its parts."""
+        encoded = []
+        for number, part in enumerate(parts):
+            ids = list(self._opening) if number == 0 else []
+            for _ in range(part.text.count(MARK) + 1):
+                ids += next(piece_ids)
+            if part.eos:
+                ids.append(self._eos)
+            encoded.append(EncodedPart(ids, part.is_response))
+        return encoded
 
-    def _behind_line_ends(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text in the middle of another."""
+    def _piece_ids(self, pieces: list[str], beginnings: set[int]) -> list[list[int]]:
+        """Return the ids of each piece, as the beginning of a text if its number is in `beginnings`."""
+        if self._is_position_independent:
+            return self._ids(pieces)
+        first = iter(self._ids([piece for number, piece in enumerate(pieces) if number in beginnings]))
+        later = iter(self._continuation_ids([piece for number, piece in enumerate(pieces) if number not in beginnings]))
+        return [next(first) if number in beginnings else next(later) for number in range(len(pieces))]
+
+    def _continuation_ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text as the continuation of another text.
+
+        Each text is encoded behind a line end, whose ids are removed. If the line end forms one token with the
+        beginning of the text, the text is encoded alone.
+        """
         size = len(self._line_end)
-        behind = self._ids([f"\n{text}" for text in texts])
+        behind_line_end = self._ids([f"\n{text}" for text in texts])
         return [
-            ids[size:] if ids[:size] == self._line_end else self._ids([text])[0]  # joined with what follows
-            for text, ids in zip(texts, behind, strict=True)
+            ids[size:] if ids[:size] == self._line_end else self._ids([text])[0]
+            for text, ids in zip(texts, behind_line_end, strict=True)
         ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokenizer's ids of each text, without special tokens added."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _opening(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """What a tokenizer puts before every text, such as LLaMA's BOS."""
+    """Return the ids that a tokenizer puts before every text, such as LLaMA's BOS."""
     bare, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
     ends = (end for end in range(len(whole)) if whole[end : end + len(bare)] == bare)
     return list(whole[: next(ends, 0)])
 
 
 def _fitting(parts: list[EncodedPart], most: int) -> tuple[list[EncodedPart], bool, bool]:
-    """(parts of at most `most` tokens in all, whether a prompt was cut, whether a response was cut or left out)."""
+    """Cut an example to at most `most` tokens, as the module says.
+
+    Returns:
+        The parts, whether a prompt was cut, and whether a response was cut or left out.
+    """
     length = kept = 0
     for number, part in enumerate(parts, start=1):
         length += len(part.ids)
@@ -300,15 +344,17 @@ def _fitting(parts: list[EncodedPart], most: int) -> tuple[list[EncodedPart], bo
             kept = number
     if kept:
         return parts[:kept], False, kept < len(parts)
-    prompts_before = next(number for number, part in enumerate(parts) if part.is_response)
-    prompt = list(chain.from_iterable(part.ids for part in parts[:prompts_before]))
-    response = parts[prompts_before].ids
-    room, response_cut = most - len(response), False
-    if room < min(1, len(prompt)):  # the first token is scored only if one comes before it
-        room, response_cut = min(len(prompt), most // 2), True
-    prompt_cut = room < len(prompt)
+    first_response = next(number for number, part in enumerate(parts) if part.is_response)
+    prompt = list(chain.from_iterable(part.ids for part in parts[:first_response]))
+    response = parts[first_response].ids
+    prompt_room, response_cut = most - len(response), False
+    if prompt_room < min(
+        1, len(prompt)
+    ):  # a token of the prompt is needed, so that the first of the response is scored
+        prompt_room, response_cut = min(len(prompt), most // 2), True
+    prompt_cut = prompt_room < len(prompt)
     if prompt_cut:
-        tail = room // 2
-        prompt = prompt[: room - tail] + prompt[len(prompt) - tail :]
+        tail = prompt_room // 2
+        prompt = prompt[: prompt_room - tail] + prompt[len(prompt) - tail :]
     fitting = [EncodedPart(prompt, False), EncodedPart(response[: most - len(prompt)], True)]
-    return fitting, prompt_cut, response_cut or prompts_before + 1 < len(parts)
+    return fitting, prompt_cut, response_cut or first_response + 1 < len(parts)

@@ -1,12 +1,13 @@
-"""What a record says: the columns of the usual instruction sets, read as one conversation.
+"""Layouts of instruction data: which columns of a record hold the messages of a conversation.
 
     alpaca      instruction, input (may be missing), output        Taori et al. 2023, Stanford Alpaca
     dolly       instruction, context (may be missing), response    Conover et al. 2023, databricks-dolly-15k
     chat        messages [{role, content}], or ShareGPT's conversations [{from, value}]; any number of turns
-    columns     a prompt and a response, in columns by name
-    completion  text
+    columns     a prompt and a response, in columns that the user names
+    completion  text, which is a response without a prompt
 
-A column `system` or `system_prompt` beside them opens the conversation.
+Except in completions, a column `system` or `system_prompt` gives the first message of the conversation, the system
+message, if the messages have none.
 """
 
 from collections.abc import Mapping
@@ -23,33 +24,39 @@ LayoutName = Literal["alpaca", "dolly", "chat", "columns", "completion"]
 ROLES = {
     "system": "system",
     "user": "user",
-    "human": "user",  # ShareGPT's
+    "human": "user",  # ShareGPT's name
     "assistant": "assistant",
-    "gpt": "assistant",  # ShareGPT's
+    "gpt": "assistant",  # ShareGPT's name
     "tool": "tool",
 }
+"""Roles in records -> roles of `Message`."""
+
 SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns that may hold a system message; the first one that has a text is used."""
 
 MOST_MESSAGES = 1000
+"""Most messages of a conversation."""
 
 LONGEST_TEXT = 1 << 20
-"""Characters of a conversation: far beyond any context, and well below what would fill the memory as tokens."""
+"""Most characters of a conversation: far more than any context, and few enough for their tokens to fit into memory."""
 
 MARK = "\ufdd0"
-"""A code point that is no character, now or ever: no text holds it, so that templates can part texts by it."""
+"""A code point that Unicode reserves as no character. Texts that contain it are refused, so templates can use it to
+mark where a text has to be split."""
 
 
 class BadRecord(Exception):
-    """Why a record cannot be used, without its place."""
+    """A record cannot be used; the message says why, but not which record it is."""
 
 
 class Message(NamedTuple):
     """One message of a conversation."""
 
     role: str
+    """One of the values of `ROLES`."""
     content: str
     input: str = ""
-    """Of an instruction: what it is about."""
+    """Text that an instruction is about, such as Alpaca's column `input`."""
 
 
 Conversation = tuple[Message, ...]
@@ -57,13 +64,15 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns hold what."""
+    """The columns that hold the parts of a conversation."""
 
     name: LayoutName
     response: str
-    """The column with the response; of chat the messages, of completion the text."""
+    """Column of the response; in the layout chat, of the messages; in the layout completion, of the text."""
     prompt: str | None = None
+    """Column of the prompt; None in the layouts chat and completion."""
     input: str | None = None
+    """Column of a text that the prompt is about; a record may lack it."""
 
     def __str__(self) -> str:
         columns = [column for column in (self.prompt, self.input, self.response) if column is not None]
@@ -71,13 +80,14 @@ class Layout:
 
     @property
     def needed(self) -> set[str]:
-        """Columns that every record has."""
+        """The columns that every record must have."""
         return {self.response} if self.prompt is None else {self.prompt, self.response}
 
     def conversation(self, fields: Mapping[str, Any]) -> Conversation:
-        """What a record says, up to its last usable response; empty where there is none, or it is blank.
+        """Return the messages of a record up to its last response that can be used; none if it has no such response.
 
-        `BadRecord` where a column is missing or not what the layout says.
+        Raises:
+            BadRecord: a column is missing, its value is not what the layout says, or the texts are too long.
         """
         if missing := sorted(self.needed - fields.keys()):
             raise BadRecord(f"no column `{short_name(missing[0])}`; there are {column_names(fields)}")
@@ -87,9 +97,10 @@ class Layout:
             messages = messages if system is None else [Message("system", system), *messages]
         if (length := sum(len(message.content) + len(message.input) for message in messages)) > LONGEST_TEXT:
             raise BadRecord(f"has {length:,} characters; one example has at most {LONGEST_TEXT:,}")
-        return _with_responses(messages)
+        return _up_to_last_response(messages)
 
     def _one_turn(self, fields: Mapping[str, Any]) -> list[Message]:
+        """Return the prompt, unless the layout has none, and the response."""
         response = Message("assistant", _text(fields, self.response))
         if self.prompt is None:
             return [response]
@@ -100,23 +111,29 @@ class Layout:
 KNOWN = (
     Layout("chat", "messages"),
     Layout("chat", "conversations"),
-    Layout("alpaca", "output", "instruction", "input"),
-    Layout("dolly", "response", "instruction", "context"),
-    *(
-        Layout("columns", response, prompt)
-        for prompt, response in (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-    ),
+    Layout("alpaca", response="output", prompt="instruction", input="input"),
+    Layout("dolly", response="response", prompt="instruction", input="context"),
+    Layout("columns", response="completion", prompt="prompt"),
+    Layout("columns", response="response", prompt="prompt"),
+    Layout("columns", response="answer", prompt="question"),
     Layout("completion", "text"),
 )
-"""In the order in which they are tried."""
+"""The layouts that are found by their columns, in the order in which they are tried."""
 
 
 def find_layout(
     first: Record, name: LayoutName | Literal["auto"] = "auto", prompt: str | None = None, response: str | None = None
 ) -> Layout:
-    """The layout of a data set by its first record; `UserError`, which names the columns there are, if none fits.
+    """Find the layout of a data set by the columns of its first record.
 
-    `prompt` and `response` name the columns of the layout `columns`; `response` alone, one of completions.
+    Args:
+        first: the first record.
+        name: the layout to use, or `auto`: the first of `KNOWN` whose columns the record has.
+        prompt: with `response`, the columns of the layout `columns`.
+        response: without `prompt`, the column of completions.
+
+    Raises:
+        UserError: no layout fits; the message names the columns that the record has.
     """
     if response is not None:
         if name not in ("auto", "columns"):
@@ -141,6 +158,7 @@ def find_layout(
 
 
 def _messages(fields: Mapping[str, Any], column: str) -> list[Message]:
+    """Read the messages in a column of the layout chat; raise `BadRecord` if it does not hold messages."""
     value = fields[column]
     if not isinstance(value, list):
         raise BadRecord(f"`{column}` is not a list of messages but {type(value).__name__}")
@@ -161,8 +179,11 @@ def _messages(fields: Mapping[str, Any], column: str) -> list[Message]:
     return messages
 
 
-def _with_responses(messages: list[Message]) -> Conversation:
-    """Up to the last response, and before the first blank one: what follows has nothing to score, or no meaning."""
+def _up_to_last_response(messages: list[Message]) -> Conversation:
+    """Return the messages up to the last response that stands before the first blank response.
+
+    Messages behind the last response have nothing to score, and messages behind a blank one answer a missing text.
+    """
     end = 0
     for number, message in enumerate(messages, start=1):
         if message.role == "assistant":
@@ -173,7 +194,7 @@ def _with_responses(messages: list[Message]) -> Conversation:
 
 
 def _text(fields: Mapping[str, Any], column: str) -> str:
-    """A text; empty where there is none."""
+    """Return the text in a column, empty if the column is missing or null; raise `BadRecord` if it is not a text."""
     value = fields.get(column)
     if value is None:
         return ""

@@ -1,20 +1,21 @@
-"""Several examples in one row of a batch, without attention from one to another.
+"""Packing: put several examples into one row of a batch, without attention from one to another.
 
-An example of n tokens takes n - 1 positions of a row: what goes in is all but its last token, and the label at each
-position is the token after it; so no label crosses a border, and none is lost. The position numbers of a row start at
-0 with every example. From such numbers the models of transformers 5 build a mask that is causal and block-diagonal
-(`masking_utils.find_packed_sequence_indices`), if they are given no attention mask and keep no cache:
+An example of n tokens takes n - 1 positions of a row: its input is all tokens but the last, and the label at each
+position is the next token. So no label belongs to another example than its position, and no label is lost. The position
+numbers of a row start at 0 with every example. From such numbers the models of transformers 5 make a mask that is
+causal and block-diagonal (`masking_utils.find_packed_sequence_indices`), if they get no attention mask and use no
+cache:
 
-    sdpa, eager, flex attention   rows of any number
-    flash attention               one row at a time; with more it takes no notice
-    Bloom, MPT, Falcon, OPT       their masks are not told the positions
-    Mamba, RWKV                   no mask; a state runs through
+    sdpa, eager, flex attention   work with any number of rows
+    flash attention               works with one row at a time; with more, examples attend to one another
+    Bloom, MPT, Falcon, OPT       do not work: their masks do not depend on the position numbers
+    Mamba, RWKV                   do not work: they have no mask, and their state passes from one example to the next
 
-Which of these a model is, is not looked up but tried (`check_packing`).
+Whether a model works is not looked up in such a list but tried (`check_packing`).
 
-Rows are filled by best fit, the longest example first: hardly ever more than 11/9 of the fewest rows possible
-(Johnson et al. 1974), and in practice full to a percent or two. The price: which examples share a row is the same in
-every epoch, and the rows' order alone is drawn anew.
+Rows are filled by best fit, the longest example first. This needs hardly ever more than 11/9 of the smallest possible
+number of rows (Johnson et al. 1974), and in practice leaves one or two percent of the positions empty. The price: the
+same examples share a row in every epoch; only the order of the rows is drawn anew.
 """
 
 from collections.abc import Sequence
@@ -28,48 +29,60 @@ from relora.errors import UserError
 from relora.seeding import keyed_seed
 
 TRIED_POSITIONS = 6
-"""Of each of the two examples with which a model is tried."""
+"""Positions of each of the two examples in a row with which a model is tried."""
 
-SAME = 1e-5
-"""Of the largest logit, in fp32: less is rounding, which may differ where experts are given other tokens."""
+LOGIT_TOLERANCE = 1e-5
+"""Largest difference between equal logits in fp32, relative to the largest logit. Rounding may differ even where
+attention does not, because experts then process other tokens together."""
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Rows of examples' numbers, each row's lengths adding up to `capacity` at most.
+    """Distribute examples over rows by best fit, the longest example first.
 
-    Among equally long examples the order is drawn by `seed`.
+    Args:
+        lengths: positions that each example takes, none more than `capacity`.
+        capacity: positions of a row.
+        seed: draws the order of examples of equal length.
+
+    Returns:
+        For each row, the numbers of its examples; their lengths add up to at most `capacity`.
     """
     order = permute(np.arange(len(lengths)), len(lengths), keyed_seed(seed, "pack"))
     drawn = np.asarray(lengths)[order]
     rows: list[list[int]] = []
-    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # rows with so many positions left
-    rooms = 0  # bit r is set where by_room[r] has a row: the tightest fit is the lowest bit from a length upwards
+    rows_by_free: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # rows with this many free positions
+    free_bits = 0  # bit f is set where rows_by_free[f] has a row, so the best fit is the lowest bit from `length` on
     for number in order[np.argsort(-drawn, kind="stable")].tolist():
         length = lengths[number]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+        fitting_bits = free_bits >> length
+        if fitting_bits:
+            lowest_bit = (fitting_bits & -fitting_bits).bit_length() - 1
+            free = length + lowest_bit
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_bits ^= 1 << free
         else:
-            room, row = capacity, []
+            free, row = capacity, []
             rows.append(row)
         row.append(number)
-        by_room[room - length].append(row)
-        rooms |= 1 << (room - length)
+        rows_by_free[free - length].append(row)
+        free_bits |= 1 << (free - length)
     return rows
 
 
 def check_packing(model: nn.Module, rows: int) -> None:
-    """`UserError` if a model lets an example of a row see the one before it.
+    """Raise `UserError` if in a model an example of a row depends on the example before it.
 
-    Tried with `rows` rows, as many as go through the model at once: it is run on two batches that differ only in the
-    first example of each row, and must make the same of the second.
+    The model is run on two batches which differ only in the first example of each row; the logits of the second
+    example must be equal.
+
+    Args:
+        model: a causal language model.
+        rows: rows of a micro-batch; a model may work with one row and not with several.
     """
     device = next(model.parameters()).device
     positions = torch.arange(TRIED_POSITIONS, device=device).repeat(rows, 2)
-    first = torch.arange(TRIED_POSITIONS, device=device) % 2  # ids that every vocabulary has
+    first = torch.arange(TRIED_POSITIONS, device=device) % 2  # ids 0 and 1, which every vocabulary has
     second = torch.full_like(first, 2)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -86,7 +99,7 @@ def check_packing(model: nn.Module, rows: int) -> None:
     finally:
         for module in training:
             module.training = True
-    tolerance = max(SAME, 2 * torch.finfo(one.dtype).eps) * one.abs().max()
+    tolerance = max(LOGIT_TOLERANCE, 2 * torch.finfo(one.dtype).eps) * one.abs().max()
     if (one - other).abs().max() > tolerance:
         raise UserError(
             "packing: the model lets an example see the one before it in its row, as Bloom, Falcon, OPT and state-space"

@@ -1,15 +1,17 @@
-"""How a conversation is written for a model: as parts of text, prompts and responses in turn.
+"""Templates: write a conversation as the text that a model sees, in parts that are prompts and responses in turn.
 
     alpaca   Below is an instruction that ... ### Instruction: ... ### Input: ... ### Response:    (Taori et al. 2023)
     plain    the prompt, a line end, the response
-    chat     the tokenizer's own chat template, a Jinja program (in transformers' sandbox)
+    chat     the chat template of the tokenizer, a Jinja program, which runs in transformers' sandbox
 
-Where the responses are in the text that a chat template writes is taken from its `{% generation %}` blocks. One that
-has none is also run on every conversation up to a response, with the words that ask for it, and then with it: the
-first text must begin the second and that one the whole, or the conversation is refused rather than scored wrongly.
+Positions of the responses in the text of a chat template are taken from its `{% generation %}` blocks. For a template
+without such blocks they are found by rendering: for every response, the conversation up to it is rendered twice, with
+the generation prompt in place of the response, and with the response. The first text must be the beginning of the
+second, and the second the beginning of the text of the whole conversation; otherwise the conversation is refused,
+because the wrong tokens would be scored.
 
-A control token that stands in a message is text, as somebody wrote it, and must not act as one: it is broken by
-`MARK`, at which the text is later parted.
+A control token that occurs in the content of a message is ordinary text, and must not act as a control token. It is
+interrupted by `MARK`; later the text is split there, and the pieces are encoded separately.
 """
 
 import re
@@ -31,7 +33,7 @@ ALPACA_WITH_INPUT = "Below is an instruction that describes a task, paired with 
 ALPACA_TASK = "Write a response that appropriately completes the request."
 
 DATE = "26 Jul 2024"
-"""What chat templates that state a date are given where they ask for one: the examples must not change overnight."""
+"""The date that is given to chat templates which state one. It is fixed, so that examples are the same every day."""
 
 
 class Part(NamedTuple):
@@ -40,45 +42,61 @@ class Part(NamedTuple):
     text: str
     is_response: bool
     eos: bool = False
-    """The tokenizer's EOS follows."""
+    """Whether the tokenizer's EOS is appended."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How conversations are written."""
+    """A way to write conversations as text."""
 
     name: str
     parts: Callable[[Conversation], list[Part]]
-    """`BadRecord` for a conversation that cannot be written."""
+    """Write a conversation that ends in a response; raises `BadRecord` if it cannot be written."""
     is_chat: bool = False
-    """The texts hold control tokens, which act as such, and may hold `MARK`; and begin as the template says."""
+    """Whether the parts contain control tokens, which act as such, and may contain `MARK`. The template itself then
+    writes how a text begins (BOS)."""
 
 
 def find_template(
     name: TemplateName | Literal["auto"], layout: Layout, tokenizer: "PreTrainedTokenizerFast"
 ) -> Template:
-    """The template of a name; `auto` is the tokenizer's own, or alpaca. Completions need none.
+    """Return the template of the given name.
 
-    `UserError` where the tokenizer has no chat template, or one that cannot be used.
+    Args:
+        name: `auto` is the tokenizer's chat template if it has one, else alpaca.
+        layout: completions are written without a template, whatever its name.
+        tokenizer: has the chat template.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one that cannot be used.
     """
     if layout.name == "completion":
-        return Template("none", _bare)
+        return Template("none", _completion)
     if name == "chat" or (name == "auto" and tokenizer.chat_template):
-        chat = _Chat(tokenizer)
+        chat = _ChatTemplate(tokenizer)
         return Template("chat", chat.parts, is_chat=True)
     return Template("plain", _plain) if name == "plain" else Template("alpaca", _alpaca)
 
 
-def _bare(conversation: Conversation) -> list[Part]:
+def _completion(conversation: Conversation) -> list[Part]:
+    """Write the text of a completion followed by EOS."""
     return [Part(message.content, True, eos=True) for message in conversation]
 
 
 def _plain(conversation: Conversation) -> list[Part]:
-    return _in_turns(conversation, "", lambda message: "".join(f"{text}\n" for text in message[1:] if text), "")
+    """Write each message that is not a response as its text, and the text it is about, each followed by a line end."""
+
+    def section(message: Message) -> str:
+        return "".join(f"{text}\n" for text in (message.content, message.input) if text)
+
+    return _in_turns(conversation, "", section, "")
 
 
 def _alpaca(conversation: Conversation) -> list[Part]:
-    """The published prompts; a system message stands in place of their first sentences, later turns follow."""
+    """Write the published prompts of Alpaca.
+
+    A system message replaces their first sentences. Later turns follow without these sentences.
+    """
     opening = ALPACA_WITH_INPUT if any(message.input for message in conversation) else ALPACA
     if conversation[0].role == "system":
         opening, conversation = conversation[0].content, conversation[1:]
@@ -94,7 +112,14 @@ def _alpaca(conversation: Conversation) -> list[Part]:
 
 
 def _in_turns(conversation: Conversation, opening: str, section: Callable[[Message], str], closing: str) -> list[Part]:
-    """What was said since the last response is the prompt of the next one."""
+    """Write messages as prompts and responses: each prompt has all messages since the last response.
+
+    Args:
+        conversation: messages, the last one a response.
+        opening: text at the beginning of the first prompt.
+        section: writes one message of a prompt.
+        closing: text at the end of every prompt.
+    """
     parts = []
     prompt = opening
     for message in conversation:
@@ -108,8 +133,12 @@ def _in_turns(conversation: Conversation, opening: str, section: Callable[[Messa
     return parts
 
 
-class _Chat:
-    """A tokenizer's chat template."""
+class _ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Raises:
+        UserError: it has none, or several without a default.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._tokenizer = tokenizer
@@ -117,42 +146,52 @@ class _Chat:
             raise UserError(f"{_name(tokenizer)}: has no chat template; choose the template `alpaca` or `plain`")
         try:
             self._source: str = tokenizer.get_chat_template()
-        except Exception as error:  # several templates, none of them the default
+        except Exception as error:  # there are several templates, none of which is the default
             raise UserError(f"{_name(tokenizer)}: {first_line(str(error))}") from None
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self._control_tokens = tuple(sorted(special, key=len, reverse=True))  # the longest first, as it is matched
-        self._control = re.compile("|".join(map(re.escape, self._control_tokens)) or "(?!)")
+        # A regular expression takes the first alternative that fits, so the longest token comes first.
+        self._control_tokens = tuple(sorted(special, key=len, reverse=True))
+        matches_nothing = "(?!)"
+        self._control = re.compile("|".join(map(re.escape, self._control_tokens)) or matches_nothing)
         self._has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", self._source) is not None
 
     def parts(self, conversation: Conversation) -> list[Part]:
-        """The text of a conversation that ends in a response, parted where responses begin and end."""
+        """Render a conversation that ends in a response, and split the text where responses begin and end."""
         messages = [{"role": message.role, "content": self._content(message)} for message in conversation]
         try:
-            text, spans = self._from_blocks(messages) if self._has_blocks else self._from_beginnings(messages)
+            text, spans = self._spans_of_blocks(messages) if self._has_blocks else self._spans_of_growth(messages)
         except UserError:
             raise
-        except Exception as error:  # whatever somebody's program raises
+        except Exception as error:  # of any type: the template is a program, and may refuse a conversation
             raise BadRecord(f"the chat template refuses it: {first_line(str(error))}") from None
-        parts, before = [], 0
-        for start, end in spans:
-            end = self._end(text, start, end)
-            parts += [Part(text[before:start], False), Part(text[start:end], True)]
-            before = end
+        parts, previous_end = [], 0
+        for start, span_end in spans:
+            end = self._end_of_response(text, start, span_end)
+            parts += [Part(text[previous_end:start], False), Part(text[start:end], True)]
+            previous_end = end
         if not parts[-1].text.endswith(self._control_tokens):
             parts[-1] = parts[-1]._replace(eos=True)
         return parts
 
-    def _end(self, text: str, start: int, end: int) -> int:
-        """Where a response ends: before white space behind the control token that ends it, for there a model stops."""
+    def _end_of_response(self, text: str, start: int, end: int) -> int:
+        """Return the end of a response without white space behind its last control token.
+
+        In generation a model stops at this control token, so the white space is part of the next prompt.
+        """
         response = text[start:end].rstrip()
         return start + len(response) if response.endswith(self._control_tokens) else end
 
     def _content(self, message: Message) -> str:
-        content = "\n\n".join(text for text in message[1:] if text)
+        """Return the text of a message, in which `MARK` follows the first character of every control token."""
+        content = "\n\n".join(text for text in (message.content, message.input) if text)
         return self._control.sub(lambda token: f"{token[0][0]}{MARK}{token[0][1:]}", content)
 
-    def _from_blocks(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the spans of its `{% generation %}` blocks."""
+    def _spans_of_blocks(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages with a template that has generation blocks.
+
+        Returns:
+            The text, and (start, end) of each response in it.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, spans = render_jinja_template(
@@ -161,26 +200,37 @@ class _Chat:
             return_assistant_tokens_mask=True,
             **{**self._tokenizer.special_tokens_map, "date_string": DATE},
         )
-        text, responses = texts[0], sum(message["role"] == "assistant" for message in messages)
-        if len(spans[0]) != responses:
+        text, blocks = texts[0], spans[0]
+        responses = sum(message["role"] == "assistant" for message in messages)
+        if len(blocks) != responses:
             raise UserError(
-                f"{_name(self._tokenizer)}: the chat template marks {len(spans[0])} responses in a conversation "
+                f"{_name(self._tokenizer)}: the chat template marks {len(blocks)} responses in a conversation "
                 f"with {responses}; mend its generation blocks, or choose the template `alpaca` or `plain`"
             )
-        # some leave out the control token that ends a response; without it a model would not learn to stop
-        behind = [self._control.match(text, end) for _, end in spans[0]]
-        return text, [
-            (start, token.end() if token and not text[:end].endswith(self._control_tokens) else end)
-            for (start, end), token in zip(spans[0], behind, strict=True)
-        ]
+        return text, [(start, self._end_with_control_token(text, end)) for start, end in blocks]
 
-    def _from_beginnings(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the spans by which it grows with each response."""
-        texts: list[tuple[str, str]] = [
-            (self._render(messages[:number], asking=True), self._render(messages[: number + 1], asking=False))
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+    def _end_with_control_token(self, text: str, end: int) -> int:
+        """Return the end of a generation block, extended by the control token behind it if the block has none.
+
+        Some templates leave the control token that ends a response out of the block. It belongs to the response, since
+        a model that is not trained on it does not learn to stop.
+        """
+        following = self._control.match(text, end)
+        if following is None or text[:end].endswith(self._control_tokens):
+            return end
+        return following.end()
+
+    def _spans_of_growth(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages with a template that has no generation blocks.
+
+        Returns:
+            The text, and (start, end) of each response: the part by which the response makes the text longer.
+        """
+        texts = []  # for each response: the text that asks for it, and the text that ends with it
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asking = self._render(messages[:number], generation_prompt=True)
+                texts.append((asking, self._render(messages[: number + 1], generation_prompt=False)))
         whole = texts[-1][1]
         if not all(answered.startswith(asked) and whole.startswith(answered) for asked, answered in texts):
             raise UserError(
@@ -190,12 +240,14 @@ class _Chat:
             )
         return whole, [(len(asked), len(answered)) for asked, answered in texts]
 
-    def _render(self, messages: Sequence[dict[str, str]], *, asking: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
+        """Return the text of messages; `generation_prompt` adds the text that asks for the next response."""
         text: Any = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=asking, date_string=DATE
+            messages, tokenize=False, add_generation_prompt=generation_prompt, date_string=DATE
         )
         return str(text)
 
 
 def _name(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the folder or hub id of a tokenizer, for messages."""
     return tokenizer.name_or_path or "the tokenizer"

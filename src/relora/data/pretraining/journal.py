@@ -5,7 +5,8 @@
 
 Shards only grow, and they are synced to the disk before the line that states their lengths. To continue, the shards are
 cut back to the lengths in the last complete line, and encoding goes on with the next document. So the result has the
-same bytes as that of an uninterrupted preparation.
+same bytes as that of an uninterrupted preparation. Shards and journal are not written by `files.atomic`, since what a
+kill leaves of them is not removed but continued.
 """
 
 import errno
