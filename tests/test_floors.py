@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"config", "device", "lowrank", "measure", "model", "processes", "recipes", "train"},
     "experiments": {
         *("config", "data", "device", "evaluation", "lowrank", "measure", "planning", "processes", "recipes"),
-        *("report", "train"),
+        *("report", "runs", "train"),
     },
     "cli": {
         *("adapters", "config", "data", "evaluation", "experiments", "export", "inference", "planning", "recipes"),

@@ -12,6 +12,7 @@ from relora.model.load import dtype_named, model_folder, save_model
 from relora.recipes.from_settings import lowrank_of, schedule_of
 from relora.recipes.pretraining_inputs import open_configured_model
 from relora.runs.folder import open_run
+from relora.runs.settings import is_run
 from relora.train.checkpoint import Checkpoints
 from relora.train.run import restore_weights
 
@@ -71,24 +72,24 @@ def export_gguf(
         UserError: what `export` and `write_gguf` refuse, or a `step` of what is no run. Nothing was written.
         RunStopped: the disk is full or refuses the write.
     """
-    place, is_run = Path(source), (Path(source) / "config.yaml").is_file()
-    if step is not None and not is_run:
+    place, from_run = Path(source), is_run(source)
+    if step is not None and not from_run:
         raise UserError(f"--checkpoint {step}: {source} is not a run folder (no config.yaml in it)")
-    folder = place / "model" if is_run else model_folder(source)
-    out = Path(out) if out is not None else _gguf_file(place, is_run, step, dtype)
+    folder = place / "model" if from_run else model_folder(source)
+    out = Path(out) if out is not None else _gguf_file(place, from_run, step, dtype)
     check_gguf(out, dtype)
-    if not is_run or (step is None and folder.is_dir()):
+    if not from_run or (step is None and folder.is_dir()):
         return write_gguf(folder, out, load_tokenizer(str(folder)), dtype)
-    aside = out.with_name(f".{out.name}.model")
+    scratch = out.with_name(f".{out.name}.model")
     try:
-        exported = export(source, step=step, out=aside, trust_remote_code=trust_remote_code)
+        exported = export(source, step=step, out=scratch, trust_remote_code=trust_remote_code)
         return write_gguf(exported, out, load_tokenizer(str(exported)), dtype)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _gguf_file(place: Path, is_run: bool, step: int | None, dtype: str) -> Path:
-    if is_run:
+def _gguf_file(place: Path, from_run: bool, step: int | None, dtype: str) -> Path:
+    if from_run:
         return place / f"{'model' if step is None else f'model-{step}'}-{dtype}.gguf"
     beside = place.resolve() if place.is_dir() else Path(place.name)
     return beside.with_name(f"{beside.name}-{dtype}.gguf")

@@ -140,7 +140,7 @@ def _calibrated(device: torch.device, file: Path) -> Rates:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # it exists only if it could not be read
-        # Not by files.atomic: of processes that measure at the same time the first must win, and the others take its rates.
+        # Not by files.atomic: of processes that measure at once the first must win, so that all take the same rates.
         with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as temporary:
             temporary.write(to_json(measured))
             temporary.flush()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relora.errors import UserError
+from relora.files.atomic import write_text
 from relora.report.metrics import Record
 
 PROJECT = "relora"
@@ -87,7 +88,7 @@ class WeightsAndBiases:
 
         id_file = run_folder / "wandb_run_id"
         if not (first_step and id_file.exists()):
-            id_file.write_text(secrets.token_hex(4))
+            write_text(id_file, secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run_folder.name,
