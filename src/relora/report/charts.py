@@ -47,7 +47,7 @@ class Chart:
     format: str
     lines: Sequence[Line]
     figure: dict[str, Any]
-    tells_last: bool = True
+    shows_last_value: bool = True
     """Whether the heading gives the last value of every line."""
 
 
@@ -138,7 +138,7 @@ def traces_of(lines: Sequence[Line], number_format: str) -> list[dict[str, Any]]
         {
             "type": "scatter",
             "mode": "lines+markers" if line.has_markers and len(line.points) <= MAX_MARKERS else "lines",
-            "x": [place for place, _, _ in line.points],
+            "x": [x_value for x_value, _, _ in line.points],
             "y": [value for _, _, value in line.points],
             "customdata": [step for _, step, _ in line.points],
             "line": {"color": line.color, "width": line.width, "dash": line.dash},

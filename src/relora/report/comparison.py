@@ -86,7 +86,7 @@ def rate_chart(curves: Sequence[Curve]) -> Chart:
     rates = [rate for curve in curves for rate, _, _ in curve.points] or [1.0]
     x_axis = {"title": {"text": "learning rate"}} | log_axis(min(rates), max(rates)) | {"exponentformat": "e"}
     chart = _chart("rates", "Held-out loss in the first round of rates", curves, x_axis, {})
-    return replace(chart, tells_last=False)
+    return replace(chart, shows_last_value=False)
 
 
 def _chart(name: str, title: str, curves: Sequence[Curve], x_axis: dict[str, Any], y_axis: dict[str, Any]) -> Chart:

@@ -121,7 +121,7 @@ def read_history(run_folder: Path) -> History:
     metrics = run_folder / "metrics.jsonl"
     if not metrics.exists():
         raise UserError(f"{metrics}: no such file; give the folder of a run that has begun to train")
-    records: list[Record] = [record for record in read_json_lines(metrics) if has_place(record)]
+    records: list[Record] = [record for record in read_json_lines(metrics) if has_position(record)]
     train = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     incidents = [record for record in records if record.get("kind") in INCIDENT_KINDS]
@@ -129,7 +129,7 @@ def read_history(run_folder: Path) -> History:
         raise UserError(f"{metrics}: holds no records yet; wait for the first logged step")
     restarts_file = run_folder / "restarts.jsonl"
     events = read_json_lines(restarts_file) if restarts_file.exists() else []
-    restarts: list[Record] = [record for record in events if has_place(record)]
+    restarts: list[Record] = [record for record in events if has_position(record)]
     held_out = _held_out(evaluations, restarts)
     config_text, config = read_config(run_folder)
     environment = _read_json(run_folder, "environment.json")
@@ -150,7 +150,7 @@ def read_history(run_folder: Path) -> History:
     )
 
 
-def has_place(record: Record) -> bool:
+def has_position(record: Record) -> bool:
     """Whether a record has integers for step, tokens and cycle; one without them is damaged."""
     return all(isinstance(record.get(key), int) for key in ("step", "tokens", "cycle"))
 

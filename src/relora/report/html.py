@@ -165,7 +165,7 @@ def figure_html(chart: Chart) -> str:
     words = []
     for line in chart.lines:
         value = next((value for _, _, value in reversed(line.points) if value is not None), None)
-        figure = "" if value is None or not chart.tells_last else format(value, chart.format)
+        figure = "" if value is None or not chart.shows_last_value else format(value, chart.format)
         words.append(f'<span style="color: var({line.color})">{escape(line.label)} {figure}</span>')
     return (
         f"<figure><figcaption>{chart.title} {''.join(words)}</figcaption>"

@@ -9,7 +9,7 @@ from typing import Self
 
 from relora.errors import UserError
 from relora.report.console import Console
-from relora.report.history import INCIDENT_KINDS, has_place, read_config
+from relora.report.history import INCIDENT_KINDS, has_position, read_config
 from relora.report.metrics import (
     JsonLines,
     Record,
@@ -151,10 +151,10 @@ class Reporter:
     def _read_back(self) -> None:
         """Set the counts of incidents and the loss watch to their state at the end of the two files."""
         self._watch, self._incidents = LossWatch(self._window), Counter()
-        restarts = [Boundary(r["step"], r["cycle"]) for r in read_json_lines(self._restarts.path) if has_place(r)]
+        restarts = [Boundary(r["step"], r["cycle"]) for r in read_json_lines(self._restarts.path) if has_position(r)]
         restarts.reverse()
         for record in iter_json_lines(self._metrics.path):
-            if not has_place(record):
+            if not has_position(record):
                 continue
             while restarts and record["step"] > restarts[-1].step:
                 self._watch.boundary(restarts.pop())

@@ -29,7 +29,7 @@ from itertools import pairwise
 from typing import Literal
 
 Phase = Literal["full", "warm_start", "low_rank"]
-Ramp = Literal["all", "factors"]
+WarmupScope = Literal["all", "factors"]
 """Scope of the warm-up after a boundary: everything that trains, or the factors alone."""
 
 
@@ -63,7 +63,7 @@ class Schedule:
     restart_turns: int = 1
     restart_until: float = 1.0
     restart_warmup_steps: int = 0
-    restart_ramp: Ramp = "all"
+    restart_ramp: WarmupScope = "all"
     switch_warmup_steps: int | None = None
     restart_steps: tuple[int, ...] | None = None
     min_lr_ratio: float = 0.1
