@@ -1,4 +1,4 @@
-"""Choosing a device: what is there is found, what is not is the user's mistake."""
+"""The choice of a device: present devices are found, an absent one is a user error; deterministic sums, peak memory."""
 
 import subprocess
 import sys
@@ -29,18 +29,18 @@ def test_a_name_that_is_no_device(name: str) -> None:
         choose_device(name)
 
 
-def test_the_order_of_sums_is_asked_for_on_a_gpu_and_for_as_long_as_it_is_needed() -> None:
+def test_deterministic_sums_are_set_on_a_gpu_and_only_inside_the_block() -> None:
     memory = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     with deterministic(torch.device("cpu")):
         assert not torch.are_deterministic_algorithms_enabled()
-    with deterministic(torch.device("cuda")):  # says so to torch, and needs no GPU for it
+    with deterministic(torch.device("cuda")):  # sets torch's flags, for which no GPU is needed
         assert torch.are_deterministic_algorithms_enabled() and not memory.fill_uninitialized_memory
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert (torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory) == before == (False, True)
 
 
-def test_an_operation_without_such_an_order_is_named() -> None:
+def test_an_operation_without_a_deterministic_version_is_named() -> None:
     numbers, at = torch.zeros(3), torch.tensor([0])
     said = r"^deterministic: put_ .*; set `deterministic: false` to do without$"
     with pytest.raises(UserError, match=said), deterministic(torch.device("cuda")):
@@ -61,7 +61,7 @@ def test_peak_memory_is_of_this_process() -> None:
 
 
 def test_peak_memory_does_not_begin_with_the_parents() -> None:
-    """A process that is started by a large one: the kernel hands it the parent's peak in `getrusage`."""
+    """The peak of a child of a large process, whose `getrusage` begins with the parent's peak."""
     ballast = torch.ones(2**27)  # 512 MiB
     code = "import torch; from relora.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

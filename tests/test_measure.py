@@ -1,4 +1,4 @@
-"""The loss is the textbook's, an evaluation adds it up exactly, and measuring leaves no trace on training."""
+"""The loss is the textbook's, an evaluation sums it exactly, and evaluating does not change training."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def windows(count: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def slow_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Token by token in fp64: -ln softmax(logits)[label]."""
+    """Reference loss, token by token in fp64: -ln softmax(logits)[label]."""
     model.eval()
     total, count = 0.0, 0
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_evaluation_does_not_depend_on_the_batching(model: LlamaForCausalLM, siz
 
 def test_evaluate_leaves_modes_gradients_and_random_streams_alone(model: LlamaForCausalLM) -> None:
     model.train()
-    model.model.layers[0].eval()  # a part that its owner keeps in eval mode
+    model.model.layers[0].eval()  # a module that is kept in eval mode
     modes = [module.training for module in model.modules()]
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -110,7 +110,7 @@ def test_evaluate_leaves_modes_gradients_and_random_streams_alone(model: LlamaFo
     assert all(parameter.grad is None for parameter in model.parameters())
     model.train()
     loss_sum, _ = token_loss(model, *windows(2, 8))
-    loss_sum.backward()  # tensors cached while measuring may not break training
+    loss_sum.backward()  # tensors cached during the evaluation must not break training
     model.zero_grad()
 
 
@@ -139,7 +139,7 @@ Head = tuple[Tensor, Tensor, Tensor | None, Tensor]
 def head(
     tokens: int, vocab: int = 31, width: int = 7, *, bias: bool = True, dtype: torch.dtype = torch.float64
 ) -> Head:
-    """A head and what enters it; every third token is not scored."""
+    """Random head and its inputs; every third token is not scored."""
     draw = torch.Generator().manual_seed(tokens)
     hidden, weight, offsets = (
         torch.randn(shape, generator=draw, dtype=dtype).requires_grad_()
@@ -157,7 +157,7 @@ def plain_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
 
 
 def with_gradients(loss: Callable[..., Tensor], given: Head) -> list[Tensor]:
-    """The loss and the gradient of a multiple of it by every tensor that wants one."""
+    """Loss, and gradients of a multiple of it with respect to every tensor that requires one."""
     value = loss(*given)
     wanted = [tensor for tensor in given[:3] if tensor is not None and tensor.requires_grad]
     return [value.detach(), *torch.autograd.grad(value / 3, wanted)]
@@ -177,7 +177,7 @@ def chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 8, 13])
 def test_the_head_loss_is_the_plain_one(chunk: Callable[[int], None], tokens: int, bias: bool) -> None:
-    """Whatever the number of chunks, and whether the last one is full."""
+    """For several numbers of chunks, with and without a shorter last one."""
     chunk(4)
     given = head(tokens, bias=bias)
     compare(with_gradients(head_loss, given), with_gradients(plain_loss, given), rtol=1e-10, atol=1e-10)
@@ -192,7 +192,7 @@ def test_what_is_frozen_costs_no_gradient(frozen: tuple[int, ...]) -> None:
 
 
 def test_fp32_gradients_differ_by_rounding_alone(chunk: Callable[[int], None]) -> None:
-    """Both sum over 101 classes or 64 tokens in another order: a few times 2**-24 of the largest terms."""
+    """The two sum over 101 classes or 64 tokens in another order: a few times 2**-24 of the largest term."""
     chunk(16)
     given = head(64, vocab=101, width=32, dtype=torch.float32)
     compare(with_gradients(head_loss, given), with_gradients(plain_loss, given), rtol=1e-5, atol=1e-5)
@@ -200,7 +200,7 @@ def test_fp32_gradients_differ_by_rounding_alone(chunk: Callable[[int], None]) -
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bf16 weights"])
 def test_bf16_products_are_scored_and_summed_in_fp32(chunk: Callable[[int], None], weight_dtype: torch.dtype) -> None:
-    """So the loss is the plain one to fp32, and gradients are as near to the exact ones as the plain path's."""
+    """The loss equals the plain one to fp32, and gradients are as close to the exact ones as the plain path's."""
     chunk(16)
     given = head(300, vocab=101, width=32, dtype=weight_dtype)
     exact = with_gradients(
@@ -237,7 +237,7 @@ def test_the_gradient_of_a_head_is_handed_over_without_a_copy() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation gave."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -269,7 +269,7 @@ def test_no_tensor_is_as_large_as_the_logits(chunk: Callable[[int], None], kind:
         loss_sum, _ = token_loss(model, ids, ids)
         if training:
             loss_sum.backward()
-    assert largest.elements <= 4000 * 8  # a chunk's logits and the head itself are as large as each other here
+    assert largest.elements <= 4000 * 8  # the logits of a chunk and the head have the same size here
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -277,7 +277,7 @@ def test_no_tensor_is_as_large_as_the_logits(chunk: Callable[[int], None], kind:
 def test_a_models_gradients_are_those_of_its_logits(
     chunk: Callable[[int], None], kind: str, checkpointing: bool
 ) -> None:
-    """With dropout, tied or not, over two micro-batches."""
+    """With dropout, with tied weights or not, over two micro-batches."""
     chunk(7)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[kind]).double().train()
@@ -305,7 +305,7 @@ def test_a_models_gradients_are_those_of_its_logits(
 
 
 def test_a_model_that_caps_its_logits_is_scored_by_them() -> None:
-    """Dropout included: the first batch draws what it would have drawn."""
+    """The dropout is also that of a plain forward pass, from the first batch on."""
     torch.manual_seed(0)
     config = Gemma2Config(**WIDE, num_key_value_heads=2, head_dim=4, attention_dropout=0.5, final_logit_softcapping=0.1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()

@@ -1,4 +1,4 @@
-"""A run folder as the training loop leaves it, with plausible figures and no training."""
+"""Run folders with the files that the training loop writes, with plausible figures and without training."""
 
 import json
 import math
@@ -37,7 +37,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run() -> MakeRun:
-    """`make_run(folder, steps=2000, method="relora")` writes the files of a run into `folder`."""
+    """Function `make_run(folder, steps=2000, method="relora")`, which writes the files of a run into `folder`."""
     return write_run
 
 
@@ -57,7 +57,7 @@ def write_lines(path: Path, records: list[dict[str, Any]] | Iterator[dict[str, A
 
 
 def place(step: int, method: str) -> dict[str, Any]:
-    """Where `step` updates lie: a warm start of 500 steps, then cycles of 250."""
+    """Position of a record after `step` steps: a warm start of 500 steps, then cycles of 250."""
     if method == "full":
         return {"step": step, "tokens": step * TOKENS_PER_STEP, "phase": "full", "cycle": 0}
     phase = "warm_start" if step <= 500 else "low_rank"

@@ -40,14 +40,14 @@ def test_a_run_with_one_evaluation_has_the_charts_it_can(tmp_path: Path) -> None
     assert [chart.id for chart in charts(read_history(tmp_path))] == ["loss", "perplexity"]
 
 
-def test_the_loss_axis_looks_past_the_first_fall(tmp_path: Path, make_run: MakeRun) -> None:
+def test_the_loss_axis_leaves_out_the_high_losses_of_the_first_steps(tmp_path: Path, make_run: MakeRun) -> None:
     loss, perplexity = charts(read_history(make_run(tmp_path)))[:2]
     low, high = loss.figure["layout"]["yaxis"]["range"]
     assert low < 3.1 < 4 < high < 6
     assert perplexity.figure["layout"]["yaxis"]["type"] == "log"
 
 
-def test_the_loss_chart_marks_spikes_and_what_was_not_finite(tmp_path: Path, make_run: MakeRun) -> None:
+def test_the_loss_chart_marks_spikes_and_incidents(tmp_path: Path, make_run: MakeRun) -> None:
     folder = make_run(tmp_path)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
@@ -64,7 +64,7 @@ def test_the_loss_chart_marks_spikes_and_what_was_not_finite(tmp_path: Path, mak
     assert not any(shape["line"].get("dash") for other in others[:-1] for shape in other.figure["layout"]["shapes"])
 
 
-def test_thinning_keeps_the_end_and_passes_over_what_is_null() -> None:
+def test_thinning_keeps_the_end_and_ignores_null() -> None:
     points = [(step * 10, step, None if step % 2 else float(step)) for step in range(10 * MAX_POINTS)]
     thin = thinned(points)
     assert len(thin) == MAX_POINTS

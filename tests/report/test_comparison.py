@@ -1,4 +1,4 @@
-"""The page of a comparison: what stands in it, and that nothing in it can break out."""
+"""The page of a comparison has table, charts and answers, and escapes every string."""
 
 import json
 import re
@@ -23,10 +23,10 @@ def test_every_method_is_a_line_of_its_own() -> None:
     )
     assert chart.figure["data"][3]["x"] == [100 * step for step in range(1, 9)]
     low, high = chart.figure["layout"]["yaxis"]["range"]
-    assert low < 4.1 < high < 5.0  # the first fall is left out
+    assert low < 4.1 < high < 5.0  # without the high losses of the first steps
 
 
-def test_rates_stand_on_a_logarithmic_axis() -> None:
+def test_rates_have_a_logarithmic_axis() -> None:
     chart = rate_chart([Curve("full", [(1e-3, 25, 5.0), (2e-3, 25, 4.5), (4e-3, 25, 4.8)])])
     axis = chart.figure["layout"]["xaxis"]
     assert axis["type"] == "log" and 1e-3 in axis["tickvals"]
@@ -49,7 +49,7 @@ def test_the_page_has_table_charts_and_answers(tmp_path: Path) -> None:
     assert list(figures) == ["loss"]  # a chart without lines is left out
     assert 'id="loss"' in page and 'id="rates"' not in page
     for color in {trace["line"]["color"] for trace in figures["loss"]["data"]}:
-        assert page.count(f"{color}:") == 2  # of a light page and of a dark one
+        assert page.count(f"{color}:") == 2  # once in the light theme, once in the dark one
 
 
 def test_without_charts_the_page_is_small(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_pipe_that_is_gone_does_not_stop_the_run() -> None:
         ),
     ],
 )
-def test_how_the_loss_took_a_restart_is_one_line(rise: Rise, text: str) -> None:
+def test_the_rise_after_a_restart_is_one_line(rise: Rise, text: str) -> None:
     loud, quiet = io.StringIO(), io.StringIO()
     for stream in (loud, quiet):
         console = Console(stream=stream, quiet=stream is quiet)
@@ -190,7 +190,7 @@ def test_how_the_loss_took_a_restart_is_one_line(rise: Rise, text: str) -> None:
     assert quiet.getvalue() == (text + "\n" if text.startswith("warning") else "")
 
 
-def test_what_was_not_finite_is_a_warning_that_says_where() -> None:
+def test_an_incident_is_a_warning_with_the_place_in_the_data() -> None:
     stream = io.StringIO()
     console = Console(quiet=True, stream=stream)
     console.start(2000)

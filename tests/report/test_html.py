@@ -14,7 +14,7 @@ HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert('2')"> 
 
 
 class Page(HTMLParser):
-    """What a browser would see: the elements, the text, and the text of scripts apart."""
+    """Parser that collects elements, text, and the text of scripts separately, as a browser would."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_the_report_of_a_run_of_method_full(tmp_path: Path, make_run: MakeRun) -
     assert page.cells[0] == "full rank"
 
 
-def test_a_spike_and_what_was_not_finite_are_shown(tmp_path: Path, make_run: MakeRun) -> None:
+def test_spikes_and_incidents_are_shown(tmp_path: Path, make_run: MakeRun) -> None:
     folder = make_run(tmp_path, steps=1500)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:

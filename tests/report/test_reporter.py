@@ -48,7 +48,7 @@ RESTART = {
 
 
 class Recorder:
-    """A tracker that keeps what it is given, and breaks where it is told to."""
+    """Tracker that keeps its records, and raises in the methods that a test names."""
 
     def __init__(self, breaks_at: int | None = None) -> None:
         self.records: list[Mapping[str, Any]] = []
@@ -138,13 +138,13 @@ def test_incidents_go_to_the_file_the_console_and_as_counts_to_trackers(tmp_path
 
 
 def spiking(step: int) -> dict[str, Any]:
-    """A line of a run whose loss jumps after the restart at step 20 and stays up for eight steps."""
+    """Record of a run whose loss rises after the restart at step 20 for eight steps."""
     loss = 5.0 if 20 < step <= 28 else 4.0 + 0.01 * (-1) ** step
     return {**TRAIN, "step": step, "cycle": int(step > 20), "loss": loss}
 
 
 def tell(folder: Path, first: int, last: int, positions: Mapping[str, int] | None = None) -> tuple[str, dict[str, int]]:
-    """Steps `first` to `last` of a run, the first ones of a folder or continued: what it said, and where it stands."""
+    """Run steps `first` to `last`, new or continued; return the console's output and the lengths of the files."""
     stream = io.StringIO()
     with Reporter(folder, 60, [], Console(quiet=True, stream=stream)) as reporter:
         reporter.rewind(positions or {"metrics.jsonl": 0, "restarts.jsonl": 0})
@@ -156,12 +156,12 @@ def tell(folder: Path, first: int, last: int, positions: Mapping[str, int] | Non
 
 
 @pytest.mark.parametrize("killed_after", [1, 19, 20, 21, 25, 39, 40, 41, 50])
-def test_a_spike_is_told_once_wherever_the_run_was_killed(tmp_path: Path, killed_after: int) -> None:
+def test_a_spike_is_shown_once_wherever_the_run_was_killed(tmp_path: Path, killed_after: int) -> None:
     (tmp_path / "config.yaml").write_text(json.dumps({"restart": {"warmup_steps": 10}, "log": {"every_steps": 1}}))
     said, checkpoint = tell(tmp_path, 1, killed_after)
     lost, _ = tell(
         tmp_path, killed_after + 1, min(killed_after + 3, 50), checkpoint
-    )  # after the checkpoint, then killed
+    )  # steps after the checkpoint, before the kill
     again, _ = tell(tmp_path, killed_after + 1, 50, checkpoint)
     assert said + again == (
         "warning: step 40  after the restart at step 20 the training loss rose by 1.000 (4.000 -> 5.000), "

@@ -21,7 +21,7 @@ def line(step: int, loss: float | None, cycle: int = 0, phase: str = "low_rank")
 
 
 def falling(first: int, last: int, seed: int = 0) -> list[tuple[int, float]]:
-    """A loss of noise 0.02 that falls by 0.1 in 100 steps, logged every ten steps."""
+    """Losses with noise 0.02 that fall by 0.1 in 100 steps, logged every ten steps."""
     random = Random(seed)
     return [(step, 4 - step / 1000 + random.gauss(0, 0.02)) for step in range(first, last + 1, 10)]
 
@@ -32,14 +32,14 @@ def test_a_spike_is_measured_by_its_definition() -> None:
     rise = measure(RESTART, 100, before, after)
     assert rise is not None
     assert rise.before == pytest.approx(3.5)
-    assert (rise.peak, rise.peak_step) == (3.9, 1030)  # 9.9 lies past the window
+    assert (rise.peak, rise.peak_step) == (3.9, 1030)  # 9.9 is after the window
     assert rise.rise == pytest.approx(0.4)
     assert rise.noise == pytest.approx(0.04 / math.sqrt(2))
     assert rise.is_spike
     assert rise.recovered_after == 80  # the mean of 3.8 3.5 3.4 3.4 3.4 is 3.5
 
 
-def test_a_loss_that_stays_up_is_not_back() -> None:
+def test_a_loss_that_stays_high_has_not_recovered() -> None:
     rise = measure(RESTART, 100, falling(910, 1000), [(step, 3.9) for step in range(1010, 1200, 10)])
     assert rise is not None
     assert rise.is_spike
@@ -52,7 +52,7 @@ def test_the_slope_of_a_falling_loss_is_no_noise() -> None:
     assert rise.noise < 0.08 < 0.28  # 0.28 is the standard deviation of these ten losses
 
 
-def test_noise_is_hardly_ever_called_a_spike() -> None:
+def test_noise_rarely_counts_as_a_spike() -> None:
     random = Random(0)
     spikes = 0
     for _ in range(2000):
@@ -64,7 +64,7 @@ def test_noise_is_hardly_ever_called_a_spike() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 10), (0, 10), (10, 0)])
-def test_too_few_losses_say_nothing(before: int, after: int) -> None:
+def test_too_few_losses_give_no_rise(before: int, after: int) -> None:
     assert measure(RESTART, 100, falling(1010 - 10 * before, 1000), falling(1010, 1000 + 10 * after)) is None
 
 
@@ -95,7 +95,7 @@ def test_skipped_steps_and_null_losses_count_for_nothing() -> None:
 
 
 def watched(records: list[dict[str, Any]], restarts: list[Boundary], window: int) -> list[tuple[int, Rise]]:
-    """What a run tells, with the step at which it does."""
+    """Rises that a run reports, each with the step at which it does."""
     watch, told = LossWatch(window), []
     due = restarts.copy()
     for record in records:
@@ -113,7 +113,9 @@ def watched(records: list[dict[str, Any]], restarts: list[Boundary], window: int
     window=st.integers(10, 60),
     seed=st.integers(0, 99),
 )
-def test_a_run_tells_what_the_report_finds(warm_start: int, every: int, logged: int, window: int, seed: int) -> None:
+def test_a_run_reports_the_rises_that_the_report_finds(
+    warm_start: int, every: int, logged: int, window: int, seed: int
+) -> None:
     random, total = Random(seed), 240
     restarts = [Boundary(step, cycle) for cycle, step in enumerate(range(warm_start + every, total, every), start=1)]
     boundaries = [warm_start, *(restart.step for restart in restarts)]
@@ -130,10 +132,10 @@ def test_a_run_tells_what_the_report_finds(warm_start: int, every: int, logged: 
     for (step, rise), complete in zip(told, found, strict=False):
         assert (rise.before, rise.peak, rise.noise) == (complete.before, complete.peak, complete.noise)
         assert rise.boundary.step < step <= rise.boundary.step + window + logged
-        assert rise.recovered_after in (None, complete.recovered_after)  # the report looks further
+        assert rise.recovered_after in (None, complete.recovered_after)  # the report reads losses beyond the window
 
 
-def test_the_switch_is_told_by_the_first_low_rank_step() -> None:
+def test_the_switch_is_recognised_by_the_first_low_rank_step() -> None:
     records = [line(step, 4.0, phase="warm_start") for step in range(1, 31)]
     records += [line(step, 5.0) for step in range(31, 61)]
     [(step, rise)] = watched(records, [], 10)

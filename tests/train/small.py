@@ -58,4 +58,4 @@ SETTINGS: dict[str, object] = {
     "evaluate_every_steps": 100,
     "checkpoint_every_steps": 100,
 }
-"""Of a run of it, but for what each test brings along."""
+"""Settings of a run of this network; each test adds or replaces some."""

@@ -1,4 +1,4 @@
-"""A run of ten steps on a small network that notes what it does, and in which order."""
+"""A run of ten steps on a small network that records what it does, and in which order."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ TEN_STEPS = {"total_steps": 10, "warm_start_steps": 3, "restart_every_steps": 3,
 
 
 def rank_state(model: nn.Module) -> str:
-    """`full`: no factors; `fresh`: factors that add nothing; `moved`: factors that do."""
+    """`full` without factors, `fresh` with factors whose product is zero, `moved` with others."""
     layers = low_rank_layers(model).values()
     if not layers:
         return "full"
@@ -30,7 +30,7 @@ def rank_state(model: nn.Module) -> str:
 
 
 class Stage:
-    """A run in a folder, and what it was seen to do: ("batch", step, state) and ("evaluate", state)."""
+    """A run in a folder with a list of its events: ("batch", step, rank state) and ("evaluate", rank state)."""
 
     def __init__(self, folder: Path, **changes: object) -> None:
         self.events: list[tuple[object, ...]] = []
@@ -70,7 +70,7 @@ class Stage:
         return self
 
     def until(self, step: int, act: Callable[[], object]) -> "Stage":
-        """Something happens while the batch of `step` is asked for."""
+        """Call `act` when the run requests the batch of `step`."""
 
         def batch_at(t: int) -> Sequences:
             if t == step:
@@ -85,7 +85,7 @@ class Stage:
 
 
 class Killed(Exception):
-    """Nothing of ours catches it."""
+    """Stands for SIGKILL: the package never catches it."""
 
 
 def kill() -> None:

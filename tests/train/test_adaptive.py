@@ -1,4 +1,4 @@
-"""What a run decides: by signals that are what they say, at the steps that they say, and the same when it was killed.
+"""Adaptive decisions: criteria equal their definition, decisions fall at the right steps, also after a kill.
 
 The runs are those of test_recovery.py: twelve steps of a network of two blocks.
 """
@@ -32,7 +32,7 @@ from relora.train.run import Adaptive, CycleEnd, WarmStartEnd
 from relora.train.schedule import Schedule
 from relora.train.state import Decisions, LossWindow, TrainState
 
-# The signals
+# The criteria
 
 
 def test_the_normalised_update_is_the_step_that_adam_took() -> None:
@@ -69,7 +69,7 @@ def test_a_window_compares_means_once_there_are_two() -> None:
     assert window.mean == 5 and window.fall is None and not window.is_flat(0.99)
     window = window.closed().with_loss(4.9)
     assert window.fall == pytest.approx(0.02) and window.is_flat(0.021) and not window.is_flat(0.019)
-    assert window.closed().with_loss(6.0).is_flat(0.0)  # it rises
+    assert window.closed().with_loss(6.0).is_flat(0.0)  # the loss rises
 
 
 # The timetable
@@ -126,11 +126,11 @@ def test_decisions_that_cannot_be_are_refused(decisions: Decisions) -> None:
         decisions.applied_to(Schedule(total_steps=50, warm_start_steps=10, restart_every_steps=10))
 
 
-# When
+# The steps of decisions
 
 
 ALWAYS, NEVER = 0.999, -9.0
-"""Slopes by which every loss is flat, and none."""
+"""Slopes with which every loss counts as flat, and with which none does."""
 
 
 def warm_start(slope: float = ALWAYS, energy: float = 0.01) -> WarmStartEnd:
@@ -138,7 +138,7 @@ def warm_start(slope: float = ALWAYS, energy: float = 0.01) -> WarmStartEnd:
 
 
 def timetable(**changes: object) -> Schedule:
-    """Warm start to step 7 at most, then a look every second step."""
+    """Warm start to step 7 at most, then a possible restart every second step."""
     settings = {"total_steps": 12, "warm_start_steps": 7, "restart_every_steps": 2, "restart_warmup_steps": 1}
     return Schedule(**(settings | changes))  # type: ignore[arg-type]
 
@@ -151,12 +151,12 @@ def decisions(outcome: Outcome, of: str) -> list[dict[str, object]]:
     ("rule", "warmup", "switch"),
     [
         (warm_start(), 0, 4),  # two windows have passed
-        (warm_start(), 1, 6),  # and none counts that began while the rate climbed
-        (warm_start(energy=1.0), 0, 7),  # of higher rank: the bound
-        (warm_start(slope=NEVER), 0, 7),  # it falls
+        (warm_start(), 1, 6),  # the first window does not count: the learning rate still rose
+        (warm_start(energy=1.0), 0, 7),  # the criterion of the energy is not met before the bound
+        (warm_start(slope=NEVER), 0, 7),  # the loss is not flat before the bound
     ],
 )
-def test_the_warm_start_ends_when_both_signals_say_so(
+def test_the_warm_start_ends_when_both_criteria_are_met(
     tmp_path: Path, rule: WarmStartEnd, warmup: int, switch: int
 ) -> None:
     adaptive = Adaptive(warm_start=rule)
@@ -174,8 +174,8 @@ def test_the_warm_start_ends_when_both_signals_say_so(
 
 
 @pytest.mark.parametrize("rule", [warm_start(energy=1.0), None])
-def test_what_is_seen_is_what_was_logged(tmp_path: Path, rule: WarmStartEnd | None) -> None:
-    """Means of the losses of all steps of a window, in the warm start and in a cycle of several."""
+def test_decision_records_agree_with_the_logged_losses(tmp_path: Path, rule: WarmStartEnd | None) -> None:
+    """A window has the mean loss over all its steps, in the warm start and in a cycle of several windows."""
     adaptive = Adaptive(warm_start=rule, cycle=CycleEnd(slope=NEVER, rank_share=1.0))
     outcome = play(tmp_path, never, schedule=timetable(warm_start_steps=5), adaptive=adaptive)
     losses = {line["step"]: line["loss"] for line in outcome.metrics if line["kind"] == "train"}
@@ -207,7 +207,7 @@ def test_the_energy_is_that_of_the_checkpoint_of_its_step(tmp_path: Path) -> Non
 
 
 class CheckpointsSeen(Checkpoints):
-    """Keeps what was saved in mind, though it is deleted."""
+    """Keeps all checkpoints of a run."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, keep_last=100, background=False)
@@ -220,13 +220,16 @@ class CheckpointsSeen(Checkpoints):
 @pytest.mark.parametrize(
     ("rule", "restarts"),
     [
-        (CycleEnd(slope=NEVER, rank_share=0.01), [5, 7, 9]),  # full at every look
-        (CycleEnd(slope=ALWAYS, rank_share=1.0), [7, 11]),  # flat at the first comparison within a cycle
+        (CycleEnd(slope=NEVER, rank_share=0.01), [5, 7, 9]),  # the rank suffices at every check
+        (
+            CycleEnd(slope=ALWAYS, rank_share=1.0),
+            [7, 11],
+        ),  # flat at the first comparison, i.e. at the second check in a cycle
         (CycleEnd(slope=ALWAYS, rank_share=None), [7, 11]),
         (CycleEnd(slope=NEVER, rank_share=1.0), []),
     ],
 )
-def test_a_cycle_ends_when_either_signal_says_so(tmp_path: Path, rule: CycleEnd, restarts: list[int]) -> None:
+def test_a_cycle_ends_when_either_criterion_is_met(tmp_path: Path, rule: CycleEnd, restarts: list[int]) -> None:
     until = 0.8 if restarts == [5, 7, 9] else 1.0
     schedule = timetable(warm_start_steps=3, restart_until=until)
     outcome = play(tmp_path, never, schedule=schedule, adaptive=Adaptive(cycle=rule))
@@ -259,8 +262,8 @@ def test_ranks_by_spectrum_are_trained_and_of_no_more_parameters(tmp_path: Path)
     assert {layer.initial_scaling for layer in layers.values()} == {2.0}
 
 
-def test_the_report_has_the_phases_that_were(tmp_path: Path) -> None:
-    """Where the timetable alone would say otherwise."""
+def test_the_report_has_the_phases_as_they_were_decided(tmp_path: Path) -> None:
+    """The planned schedule would have other phases."""
     adaptive = Adaptive(warm_start=warm_start(), cycle=CycleEnd(slope=ALWAYS, rank_share=1.0))
     play(tmp_path, never, schedule=timetable(), adaptive=adaptive)
     segments = read_history(tmp_path).segments
@@ -271,7 +274,7 @@ def test_the_report_has_the_phases_that_were(tmp_path: Path) -> None:
     ]
 
 
-def test_where_nothing_is_left_to_the_run_nothing_is_noted(tmp_path: Path) -> None:
+def test_without_adaptive_rules_nothing_is_decided_or_recorded(tmp_path: Path) -> None:
     outcome = play(tmp_path, never)
     assert outcome.state.decisions == Decisions() and outcome.state.window == LossWindow()
     assert not [line for line in outcome.metrics if line["kind"] == "decision"]
@@ -314,8 +317,8 @@ def test_killed_anywhere_and_continued_decides_the_same(tmp_path: Path, variant:
 
 
 @pytest.mark.parametrize(("bad", "policy"), [(3, "skip"), (4, "skip"), (4, "rewind"), (7, "rewind")])
-def test_killed_around_numbers_that_went_wrong(tmp_path: Path, bad: int, policy: str) -> None:
-    """At the end of a window, at the first step after the switch, and in a cycle."""
+def test_killed_around_an_incident(tmp_path: Path, bad: int, policy: str) -> None:
+    """The incident is at the end of a window, at the first step after the switch, or in a cycle."""
     changes = {"schedule": timetable(), "non_finite": policy, "checkpoint_every_steps": 2} | VARIANTS["all"]
     whole = play(tmp_path / "whole", is_batch(bad), **changes)
     assert whole.state.incidents == 1 and whole.state.decisions.switch_step is not None
@@ -326,7 +329,7 @@ def test_killed_around_numbers_that_went_wrong(tmp_path: Path, bad: int, policy:
 
 
 def stopping(call: int) -> Callable[[nn.Module, Callable[[], None]], Evaluation]:
-    """A measurement during which, the `call`-th time, SIGTERM comes."""
+    """Evaluation in whose `call`-th call SIGTERM arrives."""
     calls: list[None] = []
 
     def evaluate(model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
@@ -341,8 +344,8 @@ def stopping(call: int) -> Callable[[nn.Module, Callable[[], None]], Evaluation]
     return evaluate
 
 
-def test_stopped_between_a_look_and_what_follows_from_it(tmp_path: Path) -> None:
-    """The checkpoint of that step then holds what was decided, or that nothing was; neither is done twice."""
+def test_stopped_between_a_decision_and_its_execution(tmp_path: Path) -> None:
+    """The checkpoint of that step holds the decision, or the closed window; neither happens twice."""
     changes = {"schedule": timetable(), "checkpoint_every_steps": 100, "evaluate_every_steps": 2} | VARIANTS["all"]
     whole = play(tmp_path / "whole", never, **changes)
     saved = []
@@ -357,7 +360,7 @@ def test_stopped_between_a_look_and_what_follows_from_it(tmp_path: Path) -> None
     assert {(2, None), (4, 4)} <= set(saved)
 
 
-def test_a_checkpoint_from_before_there_were_decisions_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_version_without_decisions_is_read(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         play(tmp_path, never, kill_at=6)
     state = tmp_path / "checkpoints" / "step-00000004" / "state.json"
@@ -367,8 +370,8 @@ def test_a_checkpoint_from_before_there_were_decisions_is_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("step", "poisoned"), [(3, "exp_avg"), (8, "lora_B")])
-def test_what_is_not_finite_has_no_spectrum(tmp_path: Path, step: int, poisoned: str) -> None:
-    """It stops the run, or sends it back, as where it would be merged."""
+def test_an_update_that_is_not_finite_raises_non_finite(tmp_path: Path, step: int, poisoned: str) -> None:
+    """The policy then stops or rewinds the run, as it does where an update is to be merged."""
     stage = Stage(tmp_path, schedule=timetable(), **VARIANTS["all"]).until(step, kill)
     with pytest.raises(StageKilled):
         stage.play()

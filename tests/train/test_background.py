@@ -1,4 +1,4 @@
-"""Training goes on while a checkpoint is written, and what is written is what was there when it was asked for."""
+"""A checkpoint written in the background holds the tensors as they were when `save` was called."""
 
 import threading
 from pathlib import Path
@@ -44,7 +44,7 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def test_a_merge_right_after_a_save_does_not_reach_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer is held back until the merge is done."""
+    """The writer is made to wait until the merge is done."""
     merged, write = threading.Event(), module.save_file
 
     def late(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or ignored, hold nothing that runs, and share frozen weights without hanging on each other."""
+"""Checkpoints are complete or ignored, contain nothing executable, and share frozen weights without depending on it."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ MOMENTS = {"a:exp_avg": torch.zeros(2, 3), "a:step": torch.tensor(4.0)}
 
 
 def save(checkpoints: Checkpoints, step: int, frozen_since: int | None = None, scheduled: bool = True) -> Path:
-    """With frozen weights where `frozen_since` says since when."""
+    """Save one checkpoint; it has frozen weights if `frozen_since` is given."""
     state = SavedState(step=step, tokens=step * 10, positions={}, frozen_since=frozen_since, scheduled=scheduled)
     frozen = FROZEN_WEIGHTS if frozen_since is not None else {}
     checkpoints.save(state, WEIGHTS, frozen, MOMENTS, {"torch": "x"})
@@ -89,7 +89,7 @@ def test_what_a_kill_leaves_is_ignored_and_swept(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_a_damaged_newer_checkpoint_takes_no_sound_ones_place(tmp_path: Path) -> None:
+def test_a_damaged_newer_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     (save(checkpoints, 3) / "weights.safetensors").write_bytes(b"")
     save(checkpoints, 2)
@@ -119,7 +119,7 @@ def inode(folder: Path) -> int:
 
 
 def test_frozen_weights_are_written_once_a_cycle_and_two_copies_are_kept(tmp_path: Path) -> None:
-    """The second checkpoint of the first cycle writes them again: else one damaged file could damage all there is."""
+    """The second checkpoint of the first cycle writes them again, so that one damaged file cannot damage all."""
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     copies = [inode(save(checkpoints, step, frozen_since=0)) for step in (1, 2, 3, 4)]
     assert copies[1] == copies[2] == copies[3] != copies[0] and checkpoints.steps() == [1, 3, 4]
@@ -160,7 +160,7 @@ def test_without_hard_links_the_frozen_weights_are_written(tmp_path: Path, monke
     assert Checkpoints(tmp_path).latest()[0] is not None
 
 
-def test_those_that_signals_asked_for_do_not_push_out_the_scheduled_one(tmp_path: Path) -> None:
+def test_checkpoints_on_demand_do_not_push_out_the_scheduled_one(tmp_path: Path) -> None:
     for step in (10, 11, 12, 13):
         save(Checkpoints(tmp_path, keep_last=1), step, scheduled=step == 10)
     assert Checkpoints(tmp_path).steps() == [10, 13]
@@ -168,7 +168,7 @@ def test_those_that_signals_asked_for_do_not_push_out_the_scheduled_one(tmp_path
     assert Checkpoints(tmp_path).steps() == [20]
 
 
-def test_back_to_the_scheduled_one_and_what_is_newer_goes(tmp_path: Path) -> None:
+def test_go_back_opens_the_scheduled_one_and_deletes_newer_ones(tmp_path: Path) -> None:
     for step in (5, 10, 12, 15):
         save(Checkpoints(tmp_path, keep_last=9), step, scheduled=step in (5, 10))
     checkpoint, broken = Checkpoints(tmp_path).go_back(14)
@@ -179,7 +179,7 @@ def test_back_to_the_scheduled_one_and_what_is_newer_goes(tmp_path: Path) -> Non
     assert checkpoint is not None and checkpoint.step == 5 and "step-00000010" in broken[0]
 
 
-def test_back_to_any_where_none_is_scheduled(tmp_path: Path) -> None:
+def test_go_back_opens_any_where_none_is_scheduled(tmp_path: Path) -> None:
     save(Checkpoints(tmp_path), 7, scheduled=False)
     assert Checkpoints(tmp_path).go_back(6) == (None, [])
     checkpoint, _ = Checkpoints(tmp_path).go_back(8)
@@ -205,7 +205,7 @@ def test_one_that_cannot_be_deleted_stops_nothing(tmp_path: Path, monkeypatch: p
 
 
 def test_what_is_loaded_does_not_hold_on_to_the_file(tmp_path: Path) -> None:
-    """A mapped file keeps its place on the disk after it was deleted, for as long as the optimizer lives."""
+    """A memory-mapped file would occupy the disk after its deletion, for as long as the optimizer lives."""
     folder = save(Checkpoints(tmp_path), 1)
     moments = Checkpoints(tmp_path).open(1).optimizer()
     assert moments and str(folder) not in Path("/proc/self/maps").read_text()
@@ -224,8 +224,8 @@ def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
-def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer is held back until the tensor has changed."""
+def test_tensors_are_saved_as_they_were_when_save_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is made to wait until the tensor has changed."""
     go, write = threading.Event(), module.save_file
 
     def late(*arguments: object) -> None:
@@ -243,7 +243,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path, m
     assert not saved["a"].any() and not saved["w"].any()
 
 
-def test_a_failure_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_background_is_raised_by_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -270,8 +270,10 @@ def test_a_failure_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest
         ("state.json", {"skipped_batches": 10**400}, "damaged"),
     ],
 )
-def test_a_lie_is_refused(tmp_path: Path, file: str, change: dict[str, object], message: str) -> None:
-    """Written by hand, with checksums that are right."""
+def test_wrong_content_under_right_checksums_is_refused(
+    tmp_path: Path, file: str, change: dict[str, object], message: str
+) -> None:
+    """The content is edited and all checksums are computed again."""
     folder = save(Checkpoints(tmp_path), 1)
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -284,7 +286,7 @@ def test_a_lie_is_refused(tmp_path: Path, file: str, change: dict[str, object], 
         Checkpoints(tmp_path).open(1)
 
 
-def test_a_manifest_speaks_for_itself(tmp_path: Path) -> None:
+def test_an_edited_manifest_is_refused_by_its_own_checksum(tmp_path: Path) -> None:
     manifest = save(Checkpoints(tmp_path), 1) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"torch": "x"', '"torch": "y"'))
     with pytest.raises(UserError, match="its own checksum differs"):

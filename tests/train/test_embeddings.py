@@ -1,4 +1,4 @@
-"""The gradient of an embedding, added row by row, is autograd's; where it would not be, autograd's is left alone."""
+"""The gradient of an embedding that is added row by row equals autograd's, and other layers keep autograd's."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from relora.train.embeddings import rows_added_in_place
 
 
 def summed(table: nn.Embedding, ids: list[Tensor], in_place: bool) -> Tensor:
-    """The gradient of a loss that is not linear, over micro-batches."""
+    """Gradient of a nonlinear loss, summed over micro-batches."""
     table.zero_grad()
     for part in ids:
         if in_place:
@@ -30,7 +30,7 @@ def summed(table: nn.Embedding, ids: list[Tensor], in_place: bool) -> Tensor:
     st.sampled_from([None, 0, 3, -1]),
 )
 def test_parity_with_autograd(ids: list[list[int]], padding_idx: int | None) -> None:
-    """Repeated ids, ids that never come, a padding row, several micro-batches."""
+    """With repeated ids, ids that never occur, a padding row and several micro-batches."""
     torch.manual_seed(0)
     table = nn.Embedding(7, 5, padding_idx=padding_idx, dtype=torch.float64)
     parts = [torch.tensor(part) for part in ids]
@@ -40,7 +40,7 @@ def test_parity_with_autograd(ids: list[list[int]], padding_idx: int | None) -> 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_whole_models(family: str, tied: bool) -> None:
-    """GPT-2 has a table of positions, too; tied, the head's gradient meets the rows in one tensor."""
+    """GPT-2 also embeds positions; with tied weights the head adds its gradient to the same tensor as the rows."""
     torch.manual_seed(0)
     if family == "llama":
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,4 +1,4 @@
-"""The loop does each thing at its time: what happens at a boundary, in which order, and what never happens."""
+"""The loop does everything at the right step: what happens at a boundary, in which order, and what never happens."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from relora.train.schedule import Schedule
 
 
 def test_order_of_events(tmp_path: Path) -> None:
-    """Measured before every boundary, and after every restart; the restart comes before its step's batch."""
+    """The held-out loss is measured before every boundary and after every restart, all before the step's batch."""
     assert Stage(tmp_path).play().events == [
         ("evaluate", "full"),
         ("batch", 0, "full"),
@@ -52,14 +52,14 @@ def test_every_boundary_has_its_evaluation_and_every_restart_one_record(tmp_path
 
 
 def test_evaluations_in_between(tmp_path: Path) -> None:
-    """One that falls on a boundary is not done twice."""
+    """An evaluation that coincides with a boundary is not done twice."""
     stage = Stage(tmp_path, evaluate_every_steps=2).play()
     assert [line["step"] for line in stage.lines(kind="evaluation")] == [0, 2, 3, 4, 6, 8, 9, 10]
 
 
 @pytest.mark.parametrize("boundary", [3, 6, 9])
 def test_continued_at_a_boundary_crosses_it_once(tmp_path: Path, boundary: int) -> None:
-    """A checkpoint at a boundary is of the time before it, and before its evaluation, which is done again."""
+    """A checkpoint at a boundary is written before its evaluation and the boundary, and both are done again."""
     with pytest.raises(Killed):
         Stage(tmp_path, checkpoint_every_steps=boundary).until(boundary, kill).play()
     stage = Stage(tmp_path).play()
@@ -71,7 +71,7 @@ def test_continued_at_a_boundary_crosses_it_once(tmp_path: Path, boundary: int) 
 
 
 def test_the_switch_carries_the_moments_of_what_goes_on_training(tmp_path: Path) -> None:
-    """Embedding, head and biases go on as if nothing had happened; the frozen weights' moments are let go."""
+    """Embedding, head and biases keep their moments; those of the frozen weights are dropped."""
     full = Stage(tmp_path / "full", schedule=Schedule(total_steps=10, warm_start_steps=10)).until(3, kill)
     switched = Stage(tmp_path / "switched").until(3, kill)
     for stage in (full, switched):
@@ -101,7 +101,7 @@ def test_a_restart_clears_the_factors_moments_and_no_others(tmp_path: Path) -> N
     assert record["moments_cleared"] == 2 * 2 * (2 * 8 + 8 * 2)  # m and v, two layers, A and B
 
 
-def test_the_learning_rate_dips_with_the_boundaries(tmp_path: Path) -> None:
+def test_the_learning_rate_warms_up_after_every_boundary(tmp_path: Path) -> None:
     stage = Stage(tmp_path).play()
     rates = [line["lr"] for line in stage.lines(kind="train")]
     assert [step for step, rate in enumerate(rates) if rate == 0] == [3, 6, 9]
@@ -166,7 +166,7 @@ def test_mixed_precision_multiplies_in_bf16_and_keeps_everything_in_fp32(tmp_pat
 
 
 def test_a_bf16_base_restarts_on_its_exact_master(tmp_path: Path) -> None:
-    """Stored in bf16, merged in fp32: what is saved after restarts is finer than bf16 can say."""
+    """Stored in bf16, merged in fp32: the saved weights after restarts have more digits than bf16."""
     stage = Stage(tmp_path, lowrank=LowRankConfig(r=2, lora_alpha=2, base="bf16")).play()
     for name, layer in low_rank_layers(stage.model).items():
         exact = exact_tensors(stage.model)[f"{name}.weight"]

@@ -1,4 +1,4 @@
-"""Bytes by kind, against what one counts by hand."""
+"""Bytes by kind equal those counted by hand."""
 
 import torch
 from tests.train.small import SETTINGS, Net, batch, loss
@@ -12,7 +12,7 @@ OFF = Residual()
 
 
 def trained(model: Net, config: OptimizerConfig, residual: Residual = OFF) -> HeldBytes:
-    """After a step, when all moments are there."""
+    """Count after one step, when all moments exist."""
     optimizer = build_optimizer(model, config)
     summed, tokens = loss(model, *batch(0))
     (summed / tokens).backward()
@@ -27,11 +27,13 @@ def test_full_rank() -> None:
     config = SETTINGS["optimizer"]
     assert isinstance(config, OptimizerConfig)
     held = trained(model, config)
-    assert held == HeldBytes(4 * parameters, 0, 4 * parameters, 8 * parameters + 4 * tensors)  # and each one's step
+    assert held == HeldBytes(
+        4 * parameters, 0, 4 * parameters, 8 * parameters + 4 * tensors
+    )  # m, v, and the step of each tensor
 
 
 def test_low_rank() -> None:
-    """Of two layers [8, 8] with factors of rank 2; frozen in bf16 with an fp32 master and an int8 copy."""
+    """Two layers [8, 8] with factors of rank 2; then frozen in bf16 with an fp32 master and an int8 copy."""
     model = Net()
     plain = sum(parameter.numel() for parameter in model.parameters())
     inject(model, LowRankConfig(r=2, lora_alpha=2, target_modules=["0", "1"]))

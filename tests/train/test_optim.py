@@ -1,4 +1,4 @@
-"""Who trains at which rate, what survives the switch, and the optimizer's way to disk and back."""
+"""Learning rates of the groups, moments across the switch, and the optimizer's state on disk."""
 
 import dataclasses
 import importlib.util
@@ -67,7 +67,7 @@ def test_matrices_of_the_blocks_have_a_rate_of_their_own() -> None:
     assert rate[id(net[1].weight)] == 3e-4 and rate[id(net[1].bias)] == rate[id(net[3].weight)] == 1e-3
 
 
-def test_factors_that_restart_in_turns_climb_alone() -> None:
+def test_factors_that_restart_in_turns_have_warm_ups_of_their_own() -> None:
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
     inject(net, LowRankConfig(r=2))
     optimizer = build_optimizer(net, dataclasses.replace(CONFIG, turns=2))
@@ -81,7 +81,7 @@ def test_factors_that_restart_in_turns_climb_alone() -> None:
     assert share[id(layers[0].bias)] == share[id(layers[1].lora_B)] > 0
 
 
-def test_the_switch_forgets_nothing_that_still_trains() -> None:
+def test_the_switch_keeps_the_moments_of_everything_that_still_trains() -> None:
     net = model()
     full = build_optimizer(net, CONFIG)
     step(net, full)
@@ -191,7 +191,7 @@ def test_codes_come_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
 
 @needs_bitsandbytes
 def test_a_restart_forgets_codes_and_scales_and_step() -> None:
-    """The first update after it is that of an optimizer without a past."""
+    """The first update after a restart is that of a new optimizer."""
     net = large_model()
     inject(net, LowRankConfig(r=40, target_modules=("3",)))
     optimizer = build_optimizer(net, EIGHT_BIT)

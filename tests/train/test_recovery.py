@@ -1,6 +1,6 @@
-"""Numbers that went wrong: nothing moves, the place is named, and what comes next is the same for a run that is killed.
+"""Incidents: nothing moves, the place in the data is named, and a run that is killed and continued does the same.
 
-The runs are those of test_loop.py in small: a network of two blocks, restarts before steps 6 and 9.
+The runs are like those of test_loop.py: a network of two blocks, restarts before steps 6 and 9.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from relora.train.state import TrainState
 
 
 def loss_of(bad: Callable[[Tensor], bool], infect: float = math.nan) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A loss that is not finite for the sequences that `bad` picks."""
+    """Loss that is multiplied by `infect` for the sequences that `bad` selects."""
 
     def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         summed, count = good_loss(model, input_ids, labels)
@@ -43,7 +43,7 @@ def loss_of(bad: Callable[[Tensor], bool], infect: float = math.nan) -> Callable
 
 
 def is_batch(*numbers: int) -> Callable[[Tensor], bool]:
-    """Whether sequences are the second half (the second micro-batch) of one of these batches."""
+    """Predicate: sequences are the second half (the second micro-batch) of one of these batches."""
     return lambda ids: any(torch.equal(ids, batch(number).input_ids[2:]) for number in numbers)
 
 
@@ -76,9 +76,13 @@ def play(
     signals: Mapping[int, signal.Signals] = MappingProxyType({}),
     **changes: object,
 ) -> Outcome:
-    """A run of 12 steps, checkpoints every 4; `kill_at` counts the batches that were asked for in this process.
+    """Run 12 steps with a checkpoint every 4.
 
-    `signals` come while the batch of a number is asked for.
+    Args:
+        bad: selects the sequences whose loss is not finite.
+        kill_at: number of batches that are served in this process before it is killed.
+        signals: signals that arrive while the batch of a number is requested.
+        changes: fields of `Run` that differ from the settings of `tests.train.small`.
     """
     folder.mkdir(exist_ok=True)
     model, asked = Net(), []
@@ -156,7 +160,7 @@ def test_a_gradient_alone_is_named_by_its_first_tensor(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_holds_a_weight_that_is_not_finite(tmp_path: Path) -> None:
-    """One that no loss shows: found when it is to be saved. An infinity in a buffer is in order: a mask may hold it."""
+    """A tensor that does not affect the loss is checked when it is saved. A buffer may hold infinities, as masks do."""
     for value, ends in ((math.inf, 12), (math.nan, 0)):
         model = Net()
         model.register_buffer("unused", torch.tensor([1.0, value]))
@@ -183,7 +187,7 @@ def test_a_skipped_step_moves_nothing_and_the_timetable_goes_on(tmp_path: Path) 
 
 
 def test_a_skipped_step_equals_one_that_was_never_taken(tmp_path: Path) -> None:
-    """Against a plain loop that leaves the optimizer alone at that step."""
+    """Compared with a plain loop that does not call the optimizer at that step."""
     schedule = Schedule(total_steps=12, warm_start_steps=12)
     skipping = play(tmp_path, is_batch(5), non_finite="skip", schedule=schedule)
     model = Net()
@@ -234,7 +238,7 @@ def test_skip_stops_where_there_is_no_step_to_skip(tmp_path: Path) -> None:
         play(tmp_path, never, model=model, non_finite="skip")
 
 
-# Unseen: the host runs ahead, as on a GPU
+# Without synchronisation: the host runs ahead, as on a GPU
 
 TIMETABLES = {
     "full": {"schedule": Schedule(total_steps=12, warm_start_steps=12), "checkpoint_every_steps": 12},
@@ -246,19 +250,19 @@ TIMETABLES = {
 @pytest.mark.parametrize("timetable", TIMETABLES)
 @pytest.mark.parametrize("bad", [(), (1,), (7,), (4, 5), (3, 8, 10)])
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
-def test_steps_that_nobody_watched_give_the_same_bytes(
+def test_steps_without_synchronisation_give_the_same_bytes(
     tmp_path: Path, policy: str, bad: tuple[int, ...], timetable: str
 ) -> None:
     settings = {"non_finite": policy, "log_every_steps": 5, **TIMETABLES[timetable]}
-    seen = play(tmp_path / "seen", is_batch(*bad), **settings)
-    unseen = play(tmp_path / "unseen", is_batch(*bad), sync_every_steps=7, **settings)
-    assert same(seen, unseen) and unseen.state.incidents == len(bad)
+    in_step = play(tmp_path / "in_step", is_batch(*bad), **settings)
+    ahead = play(tmp_path / "ahead", is_batch(*bad), sync_every_steps=7, **settings)
+    assert same(in_step, ahead) and ahead.state.incidents == len(bad)
     if timetable == "full" and bad == (7,):
-        assert unseen.batches[7:10] == [7, 8, 7]  # it had gone on, and went back
+        assert ahead.batches[7:10] == [7, 8, 7]  # it had gone on to batch 8 and went back
 
 
-def test_looking_back_leaves_no_trace_of_what_was_held_back() -> None:
-    """Of three unseen steps of 24 tokens the second went wrong."""
+def test_resolving_pending_steps_leaves_no_trace_of_skipped_updates() -> None:
+    """Three pending steps of 24 tokens, of which the second was not finite."""
     optimizer = torch.optim.AdamW(Net().parameters(), fused=True)
     optimizer.found_inf = torch.tensor(1.0)
     schedule = Schedule(total_steps=12)
@@ -271,7 +275,7 @@ def test_looking_back_leaves_no_trace_of_what_was_held_back() -> None:
     assert not hasattr(optimizer, "found_inf")
 
 
-def test_an_unwatched_step_is_named_as_one_that_was_watched(tmp_path: Path) -> None:
+def test_a_step_without_synchronisation_is_reported_like_one_with_it(tmp_path: Path) -> None:
     messages = []
     for sync_every_steps in (1, 7):
         with pytest.raises(RunStopped) as caught:
@@ -285,10 +289,10 @@ def test_an_unwatched_step_is_named_as_one_that_was_watched(tmp_path: Path) -> N
     ("number", "at", "bad", "saved"),
     [(signal.SIGTERM, 7, 8, 9), (signal.SIGTERM, 8, 7, 8), (signal.SIGUSR1, 7, 8, 9)],
 )
-def test_a_signal_waits_for_a_step_that_is_seen(
+def test_a_signal_waits_for_a_step_with_synchronisation(
     tmp_path: Path, number: signal.Signals, at: int, bad: int, saved: int
 ) -> None:
-    """Steps 7 and 8 are taken unseen. What is saved stands after the bad one of them, and says so."""
+    """Steps 7 and 8 are taken without synchronisation. The checkpoint is of after the bad one, with its incident."""
     settings = {"non_finite": "skip", "sync_every_steps": 7, "log_every_steps": 5, **TIMETABLES["full"]}
     whole = play(tmp_path / "whole", is_batch(bad), **settings)
     with contextlib.suppress(Interrupted):
@@ -299,7 +303,7 @@ def test_a_signal_waits_for_a_step_that_is_seen(
     assert same(play(tmp_path / "cut", is_batch(bad), **settings), whole)
 
 
-def test_killed_between_two_looks(tmp_path: Path) -> None:
+def test_killed_between_two_synchronisations(tmp_path: Path) -> None:
     settings = {"non_finite": "rewind", "sync_every_steps": 7, "log_every_steps": 5, **TIMETABLES["lora"]}
     whole = play(tmp_path / "whole", is_batch(5), **settings)
     for kill_at in range(1, len(whole.batches)):
@@ -312,7 +316,7 @@ def test_killed_between_two_looks(tmp_path: Path) -> None:
 # Rewind
 
 
-def test_rewind_goes_past_the_batches_that_led_there(tmp_path: Path) -> None:
+def test_rewind_uses_no_batch_again(tmp_path: Path) -> None:
     rewound = play(tmp_path, is_batch(6), non_finite="rewind")
     assert rewound.batches == [0, 1, 2, 3, 4, 5, 6, *range(7, 15)]  # step 4 again, with batch 7
     assert rewound.state == TrainState(12, 288, incidents=1, skipped_batches=3)
@@ -339,8 +343,8 @@ def test_stopped_by_a_signal_around_two_returns_gives_the_same_bytes(tmp_path: P
     assert same(play(folder, bad, non_finite="rewind"), whole)
 
 
-def test_a_checkpoint_asked_for_in_what_does_not_count_is_gone(tmp_path: Path) -> None:
-    """Asked for at step 6, before the return from step 7 to step 4, where the run is then stopped."""
+def test_a_checkpoint_on_demand_in_a_discarded_part_is_deleted(tmp_path: Path) -> None:
+    """Requested at step 6, before the rewind from step 7 to step 4, where the run is then stopped."""
     whole = play(tmp_path / "whole", is_batch(7), non_finite="rewind")
     with pytest.raises(Interrupted, match="stopped after step 5"):
         calls = {5: signal.SIGUSR1, 8: signal.SIGTERM}
@@ -361,7 +365,7 @@ def test_rewind_before_the_first_regular_checkpoint_begins_again(tmp_path: Path)
 
 
 def test_rewind_from_a_bad_weight(tmp_path: Path) -> None:
-    """Found by the save of step 8; whatever the batches since step 4 did is undone."""
+    """Found by the save of step 8, which undoes all steps since step 4."""
     model, poisoned = Net(), []
 
     def place_poison(number: int) -> Sequences:
@@ -372,7 +376,7 @@ def test_rewind_from_a_bad_weight(tmp_path: Path) -> None:
         return batch(number)
 
     def blind(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sees the infinite weight only through a tanh."""
+        """Finite loss even if the model's output is not."""
         summed, count = good_loss(model, input_ids, labels)
         return torch.nan_to_num(summed), count
 
@@ -385,7 +389,7 @@ def test_rewind_from_a_bad_weight(tmp_path: Path) -> None:
 
 
 def poisoned_before_the_restart(model: nn.Module) -> Callable[..., Evaluation]:
-    """A measurement after which, once, a factor is infinite; it is the one before the restart of step 6."""
+    """Evaluation that makes a factor infinite once, just before the restart of step 6."""
     done: list[bool] = []
 
     def evaluate(_: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
@@ -417,20 +421,20 @@ def test_rewind_from_an_update_that_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_rewind_is_refused_without_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
-    """The policy was changed when the run went on: the start was not saved."""
+    """As after a change of the policy between two parts of a run: the start was not saved."""
     with pytest.raises(RunStopped, match="no sound checkpoint to go back to"):
         play(tmp_path, is_batch(2), non_finite="rewind", checkpoints=_Nothing(tmp_path / "checkpoints"))
 
 
 class _Nothing(Checkpoints):
-    """A folder that forgets what is saved."""
+    """A folder that saves nothing."""
 
     def save(self, *_: object, **__: object) -> None:
         return
 
 
 def test_exact_tensors_of_a_rewound_model_are_those_of_a_new_one(tmp_path: Path) -> None:
-    """Stored in bf16, with masters: injected twice into one model."""
+    """Stored in bf16 with masters; factors are injected into the same model twice."""
     lowrank = LowRankConfig(r=2, lora_alpha=2, base="bf16", trainable_scaling=True)
     whole = play(tmp_path / "one", is_batch(10), non_finite="rewind", lowrank=lowrank)
     with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""Runs whose frozen weights follow their residual: exact where they continue, unmoved where a step is not taken."""
+"""Runs whose frozen weights follow their residual: bit-equal when continued, unchanged where a step is skipped."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_switched_off_it_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_weights_follow_at_the_steps_that_are_due(tmp_path: Path) -> None:
-    """Steps 3 to 5 are a cycle; the rate of its first step is 0."""
+    """Steps 3 to 5 are a cycle; the learning rate of its first step is 0."""
     moved = {}
     for every_steps in (1, 2, 5):
         stage = Stage(tmp_path / str(every_steps), lowrank=low_rank(Residual(scale=1.0, every_steps=every_steps)))
@@ -88,7 +88,7 @@ def test_killed_before_every_step_and_continued_gives_the_same_bytes(tmp_path: P
 
 
 def test_every_checkpoint_has_weights_of_its_own(tmp_path: Path) -> None:
-    """What moves in every step is not kept once for a cycle."""
+    """Weights that change in every step are not written once for a whole cycle."""
     for name, residual in (("on", Residual(scale=1.0)), ("off", Residual())):
         Stage(tmp_path / name, lowrank=low_rank(residual), checkpoint_every_steps=5).play()
         files = {path.name for path in (tmp_path / name / "checkpoints/step-00000005").iterdir()}
@@ -142,7 +142,7 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_the_norm_that_is_clipped_is_over_the_weights_gradients_too() -> None:
-    """As it is at full rank: a function of all that has a gradient."""
+    """The norm is over all tensors with a gradient, as at full rank."""
     norms = {}
     for scale in (0.0, 1.0):
         model, optimizer = prepared_net(ALWAYS)
@@ -157,7 +157,7 @@ def test_the_norm_that_is_clipped_is_over_the_weights_gradients_too() -> None:
     assert norms[0.0] < norms[1.0]
 
 
-def test_a_step_that_went_wrong_leaves_nothing_behind() -> None:
+def test_a_non_finite_step_leaves_no_gradient_behind() -> None:
     model, optimizer = prepared_net(ALWAYS)
     step_of(model, optimizer, 0, ALWAYS)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -181,7 +181,7 @@ def test_a_gradient_of_a_weight_that_is_not_finite_is_named() -> None:
         )  # fmt: skip
 
 
-def test_a_step_taken_unseen_is_the_same_step_and_a_bad_one_moves_no_weight() -> None:
+def test_a_step_without_synchronisation_is_the_same_step_and_a_non_finite_one_moves_no_weight() -> None:
     finals = []
     for sync in (True, False):
         model, optimizer = prepared_net(ALWAYS)
@@ -226,7 +226,7 @@ def test_with_checkpointed_activations_it_is_the_same_to_the_bit(checkpointing: 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiled_blocks_are_compiled_once_more() -> None:
-    """For the steps in which it is not due."""
+    """One graph is for the steps in which the residual is due, the other for all other steps."""
     residual = Residual(scale=1.0, every_steps=2)
     plain = stepped(llama(), 4, residual)
     torch._dynamo.reset()
@@ -276,11 +276,11 @@ def test_refused(changes: dict[str, object], message: str) -> None:
         configured(**changes)
     assert "\n" not in str(caught.value)
     if "lowrank__residual" not in changes:
-        configured(**changes, method="full")  # has no use for it
+        configured(**changes, method="full")  # full rank ignores the key
         configured(**changes, lowrank={})
 
 
-def test_int8_is_taken_where_it_pays_though_its_codes_are_made_anew() -> None:
+def test_int8_is_chosen_where_it_pays_though_codes_are_computed_again_at_every_step() -> None:
     fast = Rates(fp32=((8, 2e9), (1024, 9e9)), bf16=2e10, int8=4e12, bandwidth=1e12)
     with torch.device("meta"):
         model = build_model("llama-9m", {}, seed=0)

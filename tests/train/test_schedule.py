@@ -1,4 +1,4 @@
-"""The timetable: equal to the published formula where that is defined, and sound everywhere else."""
+"""The schedule equals the published formula where that is defined, and its answers agree everywhere else."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from relora.train.schedule import Schedule
 
 
 def published_factor(t: int, *, total: int, first_warmup: int, every: int, warmup: int, floor: float) -> float:
-    """The jagged cosine as the ReLoRA authors released it (their `adjust_step` at 0); arguments they accept only."""
+    """Learning rate of the ReLoRA authors' code (with `adjust_step` 0), for arguments that it accepts."""
 
     def cosine(step: int) -> float:
         progress = (step - first_warmup) / max(1, total - first_warmup)
@@ -80,35 +80,40 @@ def test_any_total_works_and_all_answers_agree(schedule: Schedule) -> None:
         assert schedule.cycle_start(t) <= t
         assert (schedule.phase(t) == "low_rank") == (t >= schedule.warm_start_steps < schedule.total_steps)
         switch, at_switch = schedule.switch_due(t) and t > 0, schedule.switch_warmup_steps
-        climb = at_switch if switch and at_switch is not None else schedule.restart_warmup_steps
-        if (schedule.restart_due(t) or switch) and climb:
-            assert schedule.lr_factor(t) == 0  # the dip and the event cannot disagree
+        warmup = at_switch if switch and at_switch is not None else schedule.restart_warmup_steps
+        if (schedule.restart_due(t) or switch) and warmup:
+            assert schedule.lr_factor(t) == 0  # the warm-up begins at the event
             assert schedule.cycle_start(t) == t
     for number, t in enumerate(restarts):
         assert schedule.total_steps - t >= max(schedule.restart_warmup_steps, 1)
         assert t <= schedule.restart_until * schedule.total_steps
         cycle, turn = divmod(number + 1, schedule.restart_turns)
-        if turn == 0 and schedule.restart_every_steps:  # a whole cycle: the sum of a geometric row, rounded each time
+        if (
+            turn == 0 and schedule.restart_every_steps
+        ):  # end of a cycle: the sum of a geometric series, each term rounded
             lengths = (schedule.restart_every_steps * schedule.restart_growth**k for k in range(cycle))
             assert abs(t - schedule.warm_start_steps - sum(lengths)) <= cycle / 2
 
 
 @given(schedules(), st.integers(0, 3))
-def test_a_part_dips_at_its_own_restarts_and_the_rest_as_ramp_says(schedule: Schedule, turn: int) -> None:
+def test_a_part_warms_up_after_its_own_restarts_and_the_rest_only_if_asked(schedule: Schedule, turn: int) -> None:
     turn, schedule = turn % schedule.restart_turns, replace(schedule, switch_warmup_steps=None)
     smooth = replace(schedule, restart_every_steps=None, warm_start_steps=schedule.total_steps, restart_turns=1)
     own, since = schedule.restarts[turn :: schedule.restart_turns], None
     for t in range(schedule.total_steps):
         since = t if t in own or (schedule.switch_due(t) and t > 0) else since
-        climbing = since is not None and t - since < schedule.restart_warmup_steps
-        assert climbing or schedule.lr_factor(t, turn) == smooth.lr_factor(t)
-        assert not (climbing and t == since) or schedule.lr_factor(t, turn) == 0
-        assert schedule.rest_lr_factor(t) == (schedule if schedule.restart_ramp == "all" else smooth).lr_factor(t)
+        warming_up = since is not None and t - since < schedule.restart_warmup_steps
+        if not warming_up:
+            assert schedule.lr_factor(t, turn) == smooth.lr_factor(t)
+        elif t == since:
+            assert schedule.lr_factor(t, turn) == 0
+        of_the_rest = schedule if schedule.restart_ramp == "all" else smooth
+        assert schedule.rest_lr_factor(t) == of_the_rest.lr_factor(t)
 
 
 @given(schedules(), st.integers(0, 3))
-def test_after_the_switch_the_factors_climb_alone(schedule: Schedule, turn: int) -> None:
-    """From 0 to where the rate is without dips, whatever restarts come in between; what dips at these still does."""
+def test_after_the_switch_only_the_factors_warm_up(schedule: Schedule, turn: int) -> None:
+    """Linear from 0 to the cosine, or lower where a restart within the warm-up begins one of its own."""
     turn, switch = turn % schedule.restart_turns, schedule.warm_start_steps
     steps = schedule.switch_warmup_steps
     without = replace(schedule, switch_warmup_steps=0)
@@ -118,8 +123,8 @@ def test_after_the_switch_the_factors_climb_alone(schedule: Schedule, turn: int)
             assert steps is None or schedule.lr_factor(t, turn) == without.lr_factor(t, turn)
         else:
             smooth = replace(without, restart_every_steps=None, restart_turns=1)
-            climb = (t - switch) / (steps or 1) * smooth.lr_factor(switch + (steps or 0))
-            assert schedule.lr_factor(t, turn) == min(climb, without.lr_factor(t, turn))
+            linear = (t - switch) / (steps or 1) * smooth.lr_factor(switch + (steps or 0))
+            assert schedule.lr_factor(t, turn) == min(linear, without.lr_factor(t, turn))
         if steps is not None:
             assert schedule.rest_lr_factor(t) == without.rest_lr_factor(t)
 
@@ -139,15 +144,15 @@ def test_phases() -> None:
     assert not any(Schedule(total_steps=10, warm_start_steps=10).switch_due(t) for t in range(11))
 
 
-def test_the_climb_ends_on_the_cosine() -> None:
+def test_the_warm_up_after_a_boundary_ends_on_the_cosine() -> None:
     schedule = Schedule(
         total_steps=100, warmup_steps=10, warm_start_steps=20, restart_every_steps=30, restart_warmup_steps=5
     )
     smooth = Schedule(total_steps=100, warmup_steps=10, warm_start_steps=100)
     for boundary in (20, 50, 80):
         assert schedule.lr_factor(boundary + 5) == smooth.lr_factor(boundary + 5)
-        climb = [schedule.lr_factor(boundary + j) for j in range(6)]
-        assert climb == pytest.approx([j / 5 * climb[5] for j in range(6)])
+        factors = [schedule.lr_factor(boundary + j) for j in range(6)]
+        assert factors == pytest.approx([j / 5 * factors[5] for j in range(6)])
 
 
 def test_a_last_short_cycle_and_a_restart_too_late() -> None:

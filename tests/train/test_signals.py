@@ -1,4 +1,4 @@
-"""The first stop signal is noted, the second one acts; afterwards everything is as it was."""
+"""The first stop signal is noted, the second one ends the process, and the handlers are restored afterwards."""
 
 import signal
 import subprocess
@@ -40,7 +40,7 @@ def test_a_run_that_ends_by_itself_asks_for_nothing() -> None:
 
 @pytest.mark.parametrize("second", NUMBERS)
 def test_a_second_signal_ends_the_process(second: signal.Signals) -> None:
-    """Whichever came first: a person who presses Ctrl-C twice does not want to wait."""
+    """Also if the two signals differ: a user who presses Ctrl-C twice does not want to wait."""
     script = f"""
 import signal
 from relora.train.signals import Signals

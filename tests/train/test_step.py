@@ -1,4 +1,4 @@
-"""One step: micro-batches weigh right, nothing moves on bad numbers, dead tensors are named."""
+"""One step: every token weighs the same, nothing moves if a figure is not finite, dead tensors are named."""
 
 from functools import partial
 from typing import NamedTuple
@@ -83,7 +83,7 @@ def test_clipping() -> None:
     assert outcome.grad_norm > 0.01 and moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_bad_numbers_stop_the_run_before_anything_moves() -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_moves() -> None:
     model = Bigram()
     optimizer = torch.optim.AdamW(model.parameters())
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_bad_numbers_stop_the_run_before_anything_moves() -> None:
     assert all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_a_step_taken_unseen_is_the_same_step() -> None:
+def test_a_step_without_synchronisation_is_the_same_step() -> None:
     weights = []
     for sync in (True, False):
         model = Bigram()
@@ -108,7 +108,7 @@ def test_a_step_taken_unseen_is_the_same_step() -> None:
 
 
 @pytest.mark.parametrize("good_steps", [0, 2])
-def test_nothing_moves_after_a_bad_step_that_was_not_seen_until_it_is_released(good_steps: int) -> None:
+def test_nothing_moves_after_a_non_finite_step_until_the_flag_is_cleared(good_steps: int) -> None:
     model = Bigram()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -120,7 +120,7 @@ def test_nothing_moves_after_a_bad_step_that_was_not_seen_until_it_is_released(g
     before = tensors()
     bad = partial(train_step, loss=lambda *args: (loss(*args)[0] * torch.nan, torch.tensor(0)))
     assert one_step(model, optimizer, batch(), sync=False, take=bad).nonfinite_flag == 1
-    assert one_step(model, optimizer, batch(), sync=False).nonfinite_flag == 1  # good, but after it
+    assert one_step(model, optimizer, batch(), sync=False).nonfinite_flag == 1  # finite, but after one that was not
     clear_nonfinite_flag(optimizer)
     after = tensors()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -136,7 +136,7 @@ def test_a_dead_tensor_is_named() -> None:
 
 
 def test_a_pair_of_zero_factors_is_found_out() -> None:
-    """The published code wraps with A = B = 0: no gradient, ever. B = 0 alone is right and lora_A is excused."""
+    """The published code wraps with A = B = 0, which never gets a gradient. B = 0 alone is right, and A is excused."""
     model = Bigram()
     inject(model, LowRankConfig(r=2, target_modules=("inner",)))
     layer = low_rank_layers(model)["inner"]

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or stops itself: what is kept, and that the next one takes it up."""
+"""Runs that are stopped by a signal or by an error: what is saved, and that the next run continues from it."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def test_a_signal_in_the_last_batch_of_a_measurement_stops_before_the_next_step(
 
 @pytest.mark.parametrize("event", range(1, 17))
 def test_stopped_at_any_event_no_line_stands_twice(tmp_path: Path, event: int) -> None:
-    """A signal in the middle of every batch and of every measurement."""
+    """The signal arrives during every batch and every held-out measurement in turn."""
     whole = Stage(tmp_path / "whole", evaluate_every_steps=2).play()
     stage = Stage(tmp_path / "cut", evaluate_every_steps=2)
 
@@ -134,13 +134,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_kept(tmp_p
     assert Stage(tmp_path).play().lines()[-1]["step"] == 10
 
 
-def test_the_checkpoint_says_where_it_stands(tmp_path: Path) -> None:
+def test_the_checkpoint_holds_step_tokens_settings_and_lengths_of_the_files(tmp_path: Path) -> None:
     stage = Stage(tmp_path, settings={"threads": 1}).play()
     checkpoint = stage.run.checkpoints.open(10)
     assert (checkpoint.state.step, checkpoint.state.tokens) == (10, 240)
     assert checkpoint.manifest.settings == {"threads": 1}
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    until_then = sum(len(line) for line in lines[:-1])  # the evaluation of its step comes after it
+    until_then = sum(len(line) for line in lines[:-1])  # the evaluation of the same step comes after the checkpoint
     restarts = (tmp_path / "restarts.jsonl").stat().st_size
     assert checkpoint.state.positions == {"metrics.jsonl": until_then, "restarts.jsonl": restarts}
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 0
