@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relora.data.readers import column_names
 from relora.data.sampling import DRAWS, SplitRule
 from relora.data.sources import SourceReader
 from relora.errors import UserError
+from relora.messages import short_name
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,16 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
             "give more, or a validation set of its own"
         )
     return train, [record for record, draw in zip(records, draws, strict=True) if draw < threshold]
+
+
+def column_value(record: Record, column: str) -> Any:
+    """Return the value in a column; `UserError` if the record lacks it."""
+    if column not in record.fields:
+        raise UserError(f"{record.where}: no column `{short_name(column)}`; there are {column_names(record.fields)}")
+    return record.fields[column]
+
+
+def check_unicode(text: str, record: Record, column: str) -> None:
+    """Raise `UserError` if a text contains half of a surrogate pair: JSON can spell it, no tokenizer can encode it."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(f"{record.where}: half of a surrogate pair in column `{short_name(column)}`")
