@@ -8,8 +8,9 @@ import pytest
 import torch
 from tests.paths import DATA
 
+from relora.adapters.adapter import Adapter, Factors
 from relora.adapters.llama_adapter import add_prompts, prompt_tensors, save_prompts
-from relora.adapters.peft_format import Adapter, Factors, write_adapter
+from relora.adapters.peft_format import write_adapter
 from relora.model import open_model
 from relora.seeding import keyed_generator
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tests.adapters.adapted import STORIES, factors, lora, needs_data, prompts, run_with_adapter
 
+from relora.adapters.adapter import Adapter, Factors
 from relora.adapters.attached import BASE, Attached, find_adapter
 from relora.adapters.llama_adapter import load_prompts
-from relora.adapters.peft_format import Adapter, Factors, write_adapter
+from relora.adapters.peft_format import write_adapter
 from relora.errors import UserError
 from relora.model import open_model
 

@@ -1,4 +1,4 @@
-"""Combined adapters: PEFT's definitions, the papers' own words, and the best approximation of a difference."""
+"""Combined adapters: PEFT's definitions, and the papers' own words."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.adapters.test_merge import adapter_folder
 from tests.adapters.test_save_load import built, in_peft, logits, moved
 from tests.lowrank.test_inject import FAMILIES
 from torch import Tensor
 
-from relora.adapters.combine import METHODS, combine, low_rank_of, truncated_svd
-from relora.adapters.peft_format import Adapter, Factors, read_adapter, write_adapter
+from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.combine import COMBINATION_METHODS, combine, combine_adapters
+from relora.adapters.peft_format import read_adapter, write_adapter
 from relora.adapters.save_load import load_adapter
 from relora.errors import UserError
 
@@ -157,30 +159,6 @@ def test_draws_are_keyed_and_leave_the_global_stream_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_truncated_svd_of_a_large_matrix() -> None:
-    """By subspace iteration: as near as the exact one, on a spectrum that falls slowly."""
-    generator = torch.Generator().manual_seed(0)
-    u, v = (torch.linalg.qr(torch.randn(side, 1030, generator=generator)).Q for side in (1040, 1060))
-    matrix = (u * torch.arange(1, 1031).pow(-0.5)) @ v.T
-    left, values, right = truncated_svd(matrix, 8, generator)
-    torch.testing.assert_close(values, torch.arange(1, 9).pow(-0.5), rtol=1e-3, atol=0)
-    torch.testing.assert_close(left.T @ left, torch.eye(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(right.T @ right, torch.eye(8), atol=1e-4, rtol=0)
-    best = 1 / torch.arange(9, 1031).float()
-    missed = (matrix - (left * values) @ right.T).square().sum()
-    assert missed / best.sum() < 1.001
-
-
-def test_energy_kept() -> None:
-    values = torch.tensor([3.0, 2.0, 1.0])
-    u, v = (torch.linalg.qr(torch.randn(side, 3, generator=torch.Generator().manual_seed(side))).Q for side in (7, 5))
-    difference = (u * values) @ v.T
-    factors, share = low_rank_of(difference, 2, torch.Generator())
-    assert share == pytest.approx(13 / 14)
-    torch.testing.assert_close(factors.delta(), (u[:, :2] * values[:2]) @ v[:, :2].T)
-    assert low_rank_of(difference, 3, torch.Generator())[1] == pytest.approx(1)
-
-
 A = torch.ones(2, 4)
 
 
@@ -210,9 +188,23 @@ def test_refusals(adapters: list[Adapter], settings: dict[str, Any], message: st
 def test_every_method_gives_an_adapter_of_all_families(tmp_path: Path) -> None:
     for family in FAMILIES:
         adapters = saved(peft_adapters(family), tmp_path / family)
-        for method in METHODS:
+        for method in COMBINATION_METHODS:
             density = 0.5 if method.startswith(("ties", "dare")) else None
             combined = combine(adapters, None, method, density=density)
             model = built(family)
             load_adapter(model, write_adapter(combined, tmp_path / family / method))
             assert torch.isfinite(logits(model)).all()
+
+
+def test_combined_folders(tmp_path: Path) -> None:
+    french = adapter_folder("llama", tmp_path / "french", rank_pattern={r".*\.0\..*": 2})
+    other = adapter_folder("llama", tmp_path / "other")
+    summary = combine_adapters([french, other], tmp_path / "both", method="cat", weights=[1.0, -2.0])
+    assert summary.r == [6, 8] and summary.kind == "LoRA"
+    model = built("llama")
+    load_adapter(model, tmp_path / "both")
+    one, two, both = (read_adapter(tmp_path / name).layers for name in ("french", "other", "both"))
+    for path, factors in both.items():
+        torch.testing.assert_close(factors.delta(), one[path].delta() - 2 * two[path].delta())
+    with pytest.raises(UserError, match="is there already"):
+        combine_adapters([other], tmp_path / "both", method="cat")

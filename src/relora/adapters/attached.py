@@ -1,9 +1,9 @@
-"""The adapters beside one open base: each loaded once, any one of them in use, or none.
+"""The adapters attached to one open base model: any one of them is in use at a time, or none.
 
-LoRA goes through `multi_adapter`, the prompts of LLaMA-Adapter through `llama_adapter`. Neither
-changes the base, so what it writes without an adapter is what it wrote before the first was loaded. Prompts cannot lie
-beside a model as factors do: they are put in when they are used and taken out after, a few MB read from their file
-every time.
+LoRA adapters go through `multi_adapter`, the prompts of LLaMA-Adapter through `llama_adapter`. Neither changes the
+weights of the base, so without an adapter the model generates what it generated before the first one was loaded. The
+factors of LoRA adapters stay in memory. A model has room for the prompts of one LLaMA-Adapter only: they are put into
+the model when that adapter is selected and removed afterwards; the price is to read a few MB each time.
 """
 
 from dataclasses import dataclass
@@ -21,26 +21,33 @@ from relora.messages import short_repr
 from relora.runs.settings import is_run, read_run_settings
 
 BASE = "base"
-"""The name of the base itself among its adapters."""
+"""Name that stands for the base model without an adapter."""
 KINDS = ("LORA", PROMPTS)
-"""PEFT's names of what can be attached."""
+"""PEFT's names (`peft_type`) of the kinds of adapters that can be attached."""
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter in PEFT's format, as far as it is known before it is loaded."""
+    """An adapter folder in PEFT's format and what its configuration says; its tensors are not loaded."""
 
     name: str
+    """Name of the folder that the user gave (of a run: the run folder)."""
     folder: Path
+    """Folder that holds the adapter's files."""
     kind: str
+    """One of `KINDS`."""
     base: str | None
-    """The folder or hub id of the model that it belongs to, where it says so."""
+    """Folder or hub id of the base model, as the adapter names it; None if it names none."""
     template: str | None
-    """`data.template` of the run that trained it, where a run did."""
+    """`data.template` of the run that trained the adapter; None if the folder is not a run."""
 
 
 def find_adapter(place: str | Path) -> AdapterFolder:
-    """The adapter in a folder, or that of a run folder; `UserError` where there is none, or one of an unknown kind."""
+    """Find the adapter in an adapter folder or a run folder, without loading its tensors.
+
+    Raises:
+        UserError: there is no adapter, its kind is not one of `KINDS`, or `place` is an address on the web.
+    """
     try:
         folder, template = Path(no_address(str(place))), None
     except ValueError as error:
@@ -57,7 +64,7 @@ def find_adapter(place: str | Path) -> AdapterFolder:
 
 
 class Attached:
-    """The adapters of one model by name, and which is in use: at first none."""
+    """The adapters of one model by name, and the name of the one in use, which at first is the base."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -67,27 +74,30 @@ class Attached:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters, in the order in which they came."""
+        """Names of the adapters, in the order of loading; the base is not among them."""
         return tuple(self._known)
 
     def template(self, name: str) -> str | None:
-        """Of the run that trained an adapter; None for the base."""
+        """Return `data.template` of the run that trained the adapter `name`; None for the base."""
         return None if name == BASE else self._known[name].template
 
     def load(self, adapter: AdapterFolder) -> str:
-        """Read an adapter; what is in use stays. Returns its name: the folder's or, where that is taken, the path.
+        """Load an adapter, check that it fits the model, and leave in use the one that was in use.
+
+        Returns:
+            The name to `use` it by: the folder's name or, if another adapter has that name, the folder's path.
 
         Raises:
-            UserError: it is loaded already, or of another base. Nothing has changed.
+            UserError: the adapter is loaded already, or was made for another base. Nothing has changed.
         """
         if any(adapter.folder.samefile(other.folder) for other in self._known.values()):
             raise UserError(f"{adapter.folder}: this adapter is loaded already; give it once")
         name = adapter.name if adapter.name not in (BASE, *self._known) else str(adapter.folder)
         if adapter.kind == PROMPTS:
             in_use = self.in_use
-            self.use(BASE)  # a model has room for the prompts of one
+            self.use(BASE)  # a model has room for the prompts of one adapter
             try:
-                load_prompts(self._model, adapter.folder)
+                load_prompts(self._model, adapter.folder)  # only to check them; `use` loads them again
                 remove_prompts(self._model)
             finally:
                 self.use(in_use)
@@ -97,7 +107,11 @@ class Attached:
         return name
 
     def use(self, name: str) -> None:
-        """Let the model answer with an adapter, or as the base itself; `UserError` for a name that is not loaded."""
+        """Select the adapter that the model computes with, or `BASE` for none.
+
+        Raises:
+            UserError: no adapter of this name is loaded.
+        """
         if name not in (BASE, *self._known):
             raise UserError(f"adapter {short_repr(name)}: not loaded; there are {', '.join((BASE, *self._known))}")
         if name == self.in_use:

@@ -1,16 +1,21 @@
-"""One adapter out of several, or out of what a full training changed.
+"""Combination of several LoRA adapters for the same base model into one adapter.
 
-    linear        A = Σ √(w s) A_i, B = Σ √(w s) B_i: cheap, but B A has products across adapters
-    cat           A = [w s A_i; ...], B = [B_i, ...]: the weighted sum itself, at the sum of the ranks
-    svd           the nearest of rank r to the weighted sum (Eckart and Young 1936)
-    ties          of each adapter the `density` largest numbers; in every place the sign of their sum, and the mean of
-                  the weighted numbers of that sign (Yadav et al. 2023, arXiv 2306.01708, section 4)
-    dare_linear   of each adapter a random `density` of the numbers over `density`, then the weighted sum
-    dare_ties     the same, then sign and mean as above (Yu et al. 2023, arXiv 2311.03099, sections 3 and 4.3)
+Adapter i has the update s_i B_i A_i (s: its scaling) and the weight w_i in the combination. The methods:
 
-`ties` and `dare` work on A and B, as `linear` does, or with `_svd` on s B A itself, where the papers define them, and
-then keep rank r. Definitions and names are those of PEFT's `add_weighted_adapter`; numbers are pruned tensor by tensor,
-and drawn by key (`relora.seeding`), so that the same seed gives the same adapter. All in fp32 or better.
+    linear        A = Σ √(w s) A_i, B = Σ √(w s) B_i: cheap, but B A contains products across adapters
+    cat           A = [w s A_i; ...], B = [B_i, ...]: exactly the weighted sum Σ w s B_i A_i, at the sum of the ranks
+    svd           the update of rank r nearest to the weighted sum (`low_rank_approximation`)
+    ties          keep the largest entries of each adapter, the share `density` of them; in each position, elect the
+                  sign of the sum of the kept entries, and take the mean of the weighted entries that have this sign
+                  (Yadav et al. 2023, arXiv 2306.01708, section 4)
+    dare_linear   keep random entries of each adapter, the share `density` of them, divide them by `density`, and take
+                  the weighted sum (Yu et al. 2023, arXiv 2311.03099, section 3)
+    dare_ties     keep random entries as in dare_linear, then elect signs and take means as in ties (section 4.3)
+
+`ties` and the `dare` methods work on A and on B separately, as `linear` does. Their variants that end in `_svd` work on
+the update s B A itself, for which the papers define them, and then reduce the result to rank r. Definitions and names
+are those of PEFT's `add_weighted_adapter`. Entries are pruned tensor by tensor and drawn by key (`relora.seeding`), so
+that the same seed gives the same adapter. All arithmetic is in fp32 or better.
 """
 
 import math
@@ -19,41 +24,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from relora.adapters.contents import Summary, _summary
-from relora.adapters.peft_format import Adapter, Factors, read_adapter, write_adapter
+from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.contents import Summary, summarize
+from relora.adapters.low_rank_approximation import nearest_low_rank, nearest_low_rank_of_product
+from relora.adapters.peft_format import read_adapter, write_adapter
 from relora.errors import UserError
 from relora.seeding import keyed_generator
 
-METHODS = (
+COMBINATION_METHODS = (
     "linear",
     "cat",
     "svd",
     *(f"{kind}{end}" for kind in ("ties", "dare_linear", "dare_ties") for end in ("", "_svd")),
 )
-
-_EXACT_SIDE = 1024
-"""Below it the full decomposition of a matrix costs less than a second."""
-_OVERSAMPLING, _ITERATIONS = 16, 8
-"""Of the randomized decomposition: singular values agree to about 1e-4 on slowly falling spectra."""
+"""Names of the methods; see the module."""
 
 
 @dataclass(frozen=True)
-class _Mixing:
-    """How one layer is combined."""
+class _WeightedSum:
+    """The weighted sum of tensors of one shape, with the pruning and the election of signs of a method."""
 
     density: float
-    """Share of the numbers that is kept."""
+    """Share of the entries of each tensor that is kept; 1 keeps all."""
     random: bool
-    """Which are kept: at random, then scaled up; else the largest."""
+    """Keep entries at random and divide them by `density`; otherwise keep the largest ones."""
     elect: bool
-    """One sign for every place."""
+    """Elect one sign in each position, and take the mean of the entries that have it instead of the sum of all."""
     seed: int
+    """Seed of the random draws."""
 
     def __call__(self, tensors: Mapping[int, Tensor], weights: Mapping[int, float], *key: str) -> Tensor:
-        """One tensor of those of the adapters, by their number."""
-        kept = torch.stack([self._pruned(tensor, number, *key) for number, tensor in tensors.items()])
+        """Sum the tensors of the adapters with their weights.
+
+        Args:
+            tensors: one tensor for each adapter, by the adapter's number.
+            weights: by the adapter's number, too.
+            key: names the tensors (layer, A or B), to key the random draws.
+        """
+        kept = torch.stack([self._prune(tensor, number, *key) for number, tensor in tensors.items()])
         by_adapter = kept.new_tensor([weights[number] for number in tensors]).view(-1, *[1] * (kept.dim() - 1))
         if not self.elect:
             return (kept * by_adapter).sum(0)
@@ -61,7 +71,8 @@ class _Mixing:
         agrees = kept.sign() == sign
         return (kept * by_adapter * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
-    def _pruned(self, tensor: Tensor, number: int, *key: str) -> Tensor:
+    def _prune(self, tensor: Tensor, number: int, *key: str) -> Tensor:
+        """Set all entries of the tensor of adapter `number` to zero but the share `density`."""
         if self.density == 1:
             return tensor
         if self.random:
@@ -73,6 +84,30 @@ class _Mixing:
         return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
 
 
+def combine_adapters(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "svd",
+    r: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Summary:
+    """Read the adapters in `folders`, combine them (see `combine` for the other arguments), and write the folder `out`.
+
+    Returns:
+        A summary of the adapter in `out`.
+
+    Raises:
+        UserError: an adapter cannot be read or combined, or `out` exists already.
+        RunStopped: the disk refuses the write.
+    """
+    adapters = [read_adapter(folder) for folder in folders]
+    combined = combine(adapters, weights, method, r=r, density=density, seed=seed)
+    return summarize(write_adapter(combined, out), Path(out).name)
+
+
 def combine(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None = None,
@@ -82,30 +117,32 @@ def combine(
     density: float | None = None,
     seed: int = 0,
 ) -> Adapter:
-    """One LoRA adapter (scaling 1) of several for the same base.
+    """Combine several LoRA adapters for the same base model into one, of scaling 1.
 
     Args:
-        weights: one for each adapter, of any sign; by default 1 over their number.
-        method: see the module.
-        r: of `svd` and its kin; by default the largest of the adapters.
-        density: of `ties` and `dare`, above 0 and at most 1.
-        seed: keys the draws of `dare`.
+        weights: one weight for each adapter, of any sign; by default each is 1 / (number of adapters).
+        method: one of `COMBINATION_METHODS`; see the module.
+        r: rank of the result of `svd` and the `_svd` methods; by default, in each layer, the largest rank of the
+            adapters.
+        density: share of entries that `ties` and the `dare` methods keep, above 0 and at most 1.
+        seed: keys the random draws of the `dare` methods.
 
     Raises:
-        UserError: adapters that do not fit each other, DoRA, whole modules, or settings that do not fit the method.
+        UserError: the adapters have layers of different sizes, one of them is DoRA or holds modules that were trained
+            in full, or the settings do not fit the method.
     """
     weights = [1 / len(adapters) for _ in adapters] if weights is None else weights
     _check(adapters, weights, method, r, density)
     kind = method.removesuffix("_svd")
-    mixing = _Mixing(density or 1.0, kind.startswith("dare"), kind.endswith("ties"), seed)
+    weighted_sum = _WeightedSum(density or 1.0, kind.startswith("dare"), kind.endswith("ties"), seed)
     layers = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.layers):
         found = {number: adapter.layers[path] for number, adapter in enumerate(adapters) if path in adapter.layers}
         if len({factors.shape for factors in found.values()}) > 1:
             raise UserError(f"{path} is of another size in another adapter; they were made for different base models")
-        given = {number: weights[number] for number in found}
+        found_weights = {number: weights[number] for number in found}
         rank = r or max(factors.r for factors in found.values())
-        layers[path] = _combined(path, found, given, method, mixing, rank)
+        layers[path] = _combine_layer(path, found, found_weights, method, weighted_sum, rank)
     bases = {adapter.base for adapter in adapters}
     targets = {name for adapter in adapters for name in adapter.targets}
     return Adapter(
@@ -117,76 +154,55 @@ def combine(
     )
 
 
-def low_rank_of(difference: Tensor, r: int, generator: Generator) -> tuple[Factors, float]:
-    """The update of rank r nearest to a difference of weights [out, in], and the share of its energy that it keeps.
-
-    Energy is the sum of the squares; both factors get the root of the singular values.
-    """
-    u, s, v = truncated_svd(difference, r, generator)
-    root = s.sqrt()
-    kept, energy = (tensor.double().square().sum().item() for tensor in (s, difference))
-    return Factors((v * root).T.contiguous(), u * root, 1.0), (kept / energy if energy else 1.0)
-
-
-def truncated_svd(matrix: Tensor, r: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """U [out, r], s [r], V [in, r] of the r largest singular values, in the matrix's precision.
-
-    Exact where the matrix is small or r is not; else by subspace iteration on a keyed draw (Halko, Martinsson and Tropp
-    2011, arXiv 0909.4061, algorithms 4.4 and 5.1).
-    """
-    width = r + _OVERSAMPLING
-    if min(matrix.shape) <= max(_EXACT_SIDE, 4 * width):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :r], s[:r], vh[:r].T
-    basis = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ basis).Q).Q  # [in, width]
-    u, s, vh = torch.linalg.svd(matrix @ basis, full_matrices=False)
-    return u[:, :r], s[:r], basis @ vh[:r].T
-
-
-def _combined(
-    path: str, found: Mapping[int, Factors], weights: Mapping[int, float], method: str, mixing: _Mixing, r: int
+def _combine_layer(
+    path: str,
+    found: Mapping[int, Factors],
+    weights: Mapping[int, float],
+    method: str,
+    weighted_sum: _WeightedSum,
+    r: int,
 ) -> Factors:
-    """One layer of those adapters that have it."""
-    scaled = {number: weights[number] * factors.scaling for number, factors in found.items()}
+    """Combine the updates of the layer at `path`.
+
+    Args:
+        found: factors of the adapters that have this layer, by the adapter's number.
+        weights: weights of these adapters, by the adapter's number.
+        r: rank of the result of `svd` and the `_svd` methods.
+    """
+    scaled = {number: weights[number] * factors.scaling for number, factors in found.items()}  # w s
     dtype = torch.float32
     for factors in found.values():
         dtype = torch.promote_types(dtype, factors.lora_A.dtype)
-    a = {number: factors.lora_A.to(dtype) for number, factors in found.items()}
-    b = {number: factors.lora_B.to(dtype) for number, factors in found.items()}
+    lora_A = {number: factors.lora_A.to(dtype) for number, factors in found.items()}
+    lora_B = {number: factors.lora_B.to(dtype) for number, factors in found.items()}
     if method in ("cat", "svd"):
-        wide = torch.cat([scaled[number] * tensor for number, tensor in a.items()])  # [Σ r, in]
-        tall = torch.cat(list(b.values()), dim=1)
-        return Factors(wide, tall, 1.0) if method == "cat" else _reduced(wide, tall, r)
+        wide = torch.cat([scaled[number] * tensor for number, tensor in lora_A.items()])  # [Σ r, in]
+        tall = torch.cat(list(lora_B.values()), dim=1)  # [out, Σ r]
+        return Factors(wide, tall, 1.0) if method == "cat" else nearest_low_rank_of_product(tall, wide, r)
     if method.endswith("_svd"):
         deltas = {number: factors.delta(dtype) for number, factors in found.items()}
-        mixed = mixing(deltas, weights, path)
-        generator = keyed_generator(mixing.seed, "combine", path)
-        return low_rank_of(mixed, min(r, *mixed.shape), generator)[0]
+        combined = weighted_sum(deltas, weights, path)
+        generator = keyed_generator(weighted_sum.seed, "combine", path)
+        return nearest_low_rank(combined, min(r, *combined.shape), generator)[0]
     if len({factors.r for factors in found.values()}) > 1:
         ranks = " and ".join(str(factors.r) for factors in found.values())
         raise UserError(f"{method}: {path} has ranks {ranks}; use cat, svd or a method with _svd")
+    # √|w s| goes to both factors, and the sign of w s to A
     roots = {number: math.sqrt(abs(weight)) for number, weight in scaled.items()}
-    signed = {number: math.copysign(root, scaled[number]) for number, root in roots.items()}
-    return Factors(mixing(a, signed, path, "A"), mixing(b, roots, path, "B"), 1.0)
-
-
-def _reduced(wide: Tensor, tall: Tensor, r: int) -> Factors:
-    """The nearest of rank r to tall [out, R] times wide [R, in]: exact, by a decomposition of R x R."""
-    left, upper = torch.linalg.qr(tall.double())
-    right, lower = torch.linalg.qr(wide.double().T)
-    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    root = s[:r].sqrt()
-    a, b = root[:, None] * (vh[:r] @ right.T), (left @ u[:, :r]) * root
-    return Factors(a.to(wide.dtype).contiguous(), b.to(wide.dtype), 1.0)
+    signed_roots = {number: math.copysign(root, scaled[number]) for number, root in roots.items()}
+    return Factors(weighted_sum(lora_A, signed_roots, path, "A"), weighted_sum(lora_B, roots, path, "B"), 1.0)
 
 
 def _check(
     adapters: Sequence[Adapter], weights: Sequence[float], method: str, r: int | None, density: float | None
 ) -> None:
-    if method not in METHODS:
-        raise UserError(f"method: {method!r} is none of {', '.join(METHODS)}")
+    """Check the arguments of `combine`; see there.
+
+    Raises:
+        UserError: they do not fit the method or each other, or an adapter cannot be combined.
+    """
+    if method not in COMBINATION_METHODS:
+        raise UserError(f"method: {method!r} is none of {', '.join(COMBINATION_METHODS)}")
     if not adapters:
         raise UserError("no adapters given")
     if len(weights) != len(adapters):
@@ -207,24 +223,3 @@ def _check(
             raise UserError(
                 f"adapter {number} holds what was trained in full ({next(iter(adapter.others))}), which does not add up"
             )
-
-
-def combine_adapters(
-    folders: Sequence[str | Path],
-    out: str | Path,
-    *,
-    weights: Sequence[float] | None = None,
-    method: str = "svd",
-    r: int | None = None,
-    density: float | None = None,
-    seed: int = 0,
-) -> Summary:
-    """Write `out`, one adapter of several (see `relora.adapters.combine`).
-
-    Raises:
-        UserError: an adapter that cannot be read or combined, or `out` is there.
-        RunStopped: the disk refuses the write.
-    """
-    adapters = [read_adapter(folder) for folder in folders]
-    combined = combine(adapters, weights, method, r=r, density=density, seed=seed)
-    return _summary(write_adapter(combined, out), Path(out).name)

@@ -1,15 +1,15 @@
-"""Adapter folders: what is there, what is in one, one out of several, one out of what a full training changed."""
+"""The contents of adapter folders: a list of the adapters below a folder, and one adapter shown layer by layer."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from relora.adapters.adapter import Factors
 from relora.adapters.peft_format import (
     CONFIG,
     TENSORS,
-    Factors,
-    alphas,
     read_adapter,
     read_config,
     shapes,
@@ -20,27 +20,28 @@ from relora.messages import first_line, short_name
 
 @dataclass(frozen=True)
 class Summary:
-    """One adapter of a list."""
+    """One adapter in a line."""
 
     name: str
-    """Path below the listed folder."""
+    """Path of its folder below the listed one."""
     kind: str
-    """LoRA, rsLoRA, DoRA, or PEFT's name of another method."""
+    """LoRA, rsLoRA, DoRA, or PEFT's name of another method; `?` if that cannot be read."""
     r: list[int]
-    """The ranks of its layers, each once."""
+    """Ranks of its layers, each rank once, in increasing order."""
     targets: list[str]
-    """Last parts of the layers' names."""
+    """Last parts of the layers' paths, such as `q_proj`, each once, sorted."""
     parameters: int
     bytes: int
-    """Of its tensor file."""
+    """Size of its tensor file."""
     base: str | None
+    """Folder or hub id of the base model, as the adapter names it."""
     problem: str | None = None
-    """Why it cannot be read."""
+    """Reason why the adapter cannot be read; None if it can."""
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer of an adapter."""
+    """The update of one linear layer [out, inn] in an adapter."""
 
     path: str
     out: int
@@ -49,73 +50,92 @@ class LayerSummary:
     lora_alpha: float
     scaling: float
     update_norm: float
-    """Frobenius norm of s·B A."""
+    """Frobenius norm of the update s·B A."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in one adapter."""
+    """One adapter in full."""
 
     summary: Summary
     layers: list[LayerSummary]
     full_tensors: dict[str, list[int]]
-    """Shape by name of what was trained in full."""
+    """Shapes of the tensors that were trained in full (PEFT's `modules_to_save`), by name."""
 
 
 def list_adapters(folder: str | Path) -> list[Summary]:
-    """Every adapter in a folder and below it, by name; one that cannot be read says why. Tensors are not loaded."""
+    """List every adapter in a folder and its subfolders, sorted by path; tensors are not loaded.
+
+    Folders whose names begin with a dot are passed over: they hold adapters that are being written.
+
+    Raises:
+        UserError: no such folder, or no adapter in it. An adapter that cannot be read is listed with its `problem`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(file.parent for file in folder.rglob(CONFIG) if not _hidden(file.relative_to(folder)))
+    found = sorted(file.parent for file in folder.rglob(CONFIG) if not _is_hidden(file.relative_to(folder)))
     if not found:
         raise UserError(f"{folder}: holds no adapter (no {CONFIG}, here or below)")
-    return [_summary(place, str(place.relative_to(folder))) for place in found]
+    return [summarize(path, str(path.relative_to(folder))) for path in found]
 
 
 def show_adapter(folder: str | Path) -> Contents:
-    """What is in an adapter, layer by layer.
+    """Read an adapter and describe it layer by layer.
 
     Raises:
-        UserError: not an adapter, or one that cannot be read.
+        UserError: the folder holds no adapter, or one that cannot be read.
     """
     folder = Path(folder)
     adapter = read_adapter(folder)
-    alpha = alphas(adapter)
+    alphas = adapter.alphas()
     layers = [
-        LayerSummary(path, *factors.shape, factors.r, alpha[path], factors.scaling, _norm(factors))
+        LayerSummary(path, *factors.shape, factors.r, alphas[path], factors.scaling, _update_norm(factors))
         for path, factors in adapter.layers.items()
     ]
     full = {key: list(tensor.shape) for key, tensor in adapter.others.items()}
-    return Contents(_summary(folder, folder.name), layers, full)
+    return Contents(summarize(folder, folder.name), layers, full)
 
 
-def _summary(folder: Path, name: str) -> Summary:
-    """From the configuration and the header alone."""
+def summarize(folder: Path, name: str) -> Summary:
+    """Describe the adapter in a folder from its configuration and the header of its tensor file alone.
+
+    An adapter that cannot be read gives a summary that says so in `problem`; nothing is raised.
+
+    Args:
+        name: the `name` of the summary.
+    """
     kind, base, size = "?", None, 0
     try:
         config = read_config(folder)
         kind, base = short_name(str(config.get("peft_type"))), config.get("base_model_name_or_path")
         base = None if base is None else short_name(str(base), 160)
-        there = shapes(folder)
+        shape_by_name = shapes(folder)
         size = (folder / TENSORS).stat().st_size
     except (UserError, OSError) as error:
         return Summary(name, kind, [], [], 0, size, base, problem=first_line(str(error)))
     if kind == "LORA":
-        kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
-    factors = {key: shape for key, shape in there.items() if ".lora_A" in key and len(shape) == 2}
-    targets = {key.partition(".lora_A")[0].rpartition(".")[2] for key in factors}
-    ranks = sorted({shape[0] for shape in factors.values()})
-    parameters = sum(torch.Size(shape).numel() for shape in there.values())
+        kind = _lora_variant(config)
+    lora_A = {key: shape for key, shape in shape_by_name.items() if ".lora_A" in key and len(shape) == 2}
+    targets = {key.partition(".lora_A")[0].rpartition(".")[2] for key in lora_A}
+    ranks = sorted({shape[0] for shape in lora_A.values()})
+    parameters = sum(math.prod(shape) for shape in shape_by_name.values())
     return Summary(name, kind, ranks, sorted(map(short_name, targets)), parameters, size, base)
 
 
-def _norm(factors: Factors) -> float:
-    """|s·B A|, without forming it: the trace of (BᵀB)(AAᵀ)."""
+def _lora_variant(config: Mapping[str, Any]) -> str:
+    """Name the variant of LoRA that an adapter's configuration describes."""
+    if config.get("use_dora"):
+        return "DoRA"
+    return "rsLoRA" if config.get("use_rslora") else "LoRA"
+
+
+def _update_norm(factors: Factors) -> float:
+    """Return the Frobenius norm |s·B A| without forming B A: |B A|² is the trace of (BᵀB)(AAᵀ)."""
     a, b = factors.lora_A.double(), factors.lora_B.double()
     return abs(factors.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
 
 
-def _hidden(path: Path) -> bool:
-    """Written aside, and not there yet or not any more."""
+def _is_hidden(path: Path) -> bool:
+    """Tell whether a part of the path begins with a dot, as the temporary folders do in which adapters are written."""
     return any(part.startswith(".") for part in path.parts)

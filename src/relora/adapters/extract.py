@@ -1,4 +1,11 @@
-"""The adapter of rank r nearest to what full training changed in a model."""
+"""Extraction of a LoRA adapter from a model that was trained in full.
+
+    W_tuned - W_base ≈ lora_B lora_A        the nearest matrix of rank r (`low_rank_approximation`), layer by layer
+
+Weights are read from the files one layer at a time, so that, beside the adapter, memory holds a few copies of one
+layer. The price: what changed beside the targets (embeddings, norms, biases) and what does not fit into rank r is lost;
+the report says how much that is.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from relora.adapters.combine import low_rank_of
-from relora.adapters.peft_format import Adapter, Factors, write_adapter
-from relora.adapters.save_load import all_tensors
+from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.compatibility import all_tensors
+from relora.adapters.low_rank_approximation import nearest_low_rank
+from relora.adapters.peft_format import write_adapter
 from relora.adapters.stored_model import StoredModel
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
@@ -19,18 +27,21 @@ from relora.seeding import keyed_generator
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an extracted adapter keeps of a difference of models; energy is the sum of its squares."""
+    """Report on an extracted adapter: which part of the difference between the two models it keeps.
+
+    The energy of a difference is the sum of the squares of its entries.
+    """
 
     out: str
     r: int
     layers: dict[str, float]
-    """Share of the energy kept, by layer."""
+    """Share of a layer's energy that the adapter keeps, by the layer's path."""
     energy_kept: float
-    """Of all these layers."""
+    """Share of the energy of all these layers together."""
     unchanged: list[str]
-    """Layers that are the same in both models; not in the adapter."""
+    """Target layers whose weights are the same in both models; they are not in the adapter."""
     left_out: list[str]
-    """Other weights that differ (embeddings, norms, biases); not in the adapter."""
+    """Other weights that differ (embeddings, norms, biases); they are not in the adapter."""
 
 
 def extract_adapter(
@@ -42,10 +53,16 @@ def extract_adapter(
     target_modules: str | tuple[str, ...] = "all-linear",
     seed: int = 0,
 ) -> Extraction:
-    """Write `out`, the adapter of rank r nearest to what a full training made of `base`, one layer at a time.
+    """Write the folder `out`: the adapter of rank r with which the model `base` comes nearest to the model `tuned`.
+
+    Args:
+        base: folder or hub id of the model before the training.
+        tuned: folder or hub id of the model after it.
+        target_modules: the layers that the adapter has; see `LowRankConfig`.
+        seed: keys the random draws of the decomposition of large layers.
 
     Raises:
-        UserError: models of different shapes, or alike in all targets, r too large, or `out` is there.
+        UserError: the models have different shapes or are alike in all targets, r is too large, or `out` exists.
         RunStopped: the disk refuses the write.
     """
     if Path(out).exists():
@@ -62,7 +79,7 @@ def extract_adapter(
         difference = after.weight(path).to(dtype) - weight.to(dtype)
         energy = difference.double().square().sum().item()
         if energy:
-            factors, shares[path] = low_rank_of(difference, r, keyed_generator(seed, "extract", path))
+            factors, shares[path] = nearest_low_rank(difference, r, keyed_generator(seed, "extract", path))
             layers[path] = factors
             kept, total = kept + shares[path] * energy, total + energy
     if not layers:
@@ -84,21 +101,23 @@ def extract_adapter(
 
 
 def _check_alike(before: StoredModel, after: StoredModel, tuned: str | Path) -> None:
-    there, here = all_tensors(after.model), all_tensors(before.model)
-    for name, tensor in here.items():
-        if name not in there:
+    """Raise `UserError` unless the tuned model has every tensor of the base, in the same shape."""
+    tuned_tensors = all_tensors(after.model)
+    for name, tensor in all_tensors(before.model).items():
+        if name not in tuned_tensors:
             raise UserError(f"{tuned}: of another architecture than the base (it has no {name})")
-        if there[name].shape != tensor.shape:
-            sides = [" x ".join(map(str, shape)) for shape in (there[name].shape, tensor.shape)]
+        if tuned_tensors[name].shape != tensor.shape:
+            sides = [" x ".join(map(str, shape)) for shape in (tuned_tensors[name].shape, tensor.shape)]
             raise UserError(f"{tuned}: {name} is {sides[0]}, in the base {sides[1]}")
 
 
 def _other_differences(before: StoredModel, after: StoredModel, targets: set[str]) -> list[str]:
-    """Tensors beside the targets that are not the same."""
-    names = [name for name in before.places if name not in targets and name in after.places]
-    return [name for name in names if not _equal(before.places[name].read(), after.places[name].read())]
+    """Return the names of the tensors that differ between the models and are not weights of targets."""
+    names = [name for name in before.tensors if name not in targets and name in after.tensors]
+    return [name for name in names if not _equal(before.tensors[name].read(), after.tensors[name].read())]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors hold the same numbers, whatever their dtypes."""
     dtype = torch.promote_types(one.dtype, other.dtype)
     return torch.equal(one.to(dtype), other.to(dtype))

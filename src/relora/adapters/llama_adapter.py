@@ -1,18 +1,19 @@
-"""LLaMA-Adapter: learned prompts in the attention of the upper layers, let in by a gate that starts at zero.
+"""LLaMA-Adapter: trained prompts in the attention of the upper layers, scaled by a gate that is initialised with zero.
 
     attention(x) = o_proj(softmax(q kᵀ/√d) v  +  g · softmax(q k_Pᵀ/√d) v_P)        k_P, v_P = k_proj(P), v_proj(P)
 
-P [1, length, hidden] and g [1] are all that trains: `adaption_prompt` and `adaption_gate` of a layer's attention. With
-g = 0 the model starts as it was. Zhang et al. 2023 (arXiv 2303.16199, section 3) in the form of PEFT, whose files are
-read and written: q as the layer has it (rotated where it rotates), k_P without a position, and g as it is, one a layer
-(the authors' code takes tanh g, one a head).
+Only the prompts P [1, length, hidden] and the gates g [1] train; they are the parameters `adaption_prompt` and
+`adaption_gate` of a layer's attention module. With g = 0 the model computes exactly what the base computes. The method
+is that of Zhang et al. 2023 (arXiv 2303.16199, section 3) in the form of PEFT, whose files are read and written: q is
+the layer's own query (with rotary positions if the model has them), k_P has no position, and there is one g for each
+layer, used as it is (the authors' code has one for each head and applies tanh to it).
 
-The layer's own forward pass runs, with its own query: transformers lets a layer name the function that computes its
-attention, and ours adds the second term to sdpa's. So cache, positions, packing and padding, which concern keys and
-values of tokens, stay the model's affair, and no weight changes its name. The price: k_P and v_P are computed in every
-forward pass, which reads the weights of k_proj and v_proj once more for every token generated.
+The layer's own forward pass runs. transformers lets a layer name the function that computes its attention, and the
+function here adds the second term to the result of sdpa. Cache, positions, packing and padding concern the keys and
+values of tokens only, so the model handles them as before, and no weight changes its name. The price: k_P and v_P are
+computed in every forward pass, which reads the weights of k_proj and v_proj once more for each generated token.
 
-The gradient of P has the factor g, so it is zero in the first step; that of g is alive at once.
+The gradient of P has the factor g, so it is zero in the first step; the gradient of g is not.
 """
 
 import copy
@@ -37,23 +38,27 @@ from relora.seeding import keyed_generator
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KIND = "ADAPTION_PROMPT"
-"""PEFT's name of the method."""
+"""PEFT's name (`peft_type`) of the method."""
 _PREFIX = "base_model.model."
-"""Of PEFT's keys, before the name that a tensor has in the model."""
+"""Beginning of every key in PEFT's tensor file, before the name of the tensor in the model."""
 _IMPLEMENTATION = "sdpa-with-prompts"
+"""Name under which the attention function is registered with transformers."""
 
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What was put into a model; counts are parameters."""
+    """Report on prompts that were put into a model."""
 
     layers: tuple[str, ...]
-    """Path of every attention that has prompts, from below."""
+    """Paths of the attention modules that have prompts, from the lowest layer to the highest."""
     asked_layers: int
-    """More than there are layers means all of them."""
+    """Number of layers that were asked for; if the model has fewer, all of them have prompts."""
     length: int
+    """Number of prompts of each layer."""
     trainable: int
+    """Number of parameters that train."""
     frozen: int
+    """Number of frozen parameters."""
 
     def __str__(self) -> str:
         count = len(self.layers)
@@ -65,14 +70,20 @@ class PromptReport:
 
 
 def add_prompts(model: PreTrainedModel, *, length: int = 10, layers: int = 30, seed: int) -> PromptReport:
-    """Put prompts into the attention of the upper `layers` and freeze everything else; the function stays, to the bit.
+    """Put new prompts into the attention of the upper layers, and freeze everything else.
 
-    Prompts are drawn from the standard normal distribution, keyed by seed and layer, and kept in fp32 or better. Build
-    the optimizer afterwards: what trains has changed.
+    The gates are zero, so the model's outputs do not change by a single bit. Prompts are drawn from the standard normal
+    distribution, keyed by seed and layer, and kept in fp32 or better. Create the optimizer afterwards, because other
+    parameters train than before.
+
+    Args:
+        length: number of prompts of each layer.
+        layers: number of layers, counted from the highest; all layers if the model has fewer.
+        seed: keys the draw of the prompts.
 
     Raises:
-        UserError: an architecture that is not known here, attention other than sdpa, prompts that are there already,
-            or no length or layer at all. The model is left untouched.
+        UserError: the model's architecture is not supported, its attention is not sdpa, it has prompts already, or
+            `length` or `layers` is less than 1. The model has not changed.
     """
     for key, number in (("length", length), ("layers", layers)):
         if number < 1:
@@ -81,12 +92,12 @@ def add_prompts(model: PreTrainedModel, *, length: int = 10, layers: int = 30, s
     for name in _free_attentions(model)[-layers:]:
         prompt = torch.empty(1, length, model.config.hidden_size, device="cpu")
         values[name] = prompt.normal_(generator=keyed_generator(seed, "prompt", name)), torch.zeros(1)
-    _put(model, values)
+    _insert(model, values)
     return _report(model, layers)
 
 
 def prompt_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All prompts and gates by their name in the model; empty where there are none."""
+    """Return all prompts and gates of a model by their name in it; empty if it has none."""
     return {
         f"{name}.{kind}": attention.get_parameter(kind)
         for name, attention in _prompted(model).items()
@@ -95,10 +106,10 @@ def prompt_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def remove_prompts(model: PreTrainedModel) -> None:
-    """The model as it was before `add_prompts` or `load_prompts`, in place; every parameter may train again.
+    """Remove the prompts and gates, in place; afterwards all floating-point parameters of the model train.
 
     Raises:
-        UserError: it has no prompts.
+        UserError: the model has no prompts.
     """
     attentions = _prompted(model)
     if not attentions:
@@ -111,13 +122,19 @@ def remove_prompts(model: PreTrainedModel) -> None:
 
 
 def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None) -> Path:
-    """Write a new folder that PEFT's `PeftModel.from_pretrained` reads too: prompts, gates and nothing else.
+    """Write the prompts and gates of a model to a new folder, which PEFT's `PeftModel.from_pretrained` can read, too.
 
-    The folder is whole or absent (see `files.atomic`). `base` is the path or hub id of the model that the prompts
-    belong to, for whoever loads them.
+    The folder is whole or absent (see `files.atomic`).
+
+    Args:
+        base: path or hub id of the base model, to be named in the adapter's configuration.
+
+    Returns:
+        The folder.
 
     Raises:
-        UserError: there are no prompts, or `folder` exists. RunStopped: the disk is full or refuses the write.
+        UserError: the model has no prompts, or `folder` exists.
+        RunStopped: the disk is full or refuses the write.
     """
     folder = Path(folder)
     attentions = _prompted(model)
@@ -147,11 +164,11 @@ def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None
 
 
 def load_prompts(model: PreTrainedModel, folder: str | Path) -> PromptReport:
-    """Put the prompts of a folder by `save_prompts` or PEFT into a model, and freeze everything else.
+    """Put the prompts in a folder, written by `save_prompts` or PEFT, into a model, and freeze everything else.
 
     Raises:
-        UserError: not such a folder, prompts of another model, values that are not finite, or see `add_prompts`. The
-            model is left untouched.
+        UserError: the folder holds no prompts of LLaMA-Adapter, or prompts of another model, or numbers that are not
+            finite; or the model cannot take prompts (see `add_prompts`). The model has not changed.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -168,7 +185,7 @@ def load_prompts(model: PreTrainedModel, folder: str | Path) -> PromptReport:
     for name in attentions[-layers:]:
         path = f"{_PREFIX}{name}"
         values[name] = tensors[f"{path}.adaption_prompt"], tensors[f"{path}.adaption_gate"]
-    _put(model, values)
+    _insert(model, values)
     return _report(model, layers)
 
 
@@ -177,14 +194,16 @@ def load_prompts(model: PreTrainedModel, folder: str | Path) -> PromptReport:
 
 @dataclass(frozen=True)
 class _Family:
-    """Where a block keeps its attention, and how that makes keys and values [1, heads, length, size] of prompts."""
+    """The attention modules of an architecture."""
 
     attention: str
+    """Name of the attention module in a block."""
     keys_values: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    """Function from (attention module, prompt [1, length, hidden]) to k_P and v_P, each [1, heads, length, size]."""
 
 
-def _separate(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """One product each; Qwen3 norms every head's keys."""
+def _keys_values_separate(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute k_P and v_P with `k_proj` and `v_proj`; Qwen3 also normalises the keys of each head."""
     heads = (1, prompt.shape[1], -1, attention.head_dim)
     keys, values = attention.k_proj(prompt).view(heads), attention.v_proj(prompt).view(heads)
     if hasattr(attention, "k_norm"):
@@ -192,43 +211,53 @@ def _separate(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-def _side_by_side(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """One product for the queries of all heads, then their keys, then their values."""
+def _keys_values_concatenated(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute k_P and v_P with `qkv_proj`, whose outputs are the queries of all heads, then keys, then values."""
     count = attention.num_key_value_heads
     heads = attention.qkv_proj(prompt).view(1, prompt.shape[1], -1, attention.head_dim).transpose(1, 2)
     return heads[:, -2 * count : -count], heads[:, -count:]
 
 
-def _head_by_head(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """One product, in which every head has its query, key and value together."""
+def _keys_values_interleaved(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute k_P and v_P with `query_key_value`, whose outputs are query, key and value of the first head, and so on."""
     heads = attention.query_key_value(prompt).view(1, prompt.shape[1], -1, 3 * attention.head_size).transpose(1, 2)
     _, keys, values = heads.chunk(3, dim=-1)
     return keys, values
 
 
 _FAMILIES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _Family("self_attn", _separate)),
-    "phi3": _Family("self_attn", _side_by_side),
-    "gpt_neox": _Family("attention", _head_by_head),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _Family("self_attn", _keys_values_separate)),
+    "phi3": _Family("self_attn", _keys_values_concatenated),
+    "gpt_neox": _Family("attention", _keys_values_interleaved),
 }
-"""By `model_type`."""
+"""Supported architectures, by transformers' `model_type`."""
 
 
 def _family(model: PreTrainedModel) -> _Family:
-    kind = model.config.model_type
-    if kind not in _FAMILIES:
-        known = ", ".join(sorted(_FAMILIES))
-        raise UserError(f"LLaMA-Adapter knows {known}, not {short_name(kind)}; `method: lora` takes any architecture")
-    return _FAMILIES[kind]
+    """Look up the model's architecture; `UserError` if it is not supported."""
+    model_type = model.config.model_type
+    if model_type not in _FAMILIES:
+        known, given = ", ".join(sorted(_FAMILIES)), short_name(model_type)
+        raise UserError(f"LLaMA-Adapter knows {known}, not {given}; `method: lora` takes any architecture")
+    return _FAMILIES[model_type]
 
 
-def _attention(
+def _attention_with_prompts(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Tokens' attention and the gated one of prompts, [batch, length, heads, size]; query has heads before length."""
+    """Compute the attention to the tokens plus the gated attention to the prompts; see the module.
+
+    Args:
+        module: the attention module, with prompt and gate.
+        query: [batch, heads, length, size].
+        settings: further arguments of transformers' attention functions.
+
+    Returns:
+        The output [batch, length, heads, size], and None for the attention weights.
+    """
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     keys_values = _FAMILIES[module.config.model_type].keys_values
-    # one prompt for the whole batch: each entry sees the same memory
+    # all rows of the batch have the same prompts, so expanding copies nothing
     keys, values = (
         part.expand(len(query), -1, -1, -1) for part in keys_values(module, module.adaption_prompt.to(query.dtype))
     )
@@ -236,19 +265,23 @@ def _attention(
     return output + (module.adaption_gate * prompted.transpose(1, 2)).to(output.dtype), None
 
 
-AttentionInterface.register(_IMPLEMENTATION, _attention)
+AttentionInterface.register(_IMPLEMENTATION, _attention_with_prompts)
 
 
-# In a model
+# Prompts in a model
 
 
 def _prompted(model: nn.Module) -> dict[str, Any]:
-    """Every attention that has prompts, by its path."""
+    """Return every attention module that has prompts, by its path, from the lowest layer to the highest."""
     return {name: module for name, module in model.named_modules() if "adaption_prompt" in module._parameters}
 
 
 def _free_attentions(model: PreTrainedModel) -> list[str]:
-    """Paths of the attentions of all layers, from below; `UserError` where they cannot take prompts."""
+    """Return the paths of the attention modules of all layers, from the lowest to the highest.
+
+    Raises:
+        UserError: the model has prompts already, is of an unsupported architecture, or its attention is not sdpa.
+    """
     family = _family(model)
     if _prompted(model):
         raise UserError("the model has prompts of LLaMA-Adapter already; remove them first")
@@ -259,23 +292,28 @@ def _free_attentions(model: PreTrainedModel) -> list[str]:
 
 
 @torch.no_grad()
-def _put(model: PreTrainedModel, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Path of an attention -> (prompt, gate); everything else is frozen."""
-    precise = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
+def _insert(model: PreTrainedModel, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give attention modules their prompts and gates as parameters, and freeze everything else.
+
+    Args:
+        values: (prompt, gate) by the path of the attention module.
+    """
+    dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
     model.requires_grad_(False)
     for name, (prompt, gate) in values.items():
         attention: Any = model.get_submodule(name)
         device = next(attention.parameters()).device
-        attention.adaption_prompt = nn.Parameter(prompt.to(device, precise, copy=True))
-        attention.adaption_gate = nn.Parameter(gate.to(device, precise, copy=True))
-        attention.adaption_prompt.zero_until = attention.adaption_gate  # so a training step takes it for no dead tensor
-        attention.adaption_prompt.zero_until = attention.adaption_gate  # where the training step looks for dead tensors
-        config = copy.copy(attention.config)  # all layers share one
+        attention.adaption_prompt = nn.Parameter(prompt.to(device, dtype, copy=True))
+        attention.adaption_gate = nn.Parameter(gate.to(device, dtype, copy=True))
+        # tells the training step that the prompt's gradient may be zero as long as the gate is
+        attention.adaption_prompt.zero_until = attention.adaption_gate
+        config = copy.copy(attention.config)  # a copy, because all layers share one configuration
         config.unprompted, config._attn_implementation = attention.config, _IMPLEMENTATION
         attention.config = config
 
 
 def _report(model: PreTrainedModel, asked_layers: int) -> PromptReport:
+    """Describe the prompts that were put into a model."""
     attentions = _prompted(model)
     trainable = sum(tensor.numel() for tensor in prompt_tensors(model).values())
     return PromptReport(
@@ -287,11 +325,15 @@ def _report(model: PreTrainedModel, asked_layers: int) -> PromptReport:
     )
 
 
-# In a folder
+# Prompts in a folder
 
 
 def _read_settings(file: Path, family: _Family) -> tuple[int, int]:
-    """(prompts of a layer, layers) of an adapter's configuration."""
+    """Read the number of prompts of each layer and the number of layers from an adapter's configuration.
+
+    Raises:
+        UserError: there is no such file, or it does not describe prompts of LLaMA-Adapter for this architecture.
+    """
     try:
         settings = read_json(file, MB // 4)
     except OSError:
@@ -311,19 +353,27 @@ def _read_settings(file: Path, family: _Family) -> tuple[int, int]:
 
 
 def _read_tensors(file: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Floating-point tensors of these names and shapes, all finite; `UserError` for a file that holds anything else."""
+    """Read the tensors of an adapter.
+
+    Args:
+        shapes: the shapes that the file must hold, by key.
+
+    Raises:
+        UserError: the file is missing or damaged, holds other keys or shapes, or entries that are not finite
+            floating-point numbers.
+    """
     try:
         check_header(file)
         with safe_open(file, framework="pt") as stored:
-            there = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-            for name in sorted(there.keys() ^ shapes.keys()):
+            found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+            for name in sorted(found.keys() ^ shapes.keys()):
                 what = "is not in it" if name in shapes else "is none of this model's prompts"
                 raise UserError(f"{file.parent}: `{short_name(name, 120)}` {what}; was it trained on another base?")
-            for name, shape in there.items():
+            for name, shape in found.items():
                 if shape != shapes[name]:
                     wanted = f"{short_repr(shape)} where this model takes {shapes[name]}"
                     raise UserError(f"{file.parent}: `{name}` is {wanted}; was it trained on another base?")
-            tensors = {name: stored.get_tensor(name) for name in there}
+            tensors = {name: stored.get_tensor(name) for name in found}
     except FileNotFoundError:
         raise UserError(f"{file.parent}: has no {file.name}; other files of weights are not read") from None
     except (OSError, SafetensorError) as error:

@@ -1,12 +1,14 @@
-"""Merge an adapter into a model folder, and take it out again, in the memory of one tensor.
+"""Merging an adapter into a model folder, and unmerging it, with one tensor in memory at a time.
 
-Files are copied, then each weight that an adapter changes is read, added to in fp32 or better, cast once to the type it
-is stored in, checked to be finite and written over (`stored`).
+    W' = W + s B A        with DoRA: m (W + s B A) / |W + s B A|, row by row
 
-`relora_merge.json` in the merged folder says what was merged into what, with sha256 sums. With the base at hand an
-adapter is taken out by copying the base's weights back, bit for bit. Without it, W' - s·B A is off by the rounding of
-two casts: each weight by at most eps (of the stored type) times the largest number of its tensor. What DoRA or full
-training put in the place of a weight cannot be subtracted.
+The base's files are copied. Then each weight that the adapter changes is read, changed in fp32 or better, cast once to
+the dtype it is stored in, checked to be finite and written over its old value (`stored_model`).
+
+`relora_merge.json` in the merged folder records which adapter was merged into which base, with sha256 sums. If the base
+still exists, unmerging copies its weights back, bit for bit. If it does not, unmerging computes W' - s B A, with the
+rounding errors of two casts: each weight is off by at most eps (of the stored dtype) times the largest entry of its
+tensor. DoRA and modules that were trained in full replace weights, which cannot be undone by subtraction.
 """
 
 import hashlib
@@ -20,10 +22,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.compatibility import check_fits, check_ties
 from relora.adapters.multi_adapter import Adapters
-from relora.adapters.peft_format import CONFIG, TENSORS, Adapter, Factors, read_adapter
-from relora.adapters.save_load import check_fits, check_ties
-from relora.adapters.stored_model import Place, StoredModel, copied, copy_rest, new_model_folder, sha256
+from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
+from relora.adapters.stored_model import (
+    StoredModel,
+    StoredTensor,
+    copy_and_hash,
+    copy_without_weights,
+    new_model_folder,
+    sha256,
+)
 from relora.errors import NonFinite, UserError
 from relora.files.atomic import write_json
 from relora.files.untrusted import MB, inside, read_json
@@ -31,70 +41,80 @@ from relora.model.load import max_positions, model_folder, open_model
 from relora.seeding import keyed_generator
 
 RECORD = "relora_merge.json"
+"""File in a merged folder that says what was merged into what."""
 
-_ROWS, _LENGTH = 2, 16
-"""Of the tokens on which a merge is checked."""
+_CHECK_ROWS, _CHECK_LENGTH = 2, 16
+"""Shape of the batch of random tokens on which a merged model is compared with base + adapter."""
 
 Change = Callable[[Tensor], Tensor]
-"""What is stored -> what is to be stored, in fp32 or better."""
+"""Function from a stored tensor to the tensor that is to replace it, in fp32 or better."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """Report on a merge."""
 
     out: str
     base: str
     adapter: str
     layers: int
+    """Number of linear layers with a low-rank update."""
     full_tensors: int
-    """Replaced by what was trained in full."""
+    """Number of tensors replaced by those that were trained in full."""
     bytes: int
-    """Of all weights."""
+    """Size of all weight files of the merged model."""
     largest_logit_difference: float | None
-    """Between base + adapter and the merged model, in fp32; None if not measured."""
+    """Largest absolute difference between the logits of base + adapter and of the merged model, both in fp32; None if
+    it was not measured."""
     tokens: int
-    """That it was measured on."""
+    """Number of tokens on which the difference was measured."""
 
 
 @dataclass(frozen=True)
 class UnmergeReport:
-    """What was taken out, and how well."""
+    """Report on an unmerge."""
 
     out: str
     base: str
-    """As it was called when it was merged into."""
+    """The base's name in the record of the merge."""
     adapter: str
+    """The adapter's name in the record of the merge."""
     exact: bool
-    """The base's own weights are back, bit for bit."""
+    """The weights are those of the base, bit for bit."""
     error_bound: float
-    """The most that a weight can be off."""
+    """Upper bound of the absolute error of a weight; 0 if exact."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What relora_merge.json holds; sums are sha256."""
+    """Content of relora_merge.json; sums are sha256."""
 
     base: str
+    """Whole path of the base folder, or its hub id."""
     adapter: str
+    """Whole path of the adapter folder."""
     adapter_sum: str
+    """Sum over both files of the adapter (see `adapter_sum`)."""
     base_files: dict[str, str]
-    """Sums by the names of the weight files."""
+    """Sums of the base's weight files by their names."""
     merged_files: dict[str, str]
+    """Sums of the merged model's weight files by their names."""
 
 
 def merge_adapter(
     adapter_folder: str | Path, out: str | Path, *, base: str | Path | None = None, check: bool = True
 ) -> MergeReport:
-    """Write `out`, a model folder like that of `base` with an adapter merged into its weights.
+    """Write the model folder `out`: that of `base` with an adapter merged into its weights.
 
     Args:
-        base: folder or hub id; by default what the adapter names.
-        check: open both, unless such a model takes more than half of main memory, and compare their logits.
+        base: folder or hub id of the base model; by default the one that the adapter names.
+        check: compare the logits of base + adapter with those of the merged model, unless the weights in fp32 take
+            more than half of main memory.
 
     Raises:
-        UserError: the adapter does not fit, `base` holds a merged one, weights are tied, or `out` is there.
-        NonFinite: merged weights are not finite in the type they are stored in.
+        UserError: the adapter does not fit the base or changes a tied weight under one name only, an adapter is merged
+            into `base` already, no base is known, or `out` exists.
+        NonFinite: a merged weight is not finite in the dtype in which it is stored, or logits are not finite.
         RunStopped: the disk refuses the write. In each case nothing is left behind.
     """
     folder, out = Path(adapter_folder), Path(out)
@@ -114,7 +134,7 @@ def merge_adapter(
     difference: float | None = None
     with new_model_folder(out) as partial:
         base_files = stored.copy_to(partial)
-        _write_over(changes, partial)
+        _write_changes(changes, partial)
         merged_files = {name: sha256(partial / name) or "" for name in base_files}
         summed = adapter_sum(folder) or ""
         record = Record(_full_name(base), _full_name(folder), summed, base_files, merged_files)
@@ -129,21 +149,25 @@ def merge_adapter(
         full_tensors=len(adapter.others),
         bytes=sum((out / name).stat().st_size for name in base_files),
         largest_logit_difference=difference,
-        tokens=0 if difference is None else _ROWS * _length(stored),
+        tokens=0 if difference is None else _CHECK_ROWS * _check_length(stored),
     )
 
 
 def unmerge_adapter(
     merged: str | Path, out: str | Path, *, base: str | Path | None = None, adapter: str | Path | None = None
 ) -> UnmergeReport:
-    """Write `out`, the model folder that an adapter was merged into.
+    """Write the model folder `out`: the base model into which an adapter was merged.
 
     Args:
-        base: where it is now, if not where it was.
-        adapter: likewise; it serves only where the base is gone.
+        merged: the merged model folder.
+        base: folder or hub id of the base; by default the one in the record of the merge.
+        adapter: folder of the adapter, which is needed only if the base is gone; by default the one in the record.
 
     Raises:
-        UserError: nothing was merged, the weights have changed since, or neither base nor adapter can be had.
+        UserError: no adapter was merged into `merged`, its weights have changed since the merge, `base` is not what was
+            merged into, neither base nor adapter exist as they were, the adapter's changes cannot be subtracted, or
+            `out` exists.
+        NonFinite: a weight is not finite in the dtype in which it is stored.
         RunStopped: the disk refuses the write. In each case nothing is left behind.
     """
     merged, out = Path(merged), Path(out)
@@ -153,63 +177,83 @@ def unmerge_adapter(
     for name, expected in record.merged_files.items():
         if sha256(inside(merged, name)) != expected:
             raise UserError(f"{merged / name}: has changed since the merge, so the adapter cannot be taken out")
-    original = _folder_of(record.base if base is None else base)
-    if original is not None and all(sha256(original / name) == sum_ for name, sum_ in record.base_files.items()):
+    original = _existing_folder(record.base if base is None else base)
+    if original is not None and all(
+        sha256(original / name) == expected for name, expected in record.base_files.items()
+    ):
         with new_model_folder(out) as partial:
-            copy_rest(merged, partial, but=RECORD)
+            copy_without_weights(merged, partial, exclude=RECORD)
             for name in record.base_files:
-                copied(inside(original, name), partial / name)
+                copy_and_hash(inside(original, name), partial / name)
         return UnmergeReport(str(out), record.base, record.adapter, exact=True, error_bound=0.0)
     if base is not None:
         raise UserError(f"{base}: is not what {record.adapter} was merged into; its weights differ, or are not there")
-    bound = _subtract(merged, out, record, Path(record.adapter if adapter is None else adapter))
+    bound = _unmerge_by_subtraction(merged, out, record, Path(record.adapter if adapter is None else adapter))
     return UnmergeReport(str(out), record.base, record.adapter, exact=False, error_bound=bound)
 
 
 def adapter_sum(folder: Path) -> str | None:
-    """sha256 over both files of an adapter; None if one is not there."""
+    """Return the sha256 of the sha256 sums of an adapter's two files; None if one of them does not exist."""
     sums = [sha256(folder / name) for name in (CONFIG, TENSORS)]
     return None if None in sums else hashlib.sha256(" ".join(map(str, sums)).encode()).hexdigest()
 
 
 def _changes(
-    stored: StoredModel, adapter: Adapter, changed: Callable[[Tensor, Factors], Tensor]
-) -> list[tuple[Place, Change]]:
-    """Where something changes, and how; `changed` is for weights [out, in]."""
+    stored: StoredModel, adapter: Adapter, changed_weight: Callable[[Tensor, Factors], Tensor]
+) -> list[tuple[StoredTensor, Change]]:
+    """List the stored tensors that change, each with the function that changes it.
 
-    def of_layer(path: str, factors: Factors) -> Change:
+    Args:
+        changed_weight: computes the new weight [out, in] of a linear layer from the old one and the layer's factors.
+    """
+
+    def change_of_layer(path: str, factors: Factors) -> Change:
         if stored.is_transposed(path):
-            return lambda weight: changed(weight.T, factors).T
-        return lambda weight: changed(weight, factors)
+            return lambda weight: changed_weight(weight.T, factors).T
+        return lambda weight: changed_weight(weight, factors)
 
-    def of_tensor(tensor: Tensor) -> Change:
+    def replacement_by(tensor: Tensor) -> Change:
         return lambda _: tensor
 
-    layers = [(stored.place(f"{path}.weight"), of_layer(path, factors)) for path, factors in adapter.layers.items()]
-    return layers + [(stored.place(key), of_tensor(tensor)) for key, tensor in adapter.others.items()]
+    changes = [
+        (stored.find(f"{path}.weight"), change_of_layer(path, factors)) for path, factors in adapter.layers.items()
+    ]
+    return changes + [(stored.find(key), replacement_by(tensor)) for key, tensor in adapter.others.items()]
 
 
-def _subtracted(weight: Tensor, factors: Factors) -> Tensor:
+def _subtract_update(weight: Tensor, factors: Factors) -> Tensor:
+    """Return W - s B A [out, in] in fp32 or better."""
     delta = factors.delta(torch.promote_types(weight.dtype, torch.float32))
     return weight.to(delta.dtype) - delta
 
 
-def _write_over(changes: list[tuple[Place, Change]], folder: Path) -> float:
-    """Change the copies in `folder`; the most that a weight is off after two such casts."""
+def _write_changes(changes: list[tuple[StoredTensor, Change]], folder: Path) -> float:
+    """Change the tensors in the copies of their files in `folder`.
+
+    Returns:
+        The upper bound of a weight's error after two casts to the stored dtype, that of the merge and this one.
+
+    Raises:
+        NonFinite: a changed tensor is not finite in the dtype in which it is stored.
+    """
     bound = 0.0
-    for place, change in changes:
-        old = place.read()
+    for stored, change in changes:
+        old = stored.read()
         new = change(old).to(old.dtype)
         if not torch.isfinite(new).all():
-            kind = str(old.dtype).removeprefix("torch.")
-            raise NonFinite(f"{place.name}: would not be finite in {kind}, as it is stored; nothing was written")
+            dtype = str(old.dtype).removeprefix("torch.")
+            raise NonFinite(f"{stored.name}: would not be finite in {dtype}, as it is stored; nothing was written")
         bound = max(bound, torch.finfo(new.dtype).eps * max(old.abs().max().item(), new.abs().max().item()))
-        place.write(new, folder)
+        stored.write(new, folder)
     return bound
 
 
-def _subtract(merged: Path, out: Path, record: Record, folder: Path) -> float:
-    """Take an adapter out by arithmetic; the most that a weight can be off."""
+def _unmerge_by_subtraction(merged: Path, out: Path, record: Record, folder: Path) -> float:
+    """Write `out` by subtracting the update of the adapter in `folder`; return the upper bound of a weight's error.
+
+    Raises:
+        UserError: the adapter is not the one that was merged, or it replaced weights.
+    """
     if adapter_sum(folder) != record.adapter_sum:
         raise UserError(
             f"{merged}: neither its base ({record.base}) nor its adapter ({folder}) is there as it was; "
@@ -220,36 +264,43 @@ def _subtract(merged: Path, out: Path, record: Record, folder: Path) -> float:
         what = "DoRA scaled weights" if adapter.dora else "what was trained in full replaced weights"
         raise UserError(f"{merged}: {what}, which only the base ({record.base}) can undo; give it by --base")
     stored = StoredModel(merged)
-    changes = _changes(stored, adapter, _subtracted)
+    changes = _changes(stored, adapter, _subtract_update)
     with new_model_folder(out) as partial:
         stored.copy_to(partial)
         (partial / RECORD).unlink()
-        return _write_over(changes, partial)
+        return _write_changes(changes, partial)
 
 
 @torch.no_grad()
 def _largest_logit_difference(stored: StoredModel, folder: Path, merged: Path) -> float:
-    """Between base + adapter and the merged model, in fp32, on drawn tokens."""
+    """Return the largest difference between the logits of base + adapter and of the merged model, on random tokens.
+
+    Both models are opened in fp32, one after the other. `folder` is the adapter's.
+
+    Raises:
+        NonFinite: a logit is not finite.
+    """
     rows = stored.model.get_input_embeddings().num_embeddings
-    ids = torch.randint(rows, (_ROWS, _length(stored)), generator=keyed_generator(0, "merge check"))
+    ids = torch.randint(rows, (_CHECK_ROWS, _check_length(stored)), generator=keyed_generator(0, "merge check"))
     model = open_model(stored.folder).eval()
     adapters = Adapters(model)
     adapters.load("adapter", folder)
     adapters.use("adapter")
     logits = model(ids).logits
-    del model, adapters  # one model at a time
+    del model, adapters  # so that only one model is in memory
     difference: float = (open_model(merged).eval()(ids).logits - logits).abs().max().item()
     if not math.isfinite(difference):
         raise NonFinite(f"{folder}: with this adapter the model's logits are not finite; nothing was written")
     return difference
 
 
-def _length(stored: StoredModel) -> int:
-    return min(_LENGTH, max_positions(stored.model) or _LENGTH)
+def _check_length(stored: StoredModel) -> int:
+    """Return the length of the sequences on which the logits are compared, at most the model's positions."""
+    return min(_CHECK_LENGTH, max_positions(stored.model) or _CHECK_LENGTH)
 
 
-def _folder_of(model: str | Path) -> Path | None:
-    """The folder of a model given as a folder or a hub id; None if it cannot be had any more."""
+def _existing_folder(model: str | Path) -> Path | None:
+    """Return the local folder of a model given as a folder or hub id; None if there is no such model any more."""
     try:
         return model_folder(model)
     except UserError:
@@ -257,12 +308,13 @@ def _folder_of(model: str | Path) -> Path | None:
 
 
 def _full_name(model: str | Path) -> str:
-    """A folder by its whole path, for whoever looks for it from elsewhere; a hub id as it is."""
+    """Return the absolute path of a folder, so that it is found from other working directories; a hub id unchanged."""
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
 def _read_record(folder: Path) -> Record:
-    read_json(folder / RECORD, MB)  # a plain file of an honest size
+    """Read relora_merge.json; `UserError` if it is damaged or names files outside the folder."""
+    read_json(folder / RECORD, MB)  # refuses anything but a regular file of at most 1 MB
     try:
         record = TypeAdapter(Record).validate_json((folder / RECORD).read_bytes(), strict=True)
     except ValidationError:

@@ -1,15 +1,16 @@
-"""Several adapters on one base model, without loading anything twice: one at a time, or another one for every row.
+"""Several adapters on one base model in memory: one of them for the whole batch, or one for each row of it.
 
-    y_i = W x_i + s B_a A_a x_i        row i of the batch, with its adapter a(i); rows are grouped by adapter
+    y_i = W x_i + s B_a A_a x_i        row i of the batch, with its adapter a = a(i); rows are grouped by adapter
     y_i = m_a / |W + s B_a A_a| (W x_i + s B_a A_a x_i)        with DoRA; the quotient is computed once, at loading
 
-Forward hooks add to what the base's own layers return, so the base is never touched: what is left after the last
-adapter is removed is the plain model, bit for bit. For inference alone (`load_adapter` is for training). An adapter
-costs its own size, and a step of it the thin products; a merged model costs neither and has one adapter.
+Forward hooks add the update to what the base's own layers return. No weight of the base changes, so after the last
+adapter is removed the model is the plain one, bit for bit. This is for inference alone; `load_adapter` is for training.
+The price: each adapter takes its own size in memory, and each forward pass the products with A and B. A merged model
+has neither cost, but it has one adapter only.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,18 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from relora.adapters.peft_format import Factors, read_adapter
-from relora.adapters.save_load import check_fits
+from relora.adapters.adapter import Factors
+from relora.adapters.compatibility import check_fits
+from relora.adapters.peft_format import read_adapter
 from relora.errors import UserError
 from relora.lowrank.inject import is_conv1d
 from relora.lowrank.linear import LowRankLinear
 
 Which = str | None | Sequence[str | None]
-"""An adapter's name for all rows, None for the plain model, or one of these for each row of the batch."""
+"""Selection of adapters: one name for all rows, None for the plain model, or a sequence of these, one for each row."""
 
 
 class Adapters:
-    """The adapters of one model in memory; the model itself is called as always.
+    """The LoRA adapters of one model in memory; the model itself is called as without adapters.
 
     adapters = Adapters(model.eval())
     adapters.load("fr", "adapters/french")
@@ -38,25 +40,26 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._sites: dict[str, _Site] = {}
+        self._hooked: dict[str, _HookedModule] = {}
         self._sizes: dict[str, int] = {}
-        self._active = _Active()
+        self._selection = _Selection()
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters that are loaded, in the order of loading."""
+        """Names of the adapters, in the order of loading."""
         return list(self._sizes)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes that each adapter takes in memory."""
+        """Bytes that each adapter takes in memory, by its name."""
         return dict(self._sizes)
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read an adapter; it acts from the next `use` of it on.
+        """Read the adapter in `folder` into memory under a name; it has no effect until `use` selects it.
 
         Raises:
-            UserError: the name is taken, it is no adapter, or that of another base. Nothing has changed.
+            UserError: an adapter of this name is loaded, the folder holds no adapter, or the adapter is for another
+                base or replaces a tensor of a module that has children. Nothing has changed.
         """
         if name in self._sizes:
             raise UserError(f"{name}: an adapter of this name is loaded; remove it first, or give another name")
@@ -64,7 +67,7 @@ class Adapters:
         check_fits(adapter, self._model, folder)
         updates: dict[str, _Update] = {}
         for path, factors in adapter.layers.items():
-            updates[path] = _update(self._model.get_submodule(path), factors)
+            updates[path] = _low_rank_update(self._model.get_submodule(path), factors)
         for key, tensor in adapter.others.items():
             path, _, parameter = key.rpartition(".")
             module = self._model.get_submodule(path)
@@ -73,16 +76,16 @@ class Adapters:
             like = module.get_parameter(parameter) if parameter in module._parameters else module.get_buffer(parameter)
             updates.setdefault(path, _Update()).tensors[parameter] = tensor.to(like.device, like.dtype, copy=True)
         for path, update in updates.items():
-            if path not in self._sites:
-                self._sites[path] = _Site(self._model.get_submodule(path), self._active)
-            self._sites[path].updates[name] = update
+            if path not in self._hooked:
+                self._hooked[path] = _HookedModule(self._model.get_submodule(path), self._selection)
+            self._hooked[path].updates[name] = update
         self._sizes[name] = sum(update.bytes for update in updates.values())
 
     def use(self, which: Which) -> None:
-        """Let an adapter act on all rows, none (None), or for each row of the batches to come the one named for it.
+        """Select the adapter for all rows of the following batches, none of them (None), or one for each row.
 
         Raises:
-            UserError: an adapter that is not loaded, or an empty list. Nothing has changed.
+            UserError: an adapter is not loaded, or the sequence is empty. Nothing has changed.
         """
         rows = [which] if which is None or isinstance(which, str) else list(which)
         if not rows:
@@ -90,107 +93,121 @@ class Adapters:
         for name in rows:
             if name is not None and name not in self._sizes:
                 raise UserError(f"{name}: no such adapter is loaded; loaded are {', '.join(self._sizes) or 'none'}")
-        self._active.rows = None if which is None or isinstance(which, str) else len(rows)
-        self._active.groups = {name: [i for i, row in enumerate(rows) if row == name] for name in rows if name}
+        self._selection.row_count = None if which is None or isinstance(which, str) else len(rows)
+        self._selection.rows_by_adapter = {
+            name: [i for i, row in enumerate(rows) if row == name] for name in rows if name
+        }
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and free its memory; where it is in use, no adapter is from now on."""
+        """Unload an adapter and free its memory; if it is in use, the plain model is in use from now on.
+
+        Raises:
+            UserError: no adapter of this name is loaded.
+        """
         if name not in self._sizes:
             raise UserError(f"{name}: no such adapter is loaded; loaded are {', '.join(self._sizes) or 'none'}")
-        if name in self._active.groups:
+        if name in self._selection.rows_by_adapter:
             self.use(None)
         del self._sizes[name]
-        for path, site in list(self._sites.items()):
-            site.updates.pop(name, None)
-            if not site.updates:
-                site.handle.remove()
-                del self._sites[path]
+        for path, hooked in list(self._hooked.items()):
+            hooked.updates.pop(name, None)
+            if not hooked.updates:
+                hooked.handle.remove()
+                del self._hooked[path]
 
 
 @dataclass
-class _Active:
-    """What all sites look at."""
+class _Selection:
+    """The adapters in use; one object that all hooked modules share."""
 
-    groups: dict[str, list[int]] = field(default_factory=dict)
-    """Rows of the batch by adapter."""
-    rows: int | None = None
-    """Of a batch, where they were named one by one; None if one adapter is for all."""
+    rows_by_adapter: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of the batch by the name of their adapter; rows of the plain model are left out."""
+    row_count: int | None = None
+    """Number of rows that a batch must have, if adapters were selected row by row; None if one is for all rows."""
 
 
 @dataclass
 class _Update:
-    """What one adapter does at one module."""
+    """The part of one adapter that belongs to one module: low-rank factors, replaced tensors, or both."""
 
     factors: Factors | None = None
     row_scale: Tensor | None = None
-    """m / |W + s B A| [out] with DoRA."""
+    """m / |W + s B A| [out] with DoRA; None without."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """In place of the module's own."""
+    """Tensors that were trained in full and replace the module's own, by name."""
 
     @property
     def bytes(self) -> int:
-        tensors = [*self.tensors.values(), *(self.factors.tensors if self.factors else ())]
-        return sum(tensor.nbytes for tensor in (*tensors, *([] if self.row_scale is None else [self.row_scale])))
+        """Size in memory."""
+        tensors = list(self.tensors.values())
+        if self.factors is not None:
+            tensors += self.factors.tensors
+        if self.row_scale is not None:
+            tensors.append(self.row_scale)
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def of(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The output for input x, of which the base makes y."""
+    def apply(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the module's output for the input x with this adapter; y is its output without an adapter."""
         if self.tensors:
-            y = _with(module, self.tensors, x)
+            y = _forward_with(module, self.tensors, x)
         if self.factors is None:
             return y
-        low = torch.promote_types(y.dtype, self.factors.lora_A.dtype)
+        dtype = torch.promote_types(y.dtype, self.factors.lora_A.dtype)
         update = self.factors.scaling * F.linear(
-            F.linear(x.to(low), self.factors.lora_A.to(low)), self.factors.lora_B.to(low)
+            F.linear(x.to(dtype), self.factors.lora_A.to(dtype)), self.factors.lora_B.to(dtype)
         )
         if self.row_scale is None:
-            return (y.to(low) + update).to(y.dtype)
+            return (y.to(dtype) + update).to(y.dtype)
         bias = self.tensors.get("bias", module.bias)
         if not isinstance(bias, Tensor):
-            return (self.row_scale * (y.to(low) + update)).to(y.dtype)
-        return (self.row_scale * (y.to(low) - bias + update) + bias).to(y.dtype)
+            return (self.row_scale * (y.to(dtype) + update)).to(y.dtype)
+        return (self.row_scale * (y.to(dtype) - bias + update) + bias).to(y.dtype)
 
 
-class _Site:
-    """One module and what the adapters do there, as a hook on its forward."""
+class _HookedModule:
+    """One module, the updates that the loaded adapters have for it, and the forward hook that applies them."""
 
-    def __init__(self, module: nn.Module, active: _Active) -> None:
+    def __init__(self, module: nn.Module, selection: _Selection) -> None:
         self.updates: dict[str, _Update] = {}
-        self._active = active
-        self.handle: RemovableHandle = module.register_forward_hook(self._after)
+        self._selection = selection
+        self.handle: RemovableHandle = module.register_forward_hook(self._after_forward)
 
-    def _after(self, module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        groups = {name: rows for name, rows in self._active.groups.items() if name in self.updates}
+    def _after_forward(self, module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """Replace the module's output y by that with the selected adapters; rows without an adapter keep theirs."""
+        groups = {name: rows for name, rows in self._selection.rows_by_adapter.items() if name in self.updates}
         if not groups:
             return y
         if module.training:
             raise UserError("several adapters serve inference alone: call model.eval(), or train with load_adapter")
         x = arguments[0]
-        if self._active.rows is None:
+        row_count = self._selection.row_count
+        if row_count is None:
             (name,) = groups
-            return self.updates[name].of(module, x, y)
-        if len(x) != self._active.rows:
-            raise UserError(f"adapters were named for {self._active.rows} rows, but the batch has {len(x)}")
+            return self.updates[name].apply(module, x, y)
+        if len(x) != row_count:
+            raise UserError(f"adapters were named for {row_count} rows, but the batch has {len(x)}")
         mixed = y.clone()
         for name, rows in groups.items():
             index = torch.tensor(rows, device=x.device)
-            mixed[index] = self.updates[name].of(module, x[index], y[index])
+            mixed[index] = self.updates[name].apply(module, x[index], y[index])
         return mixed
 
 
 @torch.no_grad()
-def _update(module: nn.Module, factors: Factors) -> _Update:
-    """An adapter's factors beside a layer: on its device, in fp32 or the layer's finer precision."""
-    weight = _weight(module)
+def _low_rank_update(module: nn.Module, factors: Factors) -> _Update:
+    """Copy an adapter's factors to a layer's device, in fp32 or the layer's own precision if that is higher."""
+    weight = _effective_weight(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (tensor.to(weight.device, dtype, copy=True) for tensor in (factors.lora_A, factors.lora_B))
+    lora_A, lora_B = (tensor.to(weight.device, dtype, copy=True) for tensor in (factors.lora_A, factors.lora_B))
+    copied = Factors(lora_A, lora_B, factors.scaling)
     if factors.magnitude is None:
-        return _Update(Factors(a, b, factors.scaling))
-    near = Factors(a, b, factors.scaling, factors.magnitude.to(weight.device))
-    return _Update(Factors(a, b, factors.scaling), row_scale=near.row_scale(near.delta(dtype) + weight))
+        return _Update(copied)
+    with_magnitude = replace(copied, magnitude=factors.magnitude.to(weight.device))
+    return _Update(copied, row_scale=with_magnitude.row_scale(copied.delta(dtype) + weight))
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """What a linear layer of any kind multiplies by [out, in]."""
+def _effective_weight(module: nn.Module) -> Tensor:
+    """Return the weight [out, in] that a linear layer multiplies by; of a low-rank layer, W + s B A."""
     if isinstance(module, LowRankLinear):
         exact = module.base.exact.to(module.weight.device)
         return module.base.reorient(exact + module.delta().to(exact))
@@ -199,15 +216,15 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
-def _with(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The module's output for x with other parameters; its own are back afterwards."""
-    places = {name: module._parameters if name in module._parameters else module._buffers for name in tensors}
-    own = {name: places[name][name] for name in tensors}
+def _forward_with(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Run a module's forward pass on x with other parameters and buffers; afterwards it has its own again."""
+    registries = {name: module._parameters if name in module._parameters else module._buffers for name in tensors}
+    own_tensors = {name: registries[name][name] for name in tensors}
     try:
         for name, tensor in tensors.items():
-            places[name][name] = tensor  # type: ignore[assignment]
+            registries[name][name] = tensor  # type: ignore[assignment]
         output: Tensor = module.forward(x)
         return output
     finally:
-        for name, mine in own.items():
-            places[name][name] = mine  # type: ignore[assignment]
+        for name, own_tensor in own_tensors.items():
+            registries[name][name] = own_tensor  # type: ignore[assignment]

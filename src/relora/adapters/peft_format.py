@@ -1,16 +1,16 @@
-"""Adapters: trained updates in a folder of their own, a few MB beside the base model; PEFT's format, both ways.
+"""The adapter format of PEFT, read and written: a folder with the trained update of a base model, a few MB large.
 
     adapter_config.json        peft_type LORA, r, lora_alpha, rank_pattern, alpha_pattern, use_rslora, use_dora, ...
     adapter_model.safetensors  base_model.model.PATH.lora_A.weight [r, in], .lora_B.weight [out, r]
                                base_model.model.PATH.lora_magnitude_vector [out]    with DoRA
-                               base_model.model.PATH.PARAMETER                      of what was trained in full
+                               base_model.model.PATH.PARAMETER                      tensors trained in full
 
     W' = W + s B A             s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
     W' = m (W + s B A) / |W + s B A|        with DoRA, row by row
 
-PEFT 0.17 to 0.21 reads what is written here, and the other way round. A layer stands under its path in the model, so an
-adapter fits its own base and no other. What changes the function and is not known here is refused by the name of its
-key; what does not is passed over.
+PEFT 0.17 to 0.21 reads what is written here, and the other way round. A layer is identified by its path in the model,
+so an adapter fits models of its base's structure only. A configuration key that changes what the adapter computes and
+is not supported here is refused by its name; all other unknown keys are ignored.
 """
 
 import math
@@ -18,7 +18,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,116 +27,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from relora.adapters.adapter import Adapter, Factors
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder, write_json
 from relora.files.untrusted import MB, check_folder, check_header, read_json
-from relora.lowrank.dora import row_norms
 from relora.lowrank.patterns import by_pattern, compile_end_pattern
 from relora.messages import first_line, first_mistake, short_name, short_repr
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+"""Beginning of every key in the tensor file, before the path in the model."""
 MOST_REPEATS = 3
-"""`*` and `+` in a pattern: time to match grows with the length of a name to this power."""
+"""Most `*`, `+` and `{` in a pattern; the time to match grows with the length of a name to this power."""
 LONGEST_PATTERN = 200
+"""Most characters in a pattern."""
 
 T = TypeVar("T", bound=float)
 
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_UNKNOWN = (
+_UNSUPPORTED = (
     *("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "trainable_token_indices"),
     *("target_parameters", "megatron_config", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
-"""Keys of PEFT's LoraConfig that, where they are set, make another function of the factors."""
-_ADDED_TO_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Starts (`init_lora_weights`) that leave the base as it is; all others train beside a changed one."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The update of one linear layer."""
-
-    lora_A: Tensor
-    """[r, in]"""
-    lora_B: Tensor
-    """[out, r]"""
-    scaling: float
-    magnitude: Tensor | None = None
-    """[out]; DoRA (Liu et al. 2024, arXiv 2402.09353, section 4.1), None of plain LoRA."""
-
-    @property
-    def r(self) -> int:
-        """Rank."""
-        return self.lora_A.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the layer."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All there is to store."""
-        return (self.lora_A, self.lora_B) if self.magnitude is None else (self.lora_A, self.lora_B, self.magnitude)
-
-    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s·B A [out, in], in `dtype` or the factors' own, whichever is finer."""
-        dtype = torch.promote_types(dtype, self.lora_A.dtype)
-        return (self.scaling * self.lora_B.to(dtype)) @ self.lora_A.to(dtype)
-
-    def added_to(self, weight: Tensor) -> Tensor:
-        """W' [out, in] of W [out, in], in fp32 or better."""
-        delta = self.delta(torch.promote_types(weight.dtype, torch.float32))
-        sums = delta.add_(weight.to(delta.dtype))
-        return sums if self.magnitude is None else sums.mul_(self.row_scale(sums)[:, None])
-
-    def row_scale(self, sums: Tensor) -> Tensor:
-        """m / |W + s B A| [out] of W + s B A [out, in]."""
-        assert self.magnitude is not None
-        return self.magnitude.to(sums.dtype) / row_norms(sums)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """What a folder holds."""
-
-    layers: Mapping[str, Factors]
-    """By path of the layer."""
-    others: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors trained in full, by their key in the model's state."""
-    base: str | None = None
-    """The base model as it was called when the adapter was made: a folder or a hub id."""
-    targets: tuple[str, ...] = ()
-    """Names that select the layers, and nothing else, in the base; empty: only their whole paths do."""
-    rslora: bool = False
-    dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    """The base's layers are `Conv1D`; the factors do not depend on it, PEFT wants to be told."""
-    tied: bool = False
-    """`others` holds tied weights, once for each of their names."""
-    task_type: str | None = None
-
-    @property
-    def dora(self) -> bool:
-        """Each layer has a magnitude."""
-        return any(factors.magnitude is not None for factors in self.layers.values())
-
-    @property
-    def tensors(self) -> Iterator[Tensor]:
-        """All there is to store."""
-        for factors in self.layers.values():
-            yield from factors.tensors
-        yield from self.others.values()
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in it."""
-        return sum(tensor.numel() for tensor in self.tensors)
+"""Keys of PEFT's LoraConfig that, if they are set, let the factors mean another function than in the module above."""
+_BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations (`init_lora_weights`) that leave the base weights as they are; all others change them."""
 
 
 class _Config(BaseModel):
-    """The part of adapter_config.json that says which function the tensors are."""
+    """The keys of adapter_config.json that determine which function the tensors describe; defaults are PEFT's."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -158,22 +77,25 @@ class _Config(BaseModel):
     ensure_weight_tying: bool | None = None
 
     def scaling(self, path: str, r: int) -> float:
-        """s of a layer of rank r."""
+        """Return the scaling s of the layer at `path`, whose rank is r."""
         alpha = by_pattern(self.alpha_pattern or {}, path, self.lora_alpha, "alpha_pattern")
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """The adapter in a folder, checked for itself: keys, names, shapes, finite numbers.
+    """Read the adapter in a folder and check it: configuration, names of tensors, shapes, finite numbers.
+
+    Whether it fits a model is checked by `compatibility`.
 
     Raises:
-        UserError: no adapter, one of another kind, damaged, pickled, or one that needs what is not known here.
+        UserError: the folder holds no adapter, or one that is of another kind, damaged, pickled, or that uses what is
+            not supported here.
     """
     folder = Path(folder)
-    config = _parsed(read_config(folder), folder / CONFIG)
+    config = _checked_config(read_config(folder), folder / CONFIG)
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    with _opened(folder / TENSORS) as file:
+    with _open_tensors(folder / TENSORS) as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no mapping
     for key, tensor in stored.items():
         name, where = key.removeprefix(PREFIX), f"{folder / TENSORS}: `{short_name(key, 160)}`"
@@ -194,7 +116,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise UserError(f"{folder / TENSORS}: holds factors and another weight for {short_name(path, 160)}")
     exact = isinstance(config.target_modules, list) and not (config.exclude_modules or config.layers_to_transform)
     return Adapter(
-        layers={path: _factors(path, tensors, config, folder) for path, tensors in layers.items()},
+        layers={path: _layer_factors(path, tensors, config, folder) for path, tensors in layers.items()},
         others=others,
         base=config.base_model_name_or_path,
         targets=tuple(sorted(config.target_modules or ())) if exact else (),
@@ -207,7 +129,11 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder, of whatever kind of adapter."""
+    """Read the adapter_config.json in a folder, whatever kind of adapter it describes.
+
+    Raises:
+        UserError: no such folder, no adapter_config.json in it, or not a JSON object.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds {CONFIG}")
     check_folder(folder)
@@ -220,17 +146,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an adapter of any kind, from the header alone."""
-    with _opened(folder / TENSORS) as file:
+    """Read the shape of every tensor of an adapter of any kind, by its key, from the header of the tensor file."""
+    with _open_tensors(folder / TENSORS) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a folder that PEFT loads; it is whole or absent (see `files.atomic`).
+    """Write an adapter as a folder that PEFT loads; the folder is whole or absent (see `files.atomic`).
+
+    Returns:
+        The folder.
 
     Raises:
-        UserError: `folder` is there; with `overwrite`, if it is anything but an adapter.
-        RunStopped: the disk is full or refuses the write; what was there is untouched.
+        UserError: `folder` exists; with `overwrite`, only if it holds something other than an adapter.
+        RunStopped: the disk is full or refuses the write. A folder that existed has not changed.
     """
     folder = Path(folder)
     if folder.exists() and not (overwrite and (folder / CONFIG).is_file()):
@@ -244,7 +173,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
     for key, tensor in adapter.others.items():
         path, _, name = key.rpartition(".")
         tensors[f"{PREFIX}{path}.base_layer.{name}" if path in adapter.layers else f"{PREFIX}{key}"] = tensor
-    # copies: tied weights are one tensor under two names, which the file format does not allow
+    # tied weights are one tensor under two names, which the file format does not allow, so every tensor is copied
     stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     try:
         with atomic_folder(folder, replace=overwrite, parents=True) as partial:
@@ -256,33 +185,44 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
 
 
 def common_and_patterns(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """The most frequent value of all layers, and patterns for the others, as short as they can be."""
+    """Split values by layer into a common one and patterns for the layers that differ, as PEFT's format stores them.
+
+    Returns:
+        The most frequent value, and the values of all other layers by patterns for the ends of their paths. Each
+        pattern is the shortest of: last part of the path, whole path, whole path anchored at the start, that matches
+        no layer of another value.
+    """
     common = Counter(values.values()).most_common(1)[0][0]
     patterns: dict[str, T] = {}
     for path, value in values.items():
         if value != common and by_pattern(patterns, path, common, "") != value:
             keys = (path.rpartition(".")[2], path, f"^{re.escape(path)}")
-            fitting = (key for key in keys if all(_matched(key, other) <= (values[other] == value) for other in values))
-            patterns[next(fitting)] = value
+            different = [other for other in values if values[other] != value]
+            patterns[next(key for key in keys if not any(_matches(key, other) for other in different))] = value
     return common, patterns
 
 
-def _matched(key: str, path: str) -> bool:
+def _matches(key: str, path: str) -> bool:
+    """Tell whether the pattern `key` matches the end of a path."""
     return bool(compile_end_pattern(key, "").match(path))
 
 
-def _parsed(tree: dict[str, Any], file: Path) -> _Config:
-    """The checked configuration of an adapter of our kind."""
+def _checked_config(tree: dict[str, Any], file: Path) -> _Config:
+    """Check the configuration `tree` of a LoRA adapter, read from `file`.
+
+    Raises:
+        UserError: another kind of adapter, an unsupported key, or a value of a wrong type.
+    """
     kind = tree.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{file}: peft_type {short_repr(kind)} is not LORA: only LoRA, rsLoRA and DoRA are known here")
-    for key in _UNKNOWN:
+    for key in _UNSUPPORTED:
         if tree.get(key):
             raise UserError(f"{file}: `{key}` is {short_repr(tree[key])}, which is not supported here")
-    start = tree.get("init_lora_weights")
-    if start not in _ADDED_TO_THE_BASE:
+    init = tree.get("init_lora_weights")
+    if init not in _BASE_UNCHANGED:
         raise UserError(
-            f"{file}: `init_lora_weights` is {short_repr(start)}: its base is not the original; save it in PEFT with "
+            f"{file}: `init_lora_weights` is {short_repr(init)}: its base is not the original; save it in PEFT with "
             "`path_initial_model_for_weight_conversion`"
         )
     try:
@@ -296,35 +236,52 @@ def _parsed(tree: dict[str, Any], file: Path) -> _Config:
 
 
 def _check_pattern(key: str, where: str) -> None:
-    """`UserError` for what is no regular expression, or one that could take for ever to match."""
+    """Check that a pattern of the setting `where` is a regular expression that is matched in a short time.
+
+    Raises:
+        UserError: it is not a regular expression, is too long, or has too many or nested repeats.
+    """
     repeats = len(re.findall(r"[*+{]", key))
     if len(key) > LONGEST_PATTERN or repeats > MOST_REPEATS or re.search(r"\)[*+{]|\{[^}]*\d{3}", key):
         raise UserError(f"{where}: {short_repr(key)} has more repeats (`*`, `+`) than the name of a layer needs")
     compile_end_pattern(key, where)
 
 
-def _factors(path: str, tensors: Mapping[str, Tensor], config: _Config, folder: Path) -> Factors:
-    """One layer's tensors, if they belong together and to the configuration."""
+def _layer_factors(path: str, tensors: Mapping[str, Tensor], config: _Config, folder: Path) -> Factors:
+    """Build one layer's update from its tensors.
+
+    Args:
+        tensors: by `lora_A`, `lora_B`, `lora_magnitude_vector`.
+        folder: the adapter's folder, for messages.
+
+    Raises:
+        UserError: a tensor is missing or superfluous, or shapes do not fit each other or the configuration's rank.
+    """
     where = f"{folder}: {short_name(path, 160)}"
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.use_dora else set())
     if tensors.keys() != wanted:
         differing = ", ".join(sorted(tensors.keys() ^ wanted))
         raise UserError(f"{where}: {differing} {'is' if ',' not in differing else 'are'} missing, or too much")
-    a, b, magnitude = (tensors.get(name) for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
-    assert a is not None and b is not None
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise UserError(f"{where}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no [r, in] and [out, r]")
-    if magnitude is not None and magnitude.shape != b.shape[:1]:
-        raise UserError(f"{where}: lora_magnitude_vector is {list(magnitude.shape)} for {b.shape[0]} outputs")
+    lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+    magnitude = tensors.get("lora_magnitude_vector")
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or not lora_A.shape[0]:
+        sides = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
+        raise UserError(f"{where}: {sides} are no [r, in] and [out, r]")
+    if magnitude is not None and magnitude.shape != lora_B.shape[:1]:
+        raise UserError(f"{where}: lora_magnitude_vector is {list(magnitude.shape)} for {lora_B.shape[0]} outputs")
     r = by_pattern(config.rank_pattern or {}, path, config.r, "rank_pattern")
-    if r != a.shape[0]:
-        raise UserError(f"{where}: has rank {a.shape[0]}, {CONFIG} says {r}")
-    return Factors(a, b, config.scaling(path, r), magnitude)
+    if r != lora_A.shape[0]:
+        raise UserError(f"{where}: has rank {lora_A.shape[0]}, {CONFIG} says {r}")
+    return Factors(lora_A, lora_B, config.scaling(path, r), magnitude)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; `UserError` where there is none, or none that can be read."""
+def _open_tensors(file: Path) -> Iterator[Any]:
+    """Open the safetensors file of an adapter for the block.
+
+    Raises:
+        UserError: there is no such file, only a pickled one, or the file is damaged.
+    """
     if not file.is_file():
         pickled = next((other for other in file.parent.glob("adapter_model.*")), None)
         if pickled is None:
@@ -342,10 +299,10 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    """adapter_config.json; what is left out has PEFT's defaults."""
+    """Return the content of adapter_config.json; keys that are left out have PEFT's defaults."""
     r, rank_pattern = common_and_patterns({path: factors.r for path, factors in adapter.layers.items()})
-    alpha, alpha_pattern = common_and_patterns(alphas(adapter))
-    # of a target only the bias can be among the others
+    alpha, alpha_pattern = common_and_patterns(adapter.alphas())
+    # of a low-rank layer, only the bias can be among the tensors that were trained in full
     owners = {path for key in adapter.others if (path := key.rpartition(".")[0]) not in adapter.layers}
     biases = any(key.rpartition(".")[0] in adapter.layers for key in adapter.others)
     return {
@@ -367,13 +324,3 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def alphas(adapter: Adapter) -> dict[str, float]:
-    """lora_alpha of every layer: scaling times r (or its square root), freed of the quotient's rounding."""
-    exact = {
-        path: factors.scaling * (math.sqrt(factors.r) if adapter.rslora else factors.r)
-        for path, factors in adapter.layers.items()
-    }
-    rounded = {path: float(f"{alpha:.12g}") for path, alpha in exact.items()}
-    return {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in rounded.items()}

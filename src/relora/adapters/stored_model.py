@@ -1,7 +1,8 @@
-"""Model folders as files: tensors read one at a time, copies changed in place, nothing left behind where it fails.
+"""The weights of a model folder, read from its files one tensor at a time, and changed in copies of these files.
 
-The safetensors format keeps every tensor in one piece at a known place, so a tensor of the same type and shape can be
-written over without touching the rest. Memory: one tensor, whatever the model.
+The safetensors format stores every tensor as contiguous bytes at an offset that the file's header gives, so a tensor
+can be overwritten by another one of the same dtype and shape while the rest of the file stays as it is. Memory holds
+one tensor at a time, however large the model is.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from relora.adapters.save_load import all_tensors
+from relora.adapters.compatibility import all_tensors
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder
 from relora.files.untrusted import INDEX_BYTES, check_model_folder, inside, read_json
@@ -28,40 +29,46 @@ from relora.messages import first_line
 from relora.model.load import model_folder, open_model
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types, as safetensors calls them, that something can be added to."""
+"""Dtypes, under safetensors' names, to which an update can be added."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx")
-_CHUNK = 1 << 24
+"""Endings of files that may hold weights, of whatever library."""
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file keeps a tensor."""
+class StoredTensor:
+    """One tensor in a safetensors file, as the file's header describes it."""
 
     file: Path
     name: str
-    begin: int
-    """Its first byte."""
+    """Name in the file, which may differ from the name in the model."""
+    first_byte: int
+    """Offset of its first byte in the file."""
     dtype: str
+    """Dtype under safetensors' name, such as `BF16`."""
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The tensor, on the CPU."""
+        """Read the tensor from the file to the CPU."""
         with safe_open(self.file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(self.name)
         return tensor
 
     def write(self, tensor: Tensor, folder: Path) -> None:
-        """Put another tensor of this type and shape in its place, in the copy of the file that `folder` has."""
+        """Overwrite the tensor by another one of the same dtype and shape, in the copy of the file in `folder`."""
         with (folder / self.file.name).open("r+b") as stream:
-            stream.seek(self.begin)
+            stream.seek(self.first_byte)
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 class StoredModel:
-    """The weights of a model folder, and its shapes as a model without weights.
+    """A model folder: the model on the meta device, which has shapes but no weights, and its weights in the files.
+
+    Args:
+        model: folder or hub id.
 
     Raises:
-        UserError: what `open_model` refuses, or weights that are not there.
+        UserError: `open_model` refuses the folder, or files with weights are missing or damaged.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -69,44 +76,54 @@ class StoredModel:
         with torch.device("meta"):
             self.model: PreTrainedModel = open_model(self.folder)
         self.files = weight_files(self.folder)
-        known = _renamer(self.model)
-        self.places = {known(place.name): place for file in self.files for place in _places(file)}
-        """By the model's name of a tensor; what is first turned into another, under its own."""
+        model_name = _renamer(self.model)
+        self.tensors = {model_name(stored.name): stored for file in self.files for stored in _read_header(file)}
+        """Stored tensors by their name in the model; those that transformers converts when it opens the model (merges,
+        splits) stand under their name in the file."""
         self._tensors = all_tensors(self.model)
 
     @property
     def parameters(self) -> int:
-        """Of the model, tied ones once."""
+        """Number of parameters of the model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def place(self, key: str) -> Place:
-        """Where the model's tensor `key` is; of tied weights the files hold one."""
+    def find(self, key: str) -> StoredTensor:
+        """Find the model's tensor `key` in the files; tied weights are stored under one of their names only.
+
+        Raises:
+            UserError: the files hold the tensor in another form, in another shape or in a dtype that is not floating
+                point.
+        """
         tensor = self._tensors[key]
         for name, other in self._tensors.items():
-            if other is tensor and name in self.places:
-                return _checked(self.places[name], tuple(tensor.shape))
+            if other is tensor and name in self.tensors:
+                return _checked(self.tensors[name], tuple(tensor.shape))
         raise UserError(
             f"{self.folder}: its files hold no {key}, only what it is made of when the model is opened; "
             "leave that layer out of the adapter"
         )
 
     def weight(self, path: str) -> Tensor:
-        """The weight of a linear layer as [out, in]."""
-        weight = self.place(f"{path}.weight").read()
+        """Read the weight [out, in] of the linear layer at `path`."""
+        weight = self.find(f"{path}.weight").read()
         return weight.T if self.is_transposed(path) else weight
 
     def is_transposed(self, path: str) -> bool:
-        """The weight of a linear layer is kept as [in, out]."""
+        """Tell whether the weight of the linear layer at `path` is stored as [in, out] (GPT-2's `Conv1D`)."""
         return is_conv1d(self.model.get_submodule(path))
 
     def copy_to(self, folder: Path) -> dict[str, str]:
-        """Copy all files of the model; sha256 by name of those with weights."""
-        copy_rest(self.folder, folder)
-        return {file.name: copied(file, folder / file.name) for file in self.files}
+        """Copy all files of the model into `folder`, and return the sha256 of those with weights by their name."""
+        copy_without_weights(self.folder, folder)
+        return {file.name: copy_and_hash(file, folder / file.name) for file in self.files}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a model: those of its index, or the only one."""
+    """List the safetensors files with the weights of a model: those that its index names, or `model.safetensors`.
+
+    Raises:
+        UserError: a file is missing, or the folder holds what `relora.files.untrusted` refuses.
+    """
     check_model_folder(folder)
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
@@ -135,26 +152,29 @@ def new_model_folder(out: Path) -> Iterator[Path]:
         raise RunStopped(f"{out}: not written ({error.strerror or error}); nothing was left behind") from None
 
 
-def copy_rest(source: Path, target: Path, *, but: str = "") -> None:
-    """Configurations, tokenizer, index: all plain files of a model folder that hold no weights."""
+def copy_without_weights(source: Path, target: Path, *, exclude: str = "") -> None:
+    """Copy the files of a model folder that hold no weights: configurations, tokenizer, index of safetensors.
+
+    Hidden files and the file named `exclude` are left out.
+    """
     for file in source.iterdir():
-        weights = file.suffix in _WEIGHTS or file.name.endswith(".bin.index.json")
-        if file.is_file() and not weights and file.name != but and not file.name.startswith("."):
+        has_weights = file.suffix in _WEIGHTS or file.name.endswith(".bin.index.json")
+        if file.is_file() and not has_weights and file.name != exclude and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
 
 
-def copied(source: Path, target: Path) -> str:
-    """Copy a file; its sha256."""
+def copy_and_hash(source: Path, target: Path) -> str:
+    """Copy a file and return the sha256 of its content."""
     digest = hashlib.sha256()
-    with source.open("rb") as read, target.open("wb") as written:
-        while chunk := read.read(_CHUNK):
-            written.write(chunk)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            writer.write(chunk)
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def sha256(file: Path) -> str | None:
-    """Of a file; None if it is not there."""
+    """Return the sha256 of a file's content; None if there is no such file."""
     if not file.is_file():
         return None
     with file.open("rb") as stream:
@@ -162,24 +182,28 @@ def sha256(file: Path) -> str | None:
 
 
 def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
-    """The model's own name of what its files call otherwise, as transformers finds it when it loads them."""
+    """Return a function from the name of a tensor in the files to its name in the model.
+
+    It renames as transformers does when it loads the files; a tensor that transformers converts keeps its name.
+    """
     conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
 
-    def renamed(name: str) -> str:
+    def rename(name: str) -> str:
         key, converted = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
             return name
         return name if converted else str(key)
 
-    return renamed
+    return rename
 
 
-def _places(file: Path) -> Iterator[Place]:
+def _read_header(file: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of a safetensors file from its header; `UserError` if the file is damaged."""
     try:
-        with safe_open(file, framework="pt") as opened:  # makes sure that header and length agree
+        with safe_open(file, framework="pt") as opened:  # checks that the header and the file's length agree
             names = list(opened.keys())
     except SafetensorError as error:
         raise UserError(f"{file}: damaged, or not a safetensors file ({first_line(str(error))})") from None
@@ -188,13 +212,14 @@ def _places(file: Path) -> Iterator[Place]:
         header = json.loads(stream.read(length))
     for name in names:
         entry = header[name]
-        yield Place(file, name, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        yield StoredTensor(file, name, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
 
 
-def _checked(place: Place, shape: tuple[int, ...]) -> Place:
-    if place.shape != shape:
-        there, wanted = list(place.shape), list(shape)
-        raise UserError(f"{place.file}: {place.name} is {there} where config.json wants {wanted}")
-    if place.dtype not in _FLOATS:
-        raise UserError(f"{place.file}: {place.name} is stored as {place.dtype}, which nothing can be added to")
-    return place
+def _checked(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """Return the stored tensor; `UserError` unless it has the model's shape and a floating-point dtype."""
+    if stored.shape != shape:
+        sides = f"{list(stored.shape)} where config.json wants {list(shape)}"
+        raise UserError(f"{stored.file}: {stored.name} is {sides}")
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{stored.file}: {stored.name} is stored as {stored.dtype}, which nothing can be added to")
+    return stored
