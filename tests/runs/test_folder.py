@@ -1,4 +1,4 @@
-"""A run folder belongs to one configuration; what stands in it is never lost."""
+"""A run folder belongs to one configuration and one process at a time; nothing in it is ever lost."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Configure = Callable[..., RunConfig]
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
-    """A configuration of `tmp_path / "run"`; its data need not exist here."""
+    """Build configurations whose `output_dir` is `tmp_path / "run"`; their data need not exist."""
 
     def build(**overrides: object) -> RunConfig:
         tree: dict[str, object] = {
@@ -33,7 +33,7 @@ def configure(tmp_path: Path) -> Configure:
 
 
 def claimed(config: RunConfig, fresh: bool) -> Path:
-    """Claim a folder, make it the run's and let it go."""
+    """Claim a folder, write the files that make it a run folder, and release it."""
     with claim(config, fresh) as folder:
         describe_run(folder, config, 0)
         return folder
@@ -47,7 +47,7 @@ def test_a_new_folder_holds_the_resolved_configuration(configure: Configure, tmp
 
 
 def test_the_same_run_is_claimed_again(configure: Configure) -> None:
-    """Also when only what changes no number has changed; the newest configuration is kept."""
+    """The same holds if only keys that change no number differ; the newest configuration is kept."""
     folder = claimed(configure(), fresh=False)
     (folder / "metrics.jsonl").write_text("a line\n")
     changed = configure(log={"every_steps": 77}, checkpoint={"keep_last": 5}, samples={"max_new_tokens": 3})
@@ -62,7 +62,7 @@ def test_a_moved_folder_is_still_the_same_run(configure: Configure, tmp_path: Pa
 
 def test_a_folder_of_something_else_is_refused(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert claimed(configure(), fresh=False).is_dir()  # an empty one is nobody's
+    assert claimed(configure(), fresh=False).is_dir()  # an empty folder is taken
     for path in (tmp_path / "run").iterdir():
         path.unlink()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
@@ -132,4 +132,4 @@ def test_one_process_at_a_time(configure: Configure, tmp_path: Path) -> None:
                 claimed(configure(), fresh)
         assert folder.is_dir() and not (tmp_path / "run.1").exists()
         assert claimed(configure(output_dir=str(tmp_path / "other")), fresh=False).is_dir()
-    assert claimed(configure(), fresh=False) == folder  # let go: taken over without a question
+    assert claimed(configure(), fresh=False) == folder  # it was released, so it can be claimed again

@@ -1,4 +1,4 @@
-"""Of a run's config.yaml what counts for its result is read, checked; the rest may be of any version."""
+"""The part of config.yaml that matters for a result is read and checked; the rest may be of any version."""
 
 from pathlib import Path
 

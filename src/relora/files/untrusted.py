@@ -1,11 +1,13 @@
-"""Files and folders that somebody else may have made: plain, bounded, and no way out of their folder.
+"""Checks of files and folders that somebody else may have made, before any library reads them.
 
-Refused in one line, before a library sees them:
+Refused, each with a `UserError` of one line:
 
-- a name in an index, or a link, that leads out of the folder (a hub snapshot's links into its own `blobs` are in order)
-- a pipe or a device in place of a file: a reader would wait for ever
-- a file, a safetensors header or a nesting too large to be honest
-- keys by which a configuration names code to import or a kernel to download, and YAML's tags, bombs and twin keys
+- a name in an index, or a symbolic link, that leads out of the folder (links of a hub snapshot into the `blobs` folder
+  of the same repository are allowed)
+- a pipe or a device in place of a file, from which a reader would wait for ever
+- a file, a safetensors header or a nesting that is larger than in any genuine model or configuration
+- keys with which a configuration names code to import or a kernel to download
+- in YAML: tags, aliases that multiply ("bombs"), and a key that occurs twice in one section
 """
 
 import contextlib
@@ -24,21 +26,21 @@ from relora.messages import short_repr
 
 MB = 1 << 20
 YAML_BYTES = 64 << 10
-"""Of a configuration; one with every key is 3 KB. The parser takes up to 0.7 s for so much."""
+"""Largest YAML configuration. One with every key has 3 KB; the parser takes up to 0.7 s for a file of this size."""
 DEPTH = 20
-"""Levels of sections in a configuration."""
+"""Largest number of nested levels in a YAML configuration."""
 CONFIG_BYTES = {
     "config.json": MB // 4,
     "generation_config.json": MB // 4,
     "tokenizer_config.json": 4 * MB,  # the largest list every added token, in about 1 MB
 }
-"""Of the configurations in a model folder; transformers takes seconds for a megabyte of small entries."""
+"""Largest size of each configuration in a model folder; transformers takes seconds for a megabyte of small entries."""
 INDEX_BYTES = 10 * MB
-"""Of an index of weights: that of 671 billion parameters has 9 MB."""
+"""Largest index of weights; that of a model with 671 billion parameters has 9 MB."""
 TOKENIZER_BYTES = 48 * MB
-"""Of a vocabulary: those of 260,000 ids have about 35 MB."""
+"""Largest vocabulary file; those of 260,000 ids have about 35 MB."""
 HEADER_BYTES = 4 * MB
-"""Of a safetensors file: about 30,000 tensors."""
+"""Largest header of a safetensors file; it describes about 30,000 tensors."""
 
 _BUILT_IN = (
     *(None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
@@ -46,13 +48,20 @@ _BUILT_IN = (
 )
 """Implementations of attention and experts that are part of transformers; any other is code from the hub."""
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+"""Keys that name an implementation of attention or of experts."""
 _QUANTIZED = ("quantization_config", "compression_config")
+"""Keys that say that the weights are quantized."""
 _IGNORED_PATHS = ("tokenizer_file", "special_tokens_map_file")
-"""Where a tokenizer was once saved: transformers does not follow these."""
+"""Keys that say where the tokenizer was once saved; transformers does not open these paths."""
 
 
 def regular_file(file: Path, most_bytes: int | None = None) -> Path:
-    """The file, if it is one and no larger; `OSError` where it is not there, `UserError` for anything else."""
+    """Return `file` after checking that it is a regular file of at most `most_bytes` bytes.
+
+    Raises:
+        OSError: it does not exist, or its status cannot be read.
+        UserError: it is a folder, a pipe or a device, or it is larger.
+    """
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{file}: cannot be read: not a regular file")
@@ -62,9 +71,11 @@ def regular_file(file: Path, most_bytes: int | None = None) -> Path:
 
 
 def no_address(name: str) -> str:
-    """A path or a hub id as it was given; `ValueError`, which does not repeat it, for a web address.
+    """Return a path or a hub id after checking that it is not a web address.
 
-    Nothing here is fetched by address, and people write their access tokens into them.
+    Raises:
+        ValueError: it is a web address, from which this package never fetches anything. The message does not repeat
+            the address, since people write access tokens into addresses.
     """
     if "://" in name:
         raise ValueError("a web address cannot be used; give a folder or a hub id (owner/name)")
@@ -72,7 +83,12 @@ def no_address(name: str) -> str:
 
 
 def read_json(file: Path, most_bytes: int = 4 * MB) -> Any:
-    """What a JSON file holds; `OSError` where it cannot be read, `UserError` where it is not JSON of that size."""
+    """Return the value in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it is not a regular file, has more than `most_bytes` bytes, or is not valid JSON.
+    """
     data = regular_file(file, most_bytes).read_bytes()
     try:
         return json.loads(data)
@@ -83,9 +99,12 @@ def read_json(file: Path, most_bytes: int = 4 * MB) -> Any:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The file that an index or a manifest of `folder` calls `name`; `UserError` unless it lies in the folder itself.
+    """Return the path of the file that an index or a manifest in `folder` names.
 
-    Such files name their neighbours, so a separator is refused too, not only `..`.
+    Such an index names files of its own folder only, so every name with a path separator is refused, not only `..`.
+
+    Raises:
+        UserError: `name` is not the name of a file directly in `folder`, or it is a link that leads out of it.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
         raise UserError(f"{folder}: names {short_repr(name)}, which is not a file of this folder")
@@ -94,28 +113,39 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """`UserError` if anything in a folder, at any depth, is a link that leads out of it or neither file nor folder.
+    """Check that everything in a folder, at any depth, is a file, a folder, or a link that stays inside.
 
-    A link out would put a file of the reader's machine into a model that he passes on, or write over one.
+    Through a link that leads out, a file of the user's machine could get into a model that the user publishes, or be
+    overwritten.
+
+    Raises:
+        UserError: there is such a link, a pipe or a device, or `folder` is not a folder. A folder that does not exist
+            is accepted.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is not a folder")
     roots = _allowed_roots(folder)
-    waiting = [folder]
-    while waiting:
-        with contextlib.suppress(FileNotFoundError):  # of a run that is going on, and just dropped a checkpoint
-            for entry in waiting.pop().iterdir():
+    pending = [folder]
+    while pending:
+        with contextlib.suppress(FileNotFoundError):  # a run in progress may delete an old checkpoint meanwhile
+            for entry in pending.pop().iterdir():
                 if entry.is_dir() and not entry.is_symlink():
-                    waiting.append(entry)
+                    pending.append(entry)
                 else:
                     _check_entry(entry, roots)
 
 
 def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """`UserError` if transformers, given this folder, would leave it, run code, or read more than is honest.
+    """Check a model folder before it is given to transformers.
 
-    What `auto_map` of config.json names is left alone: transformers passes over it unless it is told to trust it
-    (see `remote_code`), and many models of its own carry one.
+    `auto_map` in config.json is allowed: transformers ignores it unless it is told to trust remote code (see
+    `remote_code`), and many models that transformers supports itself have one.
+
+    Args:
+        trust_remote_code: allow configurations to name code that is in the folder.
+
+    Raises:
+        UserError: transformers would open files outside the folder, run code, or read a file that is too large.
     """
     check_folder(folder)
     for file in folder.iterdir():
@@ -136,7 +166,10 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None
 
 
 def remote_code(folder: Path) -> list[str]:
-    """The files whose code a trusting transformers runs with this folder: `name.py`, or `owner/name--name.py`."""
+    """Return the code files that transformers runs with this folder if it is told to trust remote code, sorted.
+
+    Each is `name.py` for a file of the folder, or `owner/name--name.py` for a file of another repository of the hub.
+    """
     named = set()
     for name in ("config.json", "tokenizer_config.json"):
         tree = read_json(folder / name, CONFIG_BYTES[name]) if (folder / name).exists() else {}
@@ -150,7 +183,12 @@ def remote_code(folder: Path) -> list[str]:
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds; `OSError` where it cannot be read, `UserError` for all that is wrong in it."""
+    """Return the value in a YAML file; see `parse_yaml`.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it is not a regular file, too large, not UTF-8, or `parse_yaml` refuses it.
+    """
     data = regular_file(file, YAML_BYTES).read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -160,28 +198,37 @@ def read_yaml(file: Path) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """What a YAML text holds, in plain values; `source` names it in messages.
+    """Return the value of a YAML text: mappings, lists and plain values.
 
-    Beyond `yaml.safe_load`: no key twice in a section (YAML takes the last), at most `DEPTH` levels, and an alias may
-    stand for a value but not for a section or list, which can be made to multiply without end.
+    Three things are refused that `yaml.safe_load` accepts: a key that occurs twice in a section (YAML would take the
+    last), more than `DEPTH` levels, and an alias of a section or a list, with which a short text can expand without
+    limit. An alias of a plain value is allowed.
+
+    Args:
+        text: the YAML text.
+        source: name of its origin, for messages.
+
+    Raises:
+        UserError: the text is not valid YAML, or one of the three.
     """
     try:
         return _PlainLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise UserError(f"{source}{line}: not valid YAML: {str(error.problem)[:120]}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError) as error:  # a tag on what it cannot be
+    except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError) as error:  # a tag that does not fit
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())[:120]}") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """See `parse_yaml`; what is refused is refused while nodes are composed, before any value is made."""
+    """The loader of `parse_yaml`, which refuses a node while nodes are composed, before any value is constructed."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose the next node; refuse one that is too deep, and an alias of a section or a list."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
             self._refuse(f"the alias *{event.anchor} stands for no plain value", event.start_mark)
@@ -193,6 +240,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a section; refuse one in which a key occurs twice."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -203,18 +251,25 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def _refuse(self, problem: str, mark: Any) -> None:
+        """Raise the error that `parse_yaml` turns into its message; `mark` is the position in the text."""
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _allowed_roots(folder: Path) -> list[str]:
-    """Where a folder's links may lead: into itself, and of a hub snapshot (`REPO/snapshots/COMMIT`) into REPO/blobs."""
+    """Return the real paths into which links of a folder may lead.
+
+    They are the folder itself and, for a hub snapshot (`REPO/snapshots/COMMIT`), `REPO/blobs`.
+    """
     real = Path(os.path.realpath(folder))
-    return [str(real)] + ([str(real.parent.parent / "blobs")] if real.parent.name == "snapshots" else [])
+    roots = [str(real)]
+    if real.parent.name == "snapshots":
+        roots.append(str(real.parent.parent / "blobs"))
+    return roots
 
 
 def _check_entry(entry: Path, roots: list[str]) -> None:
-    """`UserError` for a link that leads elsewhere, and for what is neither file nor folder."""
-    real = os.path.realpath(entry)  # never fails, unlike Path.resolve on a circle of links
+    """Raise `UserError` for a link that leads out of `roots`, and for a pipe or a device."""
+    real = os.path.realpath(entry)  # does not raise on a cycle of links, as Path.resolve does
     if entry.is_symlink() and not any(Path(real).is_relative_to(root) for root in roots):
         raise UserError(f"{entry}: a link that leads out of its folder; put the file itself there")
     if entry.exists() and not entry.is_dir():
@@ -222,7 +277,7 @@ def _check_entry(entry: Path, roots: list[str]) -> None:
 
 
 def check_header(file: Path) -> None:
-    """`UserError` for a safetensors file whose header is longer than any real one, or than the file."""
+    """Raise `UserError` for a safetensors file whose header is longer than `HEADER_BYTES` or than the file."""
     size = regular_file(file).stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -231,17 +286,24 @@ def check_header(file: Path) -> None:
 
 
 def _check_index(file: Path) -> None:
-    """`UserError` unless an index names safetensors files of its own folder."""
+    """Raise `UserError` unless an index of weights names safetensors files of its own folder only."""
     tree = read_json(file, INDEX_BYTES)
-    places = tree.get("weight_map") if isinstance(tree, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    names = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{file}: not an index of weights (`weight_map` is not an object of file names)")
-    for place in set(places.values()):
-        if inside(file.parent, place).suffix != ".safetensors":
-            raise UserError(f"{file}: names {short_repr(place)}, which is not a safetensors file; convert the weights")
+    for name in set(names.values()):
+        if inside(file.parent, name).suffix != ".safetensors":
+            raise UserError(f"{file}: names {short_repr(name)}, which is not a safetensors file; convert the weights")
 
 
 def _check_keys(tree: dict[str, Any], file: Path, trusted: bool) -> None:
+    """Raise `UserError` for a key of a configuration that names code, quantized weights or files elsewhere.
+
+    Args:
+        tree: content of the configuration.
+        file: its path; the rules for config.json and tokenizer_config.json differ.
+        trusted: the user trusts code that is in the folder.
+    """
     for path, key, value in _items(tree):
         mapped = key == "auto_map" and (path or file.name != "config.json")
         if (mapped or key == "trust_remote_code") and value and not trusted:
@@ -254,19 +316,23 @@ def _check_keys(tree: dict[str, Any], file: Path, trusted: bool) -> None:
             raise UserError(f"{file}: `{path}{key}`: its weights are quantized; give the model in full precision")
         if key == "transformers_weights" and value:
             raise UserError(f"{file}: `{path}{key}` names other weights than the folder's; remove the key")
-        if file.name == "tokenizer_config.json" and key.endswith(("_file", "_files")) and key not in _IGNORED_PATHS:
-            for name in value if isinstance(value, list) else [value] if value else []:
+        names_files = key.endswith(("_file", "_files")) and key not in _IGNORED_PATHS
+        if file.name == "tokenizer_config.json" and names_files and value:
+            for name in value if isinstance(value, list) else [value]:
                 inside(file.parent, name)
 
 
 def _items(tree: Any) -> Iterator[tuple[str, str, Any]]:
-    """(dotted path of the object that holds it, key, value) of every entry at any depth."""
-    waiting = [("", tree)]
-    while waiting:
-        path, node = waiting.pop()
+    """Yield every entry of the objects in a JSON value, at any depth.
+
+    Each is given as the dotted path of the object that holds it (empty, or with a dot at its end), key and value.
+    """
+    pending = [("", tree)]
+    while pending:
+        path, node = pending.pop()
         if isinstance(node, dict):
             for key, value in node.items():
                 yield path, key, value
-                waiting.append((f"{path}{key}.", value))
+                pending.append((f"{path}{key}.", value))
         elif isinstance(node, list):
-            waiting += [(path, value) for value in node]
+            pending += [(path, value) for value in node]
