@@ -1,7 +1,8 @@
 """relora: pretrain and fine-tune language models through low-rank updates.
 
-The library face: `inject`, `restart`, `Schedule` and `merge` work in any PyTorch loop, `Adapters`, `save_adapter` and
-`load_adapter` on any model; `pretrain` and `finetune` run a configuration.
+The public names: `inject`, `restart`, `Schedule` and `merge` work in any PyTorch loop, `Adapters`, `save_adapter` and
+`load_adapter` on any model; `pretrain` and `finetune` run a configuration. Each name is imported on its first use, so
+that `relora --help` and a misspelt key need not wait for torch.
 """
 
 import importlib
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__: str
 
-_HOME = {
+_MODULE_OF = {
     "InjectReport": "relora.lowrank",
     "LowRankConfig": "relora.lowrank",
     "LowRankLinear": "relora.lowrank",
@@ -41,16 +42,18 @@ _HOME = {
     "pretrain": "relora.recipes.pretrain",
     "Schedule": "relora.train.schedule",
 }
+"""Public name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load with their wing on first use: `relora --help` and a misspelt key must not wait for torch."""
+    """Import a public name on its first use (PEP 562)."""
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("relora")
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'relora' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "__version__", *_HOME]
+    """List the public names, also those that are not imported yet."""
+    return [*globals(), "__version__", *_MODULE_OF]

@@ -1,7 +1,7 @@
-"""What can go wrong, as the exit statuses that the command line gives.
+"""Errors that users see, each with the exit status that the command line ends with.
 
-Every error carries one line for the person at the terminal: what is wrong (which key, which file) and what would mend
-it.
+The message of each is one line for the person at the terminal: what is wrong (which key, which file) and what would
+mend it.
 """
 
 
@@ -12,25 +12,30 @@ class ReloraError(Exception):
 
 
 class UserError(ReloraError):
-    """The user's mistake: a key, a file or a combination that cannot be used. Nothing was created or overwritten."""
+    """A mistake of the user: a key, a file or a combination that cannot be used. Nothing was created or overwritten."""
 
     exit_status = 2
 
 
 class RunStopped(ReloraError):
-    """The run stopped itself (a loss that is not finite, a dead tensor, a full disk); its last checkpoint is kept."""
+    """A run stopped itself (a loss that is not finite, a dead tensor, a full disk); its last checkpoint is kept."""
 
     exit_status = 3
 
 
 class Diverged(RunStopped):
-    """Numbers stopped being finite, and by its `non_finite` settings the run does not go on."""
+    """A number was not finite, and the run's `non_finite` settings let it go no further."""
 
 
 class NonFinite(RunStopped):
-    """A loss, a gradient, a weight or an update is not a finite number; it went no further.
+    """A loss, a gradient, a weight or an update is not a finite number; nothing was changed or saved by it.
 
-    `sequences`: those of the step's batch that it may have come from; empty where it was not found in a step.
+    Args:
+        message: one line for the user.
+        loss: loss of the step, if it was known.
+        grad_norm: norm of the step's gradient, if it was known.
+        sequences: indices, within the batch of the step, of the sequences that the number may have come from; empty
+            if it was not found in a step.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class NonFinite(RunStopped):
 
 
 class Interrupted(ReloraError):
-    """A signal ended the run after a checkpoint was written; `exit_status` is 128 + the signal's number."""
+    """A signal ended the run after a checkpoint was written; `exit_status` is 128 + `signal_number`."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""What pydantic found wrong, as one short line: the dotted key, what is wrong with it, the nearest valid key.
+"""Error messages of one short line: the dotted key, what is wrong with it, the nearest valid key.
 
-The values and keys that it shows come from files of anybody's making, so they are cut and their control characters are
-spelt out.
+The keys and values in them come from files that anybody may have written. So they are shortened, and their control
+characters are escaped.
 """
 
 import difflib
@@ -12,22 +12,30 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 LONGEST_SHOWN = 60
-"""Characters of a key or a value in a message."""
+"""Largest number of characters of a key or a value in a message."""
 
 LONGEST_PATH = 160
+"""Largest number of characters of a path in a message."""
 
 LONGEST_LINE = 120
-"""Characters of a library's own message."""
+"""Largest number of characters that are quoted from a library's own message."""
 
 PLAIN_WORDS = {"model_type": "must be a section of keys and values", "tuple_type": "must be a list"}
-"""Of pydantic's error types, those whose message speaks of Python."""
+"""Messages in place of pydantic's, for those of its error types whose messages name types of Python."""
 
 
 def first_mistake(error: ValidationError, root: type[BaseModel] | None = None) -> str:
-    """One line for the first thing that is wrong; `root` is the model that was wanted, for the names of valid keys."""
-    first, *others = error.errors(include_url=False)
-    # "text or a list" is reported once for each; of a list, what is wrong in it says more than that it is no text
-    mistake = others[0] if first["type"] == "string_type" and isinstance(first["input"], list) and others else first
+    """Describe the first mistake that pydantic found, in one line.
+
+    Args:
+        error: all that pydantic found.
+        root: the class that was to be read; with it, the message names the valid key nearest to an unknown one.
+    """
+    mistake, *others = error.errors(include_url=False)
+    # for a field of type "text or a list" pydantic reports a mistake for each type; if a list was given, the mistake in
+    # the list tells more than "this is no text"
+    if mistake["type"] == "string_type" and isinstance(mistake["input"], list) and others:
+        mistake = others[0]
     location = [str(part) for part in mistake["loc"]]
     if mistake["type"] == "extra_forbidden":
         location = [*_without_types(location[:-1]), location[-1]]
@@ -44,29 +52,31 @@ def first_mistake(error: ValidationError, root: type[BaseModel] | None = None) -
 
 
 def short_repr(value: object) -> str:
-    """Any value for a message: its repr, never long, on one line, without control characters."""
+    """Format any value for a message: its repr, shortened, on one line, without control characters."""
     text = _Short().repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 class _Short(reprlib.Repr):
+    """Repr of nested values that shortens strings and whatever else is long."""
+
     def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = 40
         self.maxlevel = 2
 
     def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to spell an integer of thousands of digits."""
+        """Format an integer; Python refuses to convert one of thousands of digits to text."""
         return repr(x) if x.bit_length() < 100 else "a huge number"
 
 
 def short_name(name: str, most_chars: int = LONGEST_SHOWN) -> str:
-    """A key, a field or a path for a message: as it is, unless it is very long or holds what cannot be printed."""
+    """Format a key, a field or a path for a message: unchanged, unless it is very long or has control characters."""
     return name if name.isprintable() and len(name) <= most_chars else short_repr(name)
 
 
 def first_line(message: str) -> str:
-    """The first line of a library's message, cut where it is very long."""
+    """Return the first line of a library's message that is not empty, cut if it is very long."""
     line = next((line.strip() for line in message.splitlines() if line.strip()), "")
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
@@ -76,12 +86,12 @@ def _dotted(location: Sequence[str]) -> str:
 
 
 def _without_types(location: Sequence[str]) -> list[str]:
-    """Without the marks by which pydantic tells the types of a union apart."""
+    """Drop the parts of a location by which pydantic tells the types of a union apart."""
     return [part for part in location if "[" not in part and part != "str"]
 
 
 def _nearest(location: Sequence[str], root: type[BaseModel]) -> str:
-    """The valid key nearest to an unknown one: in its own section first, then anywhere."""
+    """Suggest the valid key nearest to an unknown one, from its own section first, then from all."""
     location = [part for part in location[:-1] if not part.isdecimal()] + [location[-1][:LONGEST_SHOWN]]
     keys = list(_all_keys(root))
     section = ".".join(location[:-1])
@@ -98,7 +108,7 @@ def _nearest(location: Sequence[str], root: type[BaseModel]) -> str:
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a model and of the models in it; of a list of models without the numbers."""
+    """Yield the dotted keys of a class of settings and of the sections in it; a list adds no part to a key."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for section in _models_in(field.annotation):

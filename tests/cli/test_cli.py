@@ -24,20 +24,8 @@ from tests.command import Ended, call
 from relora.report.metrics import read_json_lines
 
 VERBS = (
-    *(
-        "prepare",
-        "pretrain",
-        "finetune",
-        "compare",
-        "plan",
-        "config",
-        "export",
-        "evaluate",
-        "generate",
-        "chat",
-        "report",
-    ),
-    "doctor",
+    *("prepare", "pretrain", "finetune", "compare", "plan", "config"),
+    *("export", "evaluate", "generate", "chat", "report", "doctor"),
 )
 TIMINGS = {"tokens_per_second", "step_seconds", "seconds", "peak_memory_bytes"}
 NO_HUB = "no/such/place"
@@ -111,6 +99,23 @@ def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(prepared, folder / "run")))
     assert "held-out perplexity" in done("pretrain", folder / "config.yaml")
     return folder / "run"
+
+
+@pytest.fixture
+def finetuning_config(finished: Path, tmp_path: Path) -> Path:
+    """A configuration that fine-tunes the finished run on four records."""
+    records = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three", "four")]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tree = {
+        "task": "instruct",
+        "output_dir": str(tmp_path / "tuned"),
+        "model": {"path": str(finished)},
+        "data": {"train": str(tmp_path / "records.jsonl"), "sequence_length": 64, "validation_share": 0.4},
+        "schedule": {"total_steps": 2},
+        "batch": {"sequences": 2, "micro_sequences": 1},
+    }
+    (tmp_path / "finetuning.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "finetuning.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -391,10 +396,33 @@ def test_a_folder_in_place_of_the_configuration(tmp_path: Path) -> None:
     assert_refused(call("pretrain", tmp_path), str(tmp_path))
 
 
-def test_more_than_one_process(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun every process would write the same folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(call("pretrain", config), "WORLD_SIZE", "torchrun")
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "compare"])
+def test_several_processes_do_not_train(
+    config: Path, finetuning_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Under a launcher such as torchrun every process would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    before = contents(tmp_path)
+    assert_refused(call(verb, finetuning_config if verb == "finetune" else config), "WORLD_SIZE", "torchrun")
+    assert contents(tmp_path) == before
+
+
+def test_several_processes_may_read(
+    config: Path, finetuning_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only reads answers there as it does elsewhere, and writes nothing."""
+    reading = [
+        ["config", config],
+        ["pretrain", config, "--dry-run"],
+        ["plan", config, "--json"],
+        ["finetune", finetuning_config, "--show", "1"],
+    ]
+    before = contents(tmp_path)
+    alone = [done(*arguments) for arguments in reading]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [done(*arguments) for arguments in reading] == alone
+    assert json.loads(alone[2])["phases"] and "Say" in alone[3]
+    assert contents(tmp_path) == before
 
 
 def test_an_unknown_key_in_the_file(config: Path, tmp_path: Path) -> None:

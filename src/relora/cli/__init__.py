@@ -1,7 +1,16 @@
-"""The command `relora`: one verb, one call.
+"""The command `relora`; each verb reads its options and makes one call of the library.
 
-A user's mistake prints one line and exits with 2; a run that stopped itself exits with 3; a signal with 128 + its
-number. Verbs import what they need when they run, so that a misspelt key or `--help` answers before torch is loaded.
+training   prepare, pretrain, finetune, compare
+planning   plan, config
+models     export, evaluate, generate, chat, report
+machine    doctor
+adapters   `relora adapters VERB`
+options    options that several verbs have
+tables     what verbs print for people
+
+A mistake of the user prints one line and ends with status 2. A run that stopped itself ends with 3, and a verb that was
+ended by a signal with 128 + the signal's number. Verbs import what they need when they run, so that a misspelt key or
+`--help` answers before torch is loaded.
 """
 
 import errno
@@ -12,7 +21,7 @@ from typing import NoReturn
 
 import typer
 
-from relora.cli import adapters, models, training
+from relora.cli import adapters, machine, models, planning, training
 from relora.errors import ReloraError
 from relora.messages import first_line
 
@@ -23,14 +32,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(training.app)
+app.add_typer(planning.app)
 app.add_typer(models.app)
+app.add_typer(machine.app)
 app.add_typer(adapters.app, name="adapters")
 
 
 def main() -> None:
-    """Entry point: errors that carry a message for the user become one line on stderr and an exit status."""
+    """Run the command of `sys.argv`; an error with a message for the user becomes one line on stderr and a status."""
     try:
-        # typer returns the status of a verb that was interrupted, where one would expect the exception
+        # where Ctrl-C ends a verb, typer returns the exit status instead of raising an exception
         if status := app(sys.argv[1:] or ["--help"], prog_name="relora", standalone_mode=False):
             sys.exit(status)
     except ReloraError as error:
@@ -42,19 +53,23 @@ def main() -> None:
     except BrokenPipeError:  # `relora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a path that cannot be, or a disk that fills up in the wrong moment
+    except OSError as error:  # a path that is too long, or a disk that is full where no one else checks for it
         if error.errno == errno.ENAMETOOLONG:
             _fail(f"{error.filename}: {error.strerror}", 2)
         _fail(f"{error.filename or 'disk'}: {error.strerror or error}; make room and run the same command again", 3)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer raises for a wrong option has one
+        if not hasattr(error, "format_message"):  # typer's errors for wrong options have it
             raise
         _fail(f"{first_line(error.format_message())} (`relora --help` lists verbs, `relora VERB --help` options)", 2)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    # one line, in which a name can neither move the cursor nor fill the screen
+    """Print the message as one line on stderr and exit.
+
+    Control characters in it are escaped and very long words are cut, so that no name from a file can move the cursor or
+    fill the screen.
+    """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
-    line = re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", line)
+    line = re.sub(r"\S{200,}", lambda match: f"{match[0][:60]}...{match[0][-60:]}", line)
     print(f"relora: {line}", file=sys.stderr)
     sys.exit(status)

@@ -1,12 +1,11 @@
-"""`relora adapters VERB`: what can be done with trained updates that are kept apart from their base model."""
+"""The verbs `relora adapters VERB`: list, show, merge, unmerge, combine, extract."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from relora.cli.options import Json, print_json
+from relora.cli.options import Json, print_found
 from relora.errors import UserError
 
 app = typer.Typer(
@@ -22,22 +21,20 @@ Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder with ada
 def list_(
     folder: Annotated[Path, typer.Argument(help="Folder that holds adapters, at any depth.")], as_json: Json = False
 ) -> None:
-    """What adapters there are: type, rank, targets, parameters, size and base model."""
+    """List adapters: type, rank, targets, parameters, size and base model."""
     from relora.adapters.contents import list_adapters
     from relora.cli.tables.adapters import print_list
 
-    found = list_adapters(folder)
-    print_json([asdict(one) for one in found]) if as_json else print_list(found)
+    print_found(list_adapters(folder), as_json, print_list)
 
 
 @app.command(epilog="Example: relora adapters show runs/french/adapter --json")
 def show(adapter: Folder, as_json: Json = False) -> None:
-    """What is in an adapter, layer by layer."""
+    """Show what is in an adapter, layer by layer."""
     from relora.adapters.contents import show_adapter
     from relora.cli.tables.adapters import print_contents
 
-    contents = show_adapter(adapter)
-    print_json(asdict(contents)) if as_json else print_contents(contents)
+    print_found(show_adapter(adapter), as_json, print_contents)
 
 
 @app.command(epilog="Example: relora adapters merge runs/french/adapter --out models/french")
@@ -52,8 +49,7 @@ def merge(
     from relora.adapters.merge import merge_adapter
     from relora.cli.tables.adapters import print_merge
 
-    report = merge_adapter(adapter, out, base=base, check=check)
-    print_json(asdict(report)) if as_json else print_merge(report)
+    print_found(merge_adapter(adapter, out, base=base, check=check), as_json, print_merge)
 
 
 @app.command(epilog="Example: relora adapters unmerge models/french --out models/base-again")
@@ -68,8 +64,7 @@ def unmerge(
     from relora.adapters.merge import unmerge_adapter
     from relora.cli.tables.adapters import print_unmerge
 
-    report = unmerge_adapter(model, out, base=base, adapter=adapter)
-    print_json(asdict(report)) if as_json else print_unmerge(report)
+    print_found(unmerge_adapter(model, out, base=base, adapter=adapter), as_json, print_unmerge)
 
 
 @app.command(
@@ -91,8 +86,10 @@ def combine(
     from relora.adapters.combine import combine_adapters
     from relora.cli.tables.adapters import print_list
 
-    summary = combine_adapters(adapters, out, weights=_numbers(weights), method=method, r=r, density=density, seed=seed)
-    print_json(asdict(summary)) if as_json else print_list([summary])
+    summary = combine_adapters(
+        adapters, out, weights=_parse_weights(weights), method=method, r=r, density=density, seed=seed
+    )
+    print_found(summary, as_json, lambda combined: print_list([combined]))
 
 
 @app.command(epilog="Example: relora adapters extract models/base models/tuned --r 16 --out extracted")
@@ -109,12 +106,11 @@ def extract(
     from relora.cli.tables.adapters import print_extraction
 
     targets = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
-    report = extract_adapter(base, tuned, out, r=r, target_modules=targets)
-    print_json(asdict(report)) if as_json else print_extraction(report)
+    print_found(extract_adapter(base, tuned, out, r=r, target_modules=targets), as_json, print_extraction)
 
 
-def _numbers(text: str | None) -> list[float] | None:
-    """`0.7,0.3` -> [0.7, 0.3]."""
+def _parse_weights(text: str | None) -> list[float] | None:
+    """Read the value of `--weights`: `0.7,0.3` as [0.7, 0.3]."""
     if text is None:
         return None
     try:

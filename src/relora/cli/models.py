@@ -1,4 +1,4 @@
-"""The verbs for a model that is there."""
+"""The verbs that use a model or a run: export, evaluate, generate, chat, report."""
 
 import sys
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relora.cli.options import Device, Dtype, Json, Trust, print_json
+from relora.cli.options import Device, Dtype, Json, Trust, print_found, print_json
 from relora.errors import UserError
 
 app = typer.Typer()
@@ -19,7 +19,7 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="Text that ends an answer, and is not printed; may be given several times.")
 ]
 
-_SCORED_ON = {
+_OPTIONS_OF_DATA_KIND = {
     "data": ("sequence_length", "stride", "tokens", "batch"),
     "instructions": (
         *("template", "prompt_column", "response_column", "limit", "max_new_tokens"),
@@ -27,7 +27,7 @@ _SCORED_ON = {
     ),
     "tasks": ("tasks_folder", "limit", "sequence_length", "batch", "out"),
 }
-"""What a model can be scored on, and the options that belong to it."""
+"""Option that says what a model is scored on -> the further options that belong to it."""
 
 
 @app.command(epilog="Example: relora export runs/quickstart --format gguf --dtype q8_0")
@@ -98,20 +98,17 @@ def evaluate(
         from relora.cli.tables.scores import print_instruction_scores
         from relora.evaluation.instructions import evaluate_instructions
 
-        answered = evaluate_instructions(model, instructions or "", **options)
-        print_json(asdict(answered)) if as_json else print_instruction_scores(answered)
+        print_found(evaluate_instructions(model, instructions or "", **options), as_json, print_instruction_scores)
     elif kind == "tasks":
         from relora.cli.tables.scores import print_task_scores
         from relora.evaluation.lm_eval import evaluate_tasks
 
-        solved = evaluate_tasks(model, tasks or [], **options)
-        print_json([asdict(score) for score in solved]) if as_json else print_task_scores(solved)
+        print_found(evaluate_tasks(model, tasks or [], **options), as_json, print_task_scores)
     else:
         from relora.cli.tables.scores import print_scores
         from relora.evaluation.perplexity import evaluate_model
 
-        scores = evaluate_model(model, data or [], **options)
-        print_json([asdict(score) for score in scores]) if as_json else print_scores(scores)
+        print_found(evaluate_model(model, data or [], **options), as_json, print_scores)
 
 
 @app.command(epilog='Example: relora generate runs/quickstart --prompt "Once upon a time" --max-new-tokens 100')
@@ -206,30 +203,23 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, finished or not
     print(write_report(run))
 
 
-@app.command(epilog="Example: relora doctor --json")
-def doctor(
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure the rates that runs choose by anew; on an idle machine.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """What this machine has and lacks: versions, devices, dtypes, memory, disk, extras."""
-    from relora.cli.tables.doctor import print_diagnosis
-    from relora.planning.doctor import diagnose
-
-    diagnosis = diagnose(calibrate=calibrate)
-    print_json(asdict(diagnosis)) if as_json else print_diagnosis(diagnosis)
-
-
 def _one_kind(kinds: list[str], options: list[str]) -> str:
-    """What the model is scored on; `UserError` unless that is one thing, and all options belong to it."""
+    """Return the one kind of data that the model is scored on.
+
+    Args:
+        kinds: those of `data`, `instructions` and `tasks` that were given.
+        options: names of the further options that were given.
+
+    Raises:
+        UserError: none or several kinds were given, or an option that belongs to another kind.
+    """
     if len(kinds) != 1:
         raise UserError(
             "give one of --data, --instructions and --tasks: what is the model to be scored on? "
             f"(given: {' and '.join(f'--{kind}' for kind in kinds) or 'none'})"
         )
     for name in options:
-        if name not in _SCORED_ON[kinds[0]]:
-            owners = " and ".join(f"--{kind}" for kind, names in _SCORED_ON.items() if name in names)
+        if name not in _OPTIONS_OF_DATA_KIND[kinds[0]]:
+            owners = " and ".join(f"--{kind}" for kind, names in _OPTIONS_OF_DATA_KIND.items() if name in names)
             raise UserError(f"--{name.replace('_', '-')} belongs to {owners}, not to --{kinds[0]}; leave it out")
     return kinds[0]

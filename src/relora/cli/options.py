@@ -1,16 +1,14 @@
-"""What the verbs have in common: options of one meaning, reading a configuration, printing figures."""
+"""Options that several verbs have, and the way in which all of them print their figures."""
 
 import json
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from relora.errors import UserError
-
-if TYPE_CHECKING:
-    from relora.config import RunConfig
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of single keys.")]
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
@@ -23,23 +21,48 @@ Strict = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
-
-def configuration(path: Path, overrides: list[str] | None) -> "RunConfig":
-    """The settings of a pretraining run."""
-    from relora.config import load_config
-
-    one_process()
-    return load_config(path, overrides or [])
+Found = TypeVar("Found")
 
 
-def one_process() -> None:
-    """`UserError` under a launcher of several."""
+def plain(found: Any) -> Any:
+    """Turn a dataclass, or each of a list of dataclasses, into a plain dictionary."""
+    return [asdict(one) for one in found] if isinstance(found, list) else asdict(found)
+
+
+def print_found(
+    found: Found, as_json: bool, print_table: Callable[[Found], object], figures: Callable[[Found], Any] = plain
+) -> None:
+    """Print what a verb found.
+
+    Args:
+        found: the result of the verb's call.
+        as_json: whether the user gave `--json`.
+        print_table: prints the result for people.
+        figures: turns the result into values that JSON has.
+    """
+    if as_json:
+        print_json(figures(found))
+    else:
+        print_table(found)
+
+
+def print_json(figures: Any) -> None:
+    """Print figures as JSON, for other programs."""
+    print(json.dumps(figures, indent=1, default=str))
+
+
+def refuse_several_processes() -> None:
+    """Refuse to train under a launcher that started several processes: each of them would write the same run folder.
+
+    Raises:
+        UserError: WORLD_SIZE, which `torchrun` and its like set, is not 1.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("WORLD_SIZE: this version trains in one process; start it without torchrun")
 
 
-def share(text: str) -> float:
-    """`1%` or `0.01` -> 0.01."""
+def parse_share(text: str) -> float:
+    """Read the value of `prepare --validation`, `1%` or `0.01`, as a share."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -47,8 +70,3 @@ def share(text: str) -> float:
     if not 0 <= share < 1:
         raise UserError(f"--validation {text}: give a share below 100%, e.g. 1% or 0.01")
     return share
-
-
-def print_json(figures: Any) -> None:
-    """For another program to read."""
-    print(json.dumps(figures, indent=1, default=str))

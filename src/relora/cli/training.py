@@ -1,6 +1,5 @@
-"""The verbs that lead to a trained model."""
+"""The verbs that train, and the one that prepares their data: prepare, pretrain, finetune, compare."""
 
-import json
 import signal
 from dataclasses import asdict
 from functools import partial
@@ -9,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from relora.cli.options import Fresh, Json, Overrides, Quiet, Strict, configuration, one_process, print_json, share
+from relora.cli.options import (
+    Fresh,
+    Json,
+    Overrides,
+    Quiet,
+    Strict,
+    parse_share,
+    print_found,
+    print_json,
+    refuse_several_processes,
+)
 from relora.errors import UserError
 
 app = typer.Typer()
@@ -34,12 +43,12 @@ def prepare(
     from relora.data.pretraining.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
-        report = run_prepare(
+        prepared = run_prepare(
             sources,
             out,
             tokenizer=tokenizer,
             train_tokenizer=train_tokenizer,
-            validation=share(validation),
+            validation=parse_share(validation),
             text_field=text_field,
             take=take,
             workers=workers,
@@ -47,7 +56,7 @@ def prepare(
             skip_bad=skip_bad,
             progress=progress,
         )
-    print_json(asdict(report)) if as_json else print(report)
+    print_found(prepared, as_json, print)
 
 
 @app.command(epilog="Example: relora pretrain configs/quickstart.yaml optimizer.lr=2e-3")
@@ -61,16 +70,18 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Pretrain by a configuration; on a run folder that holds a checkpoint, continue."""
-    # what asks a run for a checkpoint must not end one that has not begun, or has trained its last step
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    settings = configuration(config, overrides)
-    if dry_run:
-        from relora.cli.tables.dry_run import print_timetable
-        from relora.planning.dry_run import describe
+    from relora.config import load_config
 
-        plan = describe(settings)
-        print_json(asdict(plan)) if as_json else print_timetable(plan)
+    _ignore_checkpoint_requests()
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        from relora.cli.tables.timetable import print_timetable
+        from relora.planning.timetable import timetable_of
+
+        timetable = timetable_of(settings)
+        print_found(timetable, as_json, print_timetable)
         return
+    refuse_several_processes()
     from relora.recipes.pretrain import pretrain as run_pretrain
 
     result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json)
@@ -91,8 +102,7 @@ def finetune(
     """Fine-tune a model (LoRA, ReLoRA, LLaMA-Adapter, full) on instructions or classes; continues as pretrain does."""
     from relora.config import load_finetune_config
 
-    one_process()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as in pretrain
+    _ignore_checkpoint_requests()
     settings = load_finetune_config(config, overrides or [])
     from relora.recipes.finetune import finetune as run_finetune
     from relora.recipes.finetune import show_examples
@@ -100,6 +110,7 @@ def finetune(
     if show:
         print(show_examples(settings, show))
         return
+    refuse_several_processes()
     result = run_finetune(settings, fresh=fresh, strict=strict, quiet=quiet or as_json)
     if as_json:
         print_json(asdict(result))
@@ -130,7 +141,7 @@ def compare(
     """Methods on the same model and data, each with its best rate: held-out loss, time, memory, as table and page."""
     from relora.config import FinetuneConfig, load_any_config
 
-    one_process()
+    refuse_several_processes()
     settings = load_any_config(config, overrides or [])
     if isinstance(settings, FinetuneConfig):
         names = ("--method", "--tune-lr", "--rates", "--seeds", "--jobs", "--runs", "--keep")
@@ -138,14 +149,12 @@ def compare(
         if given := [name for name, value in zip(names, values, strict=True) if value]:
             raise UserError(f"{given[0]}: compares pretraining, but {config} has a `task`; leave it out")
         from relora.cli.tables.comparison import print_comparison
-        from relora.experiments.compare_finetuning import FINETUNING_COLUMNS, candidates_of, finetuning_rows
-        from relora.experiments.compare_finetuning import compare as run_compare
+        from relora.experiments.compare_finetuning import candidates_of, compare_finetuning
+        from relora.experiments.tables import FINETUNING_COLUMNS, finetuning_rows
 
         candidates = candidates_of(methods or "full,lora,llama-adapter", lr or [])
-        outcomes = run_compare(settings, candidates, answers=50 if answers is None else answers)
-        print_json([asdict(outcome) for outcome in outcomes]) if as_json else print_comparison(
-            FINETUNING_COLUMNS, finetuning_rows(outcomes)
-        )
+        outcomes = compare_finetuning(settings, candidates, answers=50 if answers is None else answers)
+        print_found(outcomes, as_json, lambda found: print_comparison(FINETUNING_COLUMNS, finetuning_rows(found)))
     else:
         if answers is not None:
             raise UserError(f"--answers: compares fine-tuning, but {config} has no `task`; leave it out")
@@ -153,68 +162,24 @@ def compare(
         from relora.experiments.compare_pretraining import budget_of, compare_pretraining
         from relora.experiments.methods import methods_of
         from relora.experiments.results import as_figures
-        from relora.experiments.tables import PRETRAINING_COLUMNS, pretraining_rows, write_tables
+        from relora.experiments.tables import PRETRAINING_COLUMNS, pretraining_rows
 
         budget = budget_of(lr or [], tune=tune_lr, multiples=rates, seeds=seeds, jobs=jobs, keep=keep, runs=runs)
         chosen = methods_of(methods or "full,lora-warm,relora", method or [], config, overrides or [])
         comparison = compare_pretraining(config, overrides or [], chosen, budget, partial(typer.echo, err=True))
-        write_tables(comparison)
-        print_json(as_figures(comparison)) if as_json else print_comparison(
-            PRETRAINING_COLUMNS, pretraining_rows(comparison)
+        print_found(
+            comparison,
+            as_json,
+            lambda found: print_comparison(PRETRAINING_COLUMNS, pretraining_rows(found)),
+            as_figures,
         )
     if not as_json:
         print(f"{settings.output_dir}/comparison.html")
 
 
-@app.command(epilog="Example: relora plan configs/quickstart.yaml --fit 6GiB --out fits.yaml")
-def plan(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
-    overrides: Overrides = None,
-    fit: Annotated[str | None, typer.Option(help="Find the fastest configuration within so much, e.g. 6GiB.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --fit: file to write it to.")] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Take real steps of each phase; use what they took.")] = False,
-    alternatives: Annotated[
-        bool, typer.Option("--alternatives", help="Also for other methods, bases and kinds of checkpointing.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Memory by kind and time by phase, before anything is built."""
-    from relora.cli.tables.plan import print_plan
-    from relora.config import to_yaml
-    from relora.planning.plan import as_figures, fitting, make_plan, size_in_bytes, write_config
+def _ignore_checkpoint_requests() -> None:
+    """Ignore SIGUSR1, by which a user asks a run for a checkpoint, until the training loop handles it.
 
-    settings = configuration(config, overrides)
-    if out is not None and fit is None:
-        raise UserError("--out: writes what --fit finds; give --fit SIZE")
-    if out is not None and out.exists():
-        raise UserError(f"{out}: is there already and was left as it is; give another --out")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}; make it, or give another --out")
-    if fit is not None:
-        settings = fitting(settings, size_in_bytes(fit))
-    found = make_plan(settings, probed=probe, alternatives=alternatives)
-    if out is not None:
-        write_config(settings, out)
-    if as_json:
-        print_json({**as_figures(found), **({"config": settings.model_dump(mode="json")} if fit else {})})
-        return
-    if fit is not None and out is None:
-        print(to_yaml(settings), end="")
-    print_plan(found)
-
-
-@app.command("config", epilog="Example: relora config configs/quickstart.yaml batch.sequences=32")
-def show_config(
-    config: Annotated[Path | None, typer.Argument(help="YAML configuration.")] = None,
-    overrides: Overrides = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all keys instead.")] = False,
-) -> None:
-    """Check a configuration and print it with every default filled in."""
-    from relora.config import RunConfig, load_any_config, to_yaml
-
-    if schema:
-        print(json.dumps(RunConfig.model_json_schema(), indent=1))
-        return
-    if config is None:
-        raise UserError("give a configuration file, or --schema")
-    print(to_yaml(load_any_config(config, overrides or [])), end="")
+    The signal's default action would end a run that has not begun, or that has trained its last step.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
