@@ -71,7 +71,7 @@ def energies(matrix: Tensor) -> Tensor:
     return values.flip(0).clamp_min(0)
 
 
-def captured(spectrum: Tensor, r: int) -> float:
+def captured_share(spectrum: Tensor, r: int) -> float:
     """Return the share of the energy that the r largest directions hold; 0 where the energy is 0."""
     return (spectrum[:r].sum() / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)).item()
 
@@ -90,7 +90,7 @@ def _decide_switch(run: Run, progress: Progress, rule: WarmStartEnd) -> None:
             return
         energy = None
         if state.window.is_flat(rule.slope):
-            energy = fmean(captured(spectrum, r) for spectrum in _spectra(run, progress).values())
+            energy = fmean(captured_share(spectrum, r) for spectrum in _spectra(run, progress).values())
         due = energy is not None and energy >= rule.energy
         _record(run, progress, "warm_start", decided=due, energy=energy)
         progress.state = replace(state, window=state.window.closed())
