@@ -1,12 +1,8 @@
-"""The tables of scores show every figure, a dash for one that does not exist, and what was left out."""
+"""The tables of `relora evaluate`."""
 
-import io
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
-from rich.console import Console
+from tests.cli.tables.screen import Screen
 
 from relora.cli.tables.scores import print_instruction_scores, print_scores, print_task_scores
 from relora.evaluation.instructions import InstructionScores
@@ -14,70 +10,74 @@ from relora.evaluation.lm_eval import TaskScore
 from relora.evaluation.perplexity import Score
 
 ANSWERED = InstructionScores(
-    bleu=1.25,
-    rouge1=21.5,
-    rouge2=32.25,
-    rougeL=43.75,
-    exact_match=54.5,
-    f1=65.25,
-    loss=2.0,
-    perplexity=math.exp(2.0),
+    bleu=12.345,
+    rouge1=40.0,
+    rouge2=20.0,
+    rougeL=30.0,
+    exact_match=5.0,
+    f1=50.0,
+    loss=1.25,
+    perplexity=3.49,
     response_tokens=1234,
     records=20,
-    cut=0,
-    without_room=0,
+    cut=3,
+    without_room=2,
     ended=15,
-    answer_tokens=300,
-    seconds=2.5,
-    tokens_per_second=120.0,
-    max_new_tokens=16,
-    sequence_length=30,
-    template="plain",
+    answer_tokens=640,
+    seconds=2.0,
+    tokens_per_second=320.0,
+    max_new_tokens=64,
+    sequence_length=512,
+    template="alpaca",
     bleu_signature="",
 )
 
 
-def printed(show: Callable[[Any, Console], None], scores: object) -> Sequence[str]:
-    """Print scores on a wide console and return the lines, with single spaces."""
-    stream = io.StringIO()
-    show(scores, Console(file=stream, width=250))
-    return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
-
-
-def test_each_source_is_a_row() -> None:
-    text = Score(1.0, math.e, 0.75, 5000, "text.txt", 20, 12.5, 32, 16)
-    prepared = Score(2.0, math.exp(2), None, 5, "folder", 20, None, 8, 8)
-    assert printed(print_scores, [text, prepared]) == [
-        "data loss perplexity bits/byte word ppl. tokens window/stride",
-        "text.txt 1.0000 2.72 0.7500 12.50 5,000 32/16",
-        "folder 2.0000 7.39 - - 5 8/8",
+def test_what_is_not_known_of_a_text_is_a_dash() -> None:
+    screen = Screen()
+    raw = Score(1.5, 4.4817, 1.1, 1000, "book.txt", 4000, 20.5, 128, 64)
+    print_scores([raw, replace(raw, data="prepared", word_perplexity=None, bits_per_byte=None)], screen)
+    header, *rows = (line.split() for line in screen.text.splitlines())
+    assert header[0] == "data" and header[-1] == "window/stride"
+    assert rows == [
+        ["book.txt", "1.5000", "4.48", "1.1000", "20.50", "1,000", "128/64"],
+        ["prepared", "1.5000", "4.48", "-", "-", "1,000", "128/64"],
     ]
 
 
-def test_instruction_scores_are_a_table_and_two_lines() -> None:
-    assert printed(print_instruction_scores, ANSWERED) == [
-        "loss perplexity BLEU ROUGE-1 ROUGE-2 ROUGE-L exact % F1",
-        "2.0000 7.39 1.25 21.50 32.25 43.75 54.50 65.25",
-        "20 records, template plain; loss over 1,234 tokens of responses",
-        "15 answers ended by themselves, others at 16 tokens; 300 tokens in 2.5 s, 120.0 tokens/s",
+def test_answers_to_instructions() -> None:
+    screen = Screen()
+    print_instruction_scores(ANSWERED, screen)
+    assert screen.text.splitlines()[1].split() == [
+        "1.2500",
+        "3.49",
+        "12.35",
+        "40.00",
+        "20.00",
+        "30.00",
+        "5.00",
+        "50.00",
+    ]
+    assert screen.text.splitlines()[2:] == [
+        "20 records, template alpaca; loss over 1,234 tokens of responses, 3 cut to 512",
+        "15 answers ended by themselves, others at 64 tokens, 2 prompts left no room for one; "
+        "640 tokens in 2.0 s, 320.0 tokens/s",
     ]
 
 
-def test_records_that_are_cut_or_leave_no_room_are_shown() -> None:
-    lines = printed(print_instruction_scores, replace(ANSWERED, cut=2, without_room=3))
-    assert lines[2].endswith("tokens of responses, 2 cut to 30")
-    assert "others at 16 tokens, 3 prompts left no room for one;" in lines[3]
+def test_nothing_is_said_of_what_did_not_happen() -> None:
+    screen = Screen()
+    print_instruction_scores(replace(ANSWERED, cut=0, without_room=0), screen)
+    assert "cut" not in screen.text and "no room" not in screen.text
 
 
-def test_each_figure_of_a_task_is_a_row_and_the_task_is_named_once() -> None:
-    scores = [
-        TaskScore("colours", "acc", 2 / 3, 0.125, True, 3, 0),
-        TaskScore("colours", "acc_norm", 0.25, 0.125, True, 3, 0),
-        TaskScore("all", "acc", 0.5, None, None, None, None),
-    ]
-    assert printed(print_task_scores, scores) == [
-        "task metric value +- examples shots",
-        "colours acc 0.6667 0.1250 3 0",
-        "acc_norm 0.2500 0.1250 3 0",
-        "all acc 0.5000 - - -",
+def test_a_task_is_named_once() -> None:
+    screen = Screen()
+    accuracy = TaskScore("arc", "acc", 0.5, 0.01, True, 1000, 0)
+    group = TaskScore("all", "acc", 0.25, None, None, None, None)
+    print_task_scores([accuracy, replace(accuracy, metric="acc_norm"), group], screen)
+    assert [line.split() for line in screen.text.splitlines()[1:]] == [
+        ["arc", "acc", "0.5000", "0.0100", "1,000", "0"],
+        ["acc_norm", "0.5000", "0.0100", "1,000", "0"],
+        ["all", "acc", "0.2500", "-", "-", "-"],
     ]
