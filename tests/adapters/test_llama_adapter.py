@@ -379,10 +379,20 @@ def test_nothing_is_overwritten_and_a_failed_write_leaves_nothing(tmp_path: Path
         save_prompts(model, tmp_path / "there", base=None)
     with pytest.raises(UserError, match="no prompts"):
         save_prompts(build(), tmp_path / "none", base=None)
+    with pytest.raises(UserError, match="there: exists"):  # no adapter, so not even then
+        save_prompts(model, tmp_path / "there", base=None, overwrite=True)
     (tmp_path / ".blocked.partial").touch()  # in the way of the new folder
     with pytest.raises(RunStopped, match="could not be written"):
         save_prompts(model, tmp_path / "blocked", base=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".blocked.partial", "there"]
+
+
+def test_an_adapter_is_replaced_if_asked_for(tmp_path: Path) -> None:
+    for base in ("first", "second"):
+        save_prompts(adapted(), tmp_path / "adapter", base=base, overwrite=True)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def changed(key: str, value: Any) -> Callable[[Path], None]:

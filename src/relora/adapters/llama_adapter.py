@@ -121,26 +121,27 @@ def remove_prompts(model: PreTrainedModel) -> None:
         parameter.requires_grad_(parameter.is_floating_point())
 
 
-def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None) -> Path:
+def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None, overwrite: bool = False) -> Path:
     """Write the prompts and gates of a model to a new folder, which PEFT's `PeftModel.from_pretrained` can read, too.
 
     The folder is whole or absent (see `files.atomic`).
 
     Args:
         base: path or hub id of the base model, to be named in the adapter's configuration.
+        overwrite: replace an adapter that is in `folder`.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the model has no prompts, or `folder` exists.
+        UserError: the model has no prompts, or `folder` exists; with `overwrite`, if it holds anything but an adapter.
         RunStopped: the disk is full or refuses the write.
     """
     folder = Path(folder)
     attentions = _prompted(model)
     if not attentions:
         raise UserError(f"{folder}: the model has no prompts of LLaMA-Adapter to save")
-    if folder.exists() or folder.is_symlink():
+    if (folder.exists() or folder.is_symlink()) and not (overwrite and (folder / CONFIG).is_file()):
         raise UserError(f"{folder}: exists, and was left as it is; give a new folder")
     tensors = {f"{_PREFIX}{name}": tensor.detach().cpu() for name, tensor in prompt_tensors(model).items()}
     settings = {
@@ -155,7 +156,7 @@ def save_prompts(model: PreTrainedModel, folder: str | Path, *, base: str | None
         "task_type": "CAUSAL_LM",
     }
     try:
-        with atomic_folder(folder, replace=False, parents=True) as partial:
+        with atomic_folder(folder, replace=overwrite, parents=True) as partial:
             save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
             write_json(partial / CONFIG, settings, indent=2, sort_keys=True)
     except (OSError, SafetensorError) as error:
@@ -219,7 +220,7 @@ def _keys_values_concatenated(attention: Any, prompt: Tensor) -> tuple[Tensor, T
 
 
 def _keys_values_interleaved(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute k_P and v_P with `query_key_value`, whose outputs are query, key and value of the first head, and so on."""
+    """Compute k_P and v_P with `query_key_value`, whose outputs are query, key and value of each head in turn."""
     heads = attention.query_key_value(prompt).view(1, prompt.shape[1], -1, 3 * attention.head_size).transpose(1, 2)
     _, keys, values = heads.chunk(3, dim=-1)
     return keys, values

@@ -6,7 +6,6 @@
 This file assembles the run; the loop is that of pretraining.
 """
 
-import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -136,8 +135,7 @@ def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: 
     elif config.method == "lora":
         left = save_adapter(model, folder / "adapter", base=str(inputs.base), overwrite=True)
     else:
-        shutil.rmtree(folder / "adapter", ignore_errors=True)  # may be there from an earlier, shorter run
-        left = save_prompts(model, folder / "adapter", base=str(inputs.base))
+        left = save_prompts(model, folder / "adapter", base=str(inputs.base), overwrite=True)
     evaluation = run.evaluate(model, lambda: None)
     if inputs.asks:
         _write_answers(config, inputs, run.schedule.total_steps, folder)
