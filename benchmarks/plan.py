@@ -20,7 +20,7 @@ import torch
 
 from relora.config import RunConfig, parse_config
 from relora.device import choose_device
-from relora.planning.plan import allocator_loss, step_figures
+from relora.planning.phase_cost import allocator_loss, step_figures
 from relora.planning.probe import probe, process_bytes
 from relora.train.schedule import Phase
 

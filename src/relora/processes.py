@@ -36,6 +36,8 @@ from relora.errors import Interrupted, ReloraError, RunStopped
 
 Result = TypeVar("Result")
 
+RUNS_STOPPED = "stopped, its runs with a checkpoint; the same command continues"
+"""Value of `when_stopped` for calls that are training runs."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _THREADS_VARIABLE = "OMP_NUM_THREADS"
 

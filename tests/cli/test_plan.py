@@ -9,8 +9,10 @@ from tests.command import call
 
 from relora.config import load_config
 from relora.errors import UserError
-from relora.planning.plan import fitting, make_plan, size_in_bytes
+from relora.planning.fit import fitting
+from relora.planning.plan import make_plan
 from relora.planning.probe import process_bytes
+from relora.planning.sizes import size_in_bytes
 
 
 @pytest.fixture(scope="module")

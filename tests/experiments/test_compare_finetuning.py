@@ -8,8 +8,9 @@ import pytest
 from relora.config import FinetuneConfig, parse_finetune_config
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
-from relora.experiments.compare_finetuning import candidates_of, compare
-from relora.model.load import build_model, save_model
+from relora.experiments.compare_finetuning import candidates_of, compare_finetuning
+from relora.model.load import build_model
+from relora.model.save import save_model
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def config(prepared: Path, tmp_path: Path) -> FinetuneConfig:
 
 
 def test_the_best_rate_of_each_method_counts(config: FinetuneConfig) -> None:
-    best = compare(config, {"full": [1e-2], "lora": [1e-5, 2e-2]}, answers=2)
+    best = compare_finetuning(config, {"full": [1e-2], "lora": [1e-5, 2e-2]}, answers=2)
     assert [one.method for one in best] == ["full", "lora"]
     full, lora = best
     assert lora.lr == 2e-2  # the other hardly moves
@@ -50,19 +51,19 @@ def test_the_best_rate_of_each_method_counts(config: FinetuneConfig) -> None:
     page = (folder / "comparison.html").read_text()
     assert page.count("<blockquote>") == 2 and "reference" in page and "Count to" in page
     # a second call finds its runs finished and measures the same
-    again = compare(config, {"full": [1e-2]}, answers=2)
+    again = compare_finetuning(config, {"full": [1e-2]}, answers=2)
     assert again[0].loss == full.loss
 
 
 def test_what_a_run_refuses_is_said_in_one_line(config: FinetuneConfig) -> None:
     with pytest.raises(UserError, match=r"lowrank\.r \(100\) exceeds"):
-        compare(
+        compare_finetuning(
             config.model_copy(update={"lowrank": config.lowrank.model_copy(update={"r": 100})}),
             {"lora": [None]},
             answers=1,
         )
     with pytest.raises(UserError, match="`lor` is none of"):
-        compare(config, {"lor": [None]}, answers=1)
+        compare_finetuning(config, {"lor": [None]}, answers=1)
 
 
 def test_the_command_line_names_methods_and_rates() -> None:

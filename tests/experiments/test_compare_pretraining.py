@@ -21,8 +21,8 @@ from tests.command import call
 from relora.config import load_config, parse_config
 from relora.errors import UserError
 from relora.experiments.compare_pretraining import Budget, budget_of, compare_pretraining, shortened
-from relora.experiments.launch import settled_folder
 from relora.experiments.methods import methods_of
+from relora.experiments.pretraining_runs import with_run_folder
 from relora.recipes.from_settings import schedule_of
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes"}
@@ -268,7 +268,7 @@ def test_a_run_is_known_by_what_decides_its_numbers(prepared: Path, tmp_path: Pa
     path = written(prepared, tmp_path)
 
     def folder(*overrides: str) -> str:
-        return Path(settled_folder(load_config(path, overrides), tmp_path, "run").output_dir).name
+        return Path(with_run_folder(load_config(path, overrides), tmp_path, "run").output_dir).name
 
     assert folder() == folder("output_dir=elsewhere", "log.every_steps=3", "checkpoint.keep_last=5")
     for change in ("lowrank.r=2", "optimizer.eps=1e-6", "data.sequence_length=8", "evaluate.tokens=100", "seed=1"):
@@ -287,7 +287,7 @@ def test_an_outcome_that_was_damaged_is_named(prepared: Path, tmp_path: Path) ->
     path = written(prepared, tmp_path)
     overrides = methods_of("full", [], path, [])
     own = load_config(path, [*overrides["full"], "checkpoint.keep_last=1", "optimizer.lr=0.004"])
-    run = Path(settled_folder(own, tmp_path / "compared" / "runs", "full-lr0.004").output_dir)
+    run = Path(with_run_folder(own, tmp_path / "compared" / "runs", "full-lr0.004").output_dir)
     run.mkdir(parents=True)
     (run / "outcome.json").write_text('{"loss": "low"}')
     with pytest.raises(UserError, match=r"outcome\.json: damaged"):

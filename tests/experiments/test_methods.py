@@ -11,7 +11,7 @@ from tests.test_docs import COMMANDS, shown
 from relora.config import load_config
 from relora.config.pretraining import RESTARTS
 from relora.errors import UserError
-from relora.experiments.methods import METHODS, control_shape, methods_of
+from relora.experiments.methods import PRETRAINING_METHODS, control_shape, methods_of
 from relora.lowrank import inject
 from relora.recipes.from_settings import lowrank_of
 from relora.recipes.pretraining_inputs import open_configured_model
@@ -36,8 +36,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_every_name_gives_a_configuration(config: Path) -> None:
-    found = methods_of(",".join(METHODS), [], config, [])
-    assert list(found) == list(METHODS)
+    found = methods_of(",".join(PRETRAINING_METHODS), [], config, [])
+    assert list(found) == list(PRETRAINING_METHODS)
     settled = {name: load_config(config, overrides) for name, overrides in found.items()}
     assert {name: one.method for name, one in settled.items() if "relora" not in name and "restarts" not in name} == {
         **dict.fromkeys(("full", "control", "galore", "apollo", "fira"), "full"),

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from relora.cli.tables.comparison import print_comparison
-from relora.experiments.launch import Outcome
-from relora.experiments.results import Attempt, Comparison, Result, as_figures
-from relora.experiments.tables import PRETRAINING_COLUMNS, as_csv, cells, pretraining_rows, write_tables
+from relora.experiments.results import Attempt, Comparison, MethodResult, PretrainingOutcome, as_figures
+from relora.experiments.tables import PRETRAINING_COLUMNS, as_csv, pretraining_rows, write_pretraining_files
 from relora.train.memory import HeldBytes
 
 
-def outcome(folder: Path, loss: float | None, *, seed: int = 0, lowrank_lr: float | None = None) -> Outcome:
+def outcome(folder: Path, loss: float | None, *, seed: int = 0, lowrank_lr: float | None = None) -> PretrainingOutcome:
     """Of a run whose perplexity is 100 times its loss; its folder has the metrics of one evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -26,7 +25,7 @@ def outcome(folder: Path, loss: float | None, *, seed: int = 0, lowrank_lr: floa
         "validation_loss": loss or 9.0,
     }
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    return Outcome(
+    return PretrainingOutcome(
         folder=str(folder),
         diverged=loss is None,
         seed=seed,
@@ -55,7 +54,7 @@ def comparison(tmp_path: Path) -> Comparison:
     bad = (outcome(tmp_path / "e", 3.0), outcome(tmp_path / "f", None, seed=1))
     rows = [("full", 2e-3, False, full), ("relora", 4e-3, True, relora), ("bad", 1.0, False, bad)]
     results = [
-        Result(method=name, overrides=(), rate=rate, at_edge=edge, tuning_tokens=1200, outcomes=runs)
+        MethodResult(method=name, overrides=(), rate=rate, at_edge=edge, tuning_tokens=1200, outcomes=runs)
         for name, rate, edge, runs in rows
     ]
     tried = [(Attempt("full", rate, 0.25, 0), outcome(tmp_path / f"{rate}", rate * 1e3)) for rate in (4e-3, 2e-3)]
@@ -64,7 +63,7 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def test_cells(comparison: Comparison) -> None:
-    full, relora, bad = (cells(one, comparison) for one in comparison.results)
+    full, relora, bad = pretraining_rows(comparison)
     assert dict(zip(PRETRAINING_COLUMNS, full, strict=True)) == {
         "method": "full",
         "held-out perplexity": "210.00 ± 14.14",
@@ -84,12 +83,13 @@ def test_cells(comparison: Comparison) -> None:
 
 def test_one_seed_has_no_spread_and_without_full_there_is_no_ratio(comparison: Comparison) -> None:
     [_, relora, bad] = comparison.results
-    one = Result(**{**vars(relora), "outcomes": relora.outcomes[:1]})
+    one = MethodResult(**{**vars(relora), "outcomes": relora.outcomes[:1]})
     alone = Comparison(comparison.folder, [one], [])
-    assert cells(one, alone)[1:3] == ["210.00", "-"] and one.spread is None
-    lost = Result(**{**vars(bad), "outcomes": bad.outcomes[1:]})
-    assert cells(lost, alone)[1] == "diverged"
-    assert as_figures(Comparison(comparison.folder, [lost], []))["results"][0]["perplexity"] is None
+    assert pretraining_rows(alone)[0][1:3] == ["210.00", "-"] and one.spread is None
+    lost = MethodResult(**{**vars(bad), "outcomes": bad.outcomes[1:]})
+    diverged = Comparison(comparison.folder, [lost], [])
+    assert pretraining_rows(diverged)[0][1] == "diverged"
+    assert as_figures(diverged)["results"][0]["perplexity"] is None
 
 
 def test_figures_are_json_without_infinities(comparison: Comparison) -> None:
@@ -111,7 +111,7 @@ def test_csv_has_a_line_for_every_seed(comparison: Comparison) -> None:
 
 
 def test_files_and_terminal(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tables(comparison)
+    write_pretraining_files(comparison)
     print_comparison(PRETRAINING_COLUMNS, pretraining_rows(comparison))
     out = capsys.readouterr().out
     assert "210.00 ± 14.14" in out and "diverged (1 of 2)" in out and "8.0 + 0.0 + 5.0 + 9.9" in out

@@ -1,12 +1,12 @@
-"""Pretraining methods side by side: one model, one stream of tokens, one budget for each method's learning rate.
+"""The comparison of pretraining methods: one model, one stream of tokens, one budget for each method's learning rate.
 
-    tune full rank      its best rate is the rate of all that the low-rank methods train at full rank
-    tune the others     of a low-rank method the rate of the factors, of any other its rate
-    repeat              every method's best rate at the other seeds
+    1. tune full rank     the best rate of `full` becomes the rate of everything that other methods train at full rank
+    2. tune the others    of a method with factors the rate of the factors is tuned, of any other its own rate
+    3. repeat             every method runs at its best rate at the other seeds
 
-A method is a list of overrides (`methods`), a search asks for runs (`tuning`), a run has a process of its own
-and is never made twice (`runs`). A run at the first seed and full length that a search made is the first of its
-method's results, so the mean is a little too good, for every method alike.
+A method is a list of overrides (`methods`), a search asks for runs (`search`), and every run has a process of its own
+and is made once (`pretraining_runs`). The price of reuse: the full-length run at the first seed by which a search chose
+the rate is also the first of the method's results, so its mean is a little too good, for every method alike.
 """
 
 import json
@@ -16,33 +16,36 @@ from pathlib import Path
 
 from relora.config import RunConfig, load_config
 from relora.errors import UserError
-from relora.experiments.launch import Outcome, run_all, settled_folder
-from relora.experiments.results import Attempt, Comparison, Result, as_figures
+from relora.experiments.pretraining_runs import run_all, with_run_folder
+from relora.experiments.rates import parse_rates, rates_by_method
+from relora.experiments.results import Attempt, Comparison, MethodResult, PretrainingOutcome
 from relora.experiments.search import Choice, Search, Trial, best_of, halving, run_searches
-from relora.files.atomic import write_durably
+from relora.experiments.tables import write_pretraining_files
+from relora.runs.settings import is_run
 from relora.train.optim import check_optimizer
 
-RECORD = "comparison.json"
-RATES = (0.5, 1.0, 2.0, 4.0)
-"""Multiples of a method's own rate that `--tune-lr` begins with."""
+RATE_MULTIPLES = (0.5, 1.0, 2.0, 4.0)
+"""First rates that `--tune-lr` tries, as multiples of a method's own rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much is run for each method, and how."""
+    """Number and kind of the runs that every method gets."""
 
     seeds: int = 1
+    """Runs of every method at its best rate."""
     tune: bool = False
-    """Search the rate by successive halving."""
-    multiples: Sequence[float] = RATES
+    """Whether to search the rate by successive halving."""
+    multiples: Sequence[float] = RATE_MULTIPLES
+    """First rates of the search, as multiples of a method's own rate."""
     given: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Method -> rates to choose from; in place of multiples of its own."""
+    """Method -> rates to choose from, instead of multiples of its own rate."""
     jobs: int = 1
-    """Runs side by side."""
+    """Number of runs at a time."""
     keep: bool = False
-    """Keep checkpoints, models and reports of the runs."""
+    """Whether to keep checkpoints, models and reports of the runs."""
     runs: Path | None = None
-    """Where the runs lie; `runs` in the comparison's folder unless given."""
+    """Folder that holds the run folders; `runs` in the comparison's folder unless given."""
 
 
 def budget_of(
@@ -55,35 +58,27 @@ def budget_of(
     keep: bool,
     runs: Path | None,
 ) -> Budget:
-    """From a command line: `METHOD=RATE,RATE` in `lr`, `0.5,1,2` in `multiples`; None is the default."""
+    """Read the options of the command line; None stands for an option that was not given.
+
+    Args:
+        lr: values of `--lr`, each `METHOD=RATE,RATE`.
+        multiples: value of `--rates`, such as `0.5,1,2`.
+
+    Raises:
+        UserError: an option that cannot be read, or `--rates` without `--tune-lr`.
+    """
     if multiples is not None and not tune:
         raise UserError("--rates: are what --tune-lr begins with; give that, too")
     for option, count in (("--seeds", seeds), ("--jobs", jobs)):
         if count is not None and count < 1:
             raise UserError(f"{option} {count}: must be 1 or more")
-    given = {}
-    for text in lr:
-        method, _, rates = text.partition("=")
-        given[method] = _rates_of(rates, f"--lr {text}: write METHOD=RATE, e.g. relora=1e-3,2e-3")
+    given = rates_by_method(lr, "relora=1e-3,2e-3")
+    first_multiples: Sequence[float] = RATE_MULTIPLES
+    if multiples is not None:
+        first_multiples = parse_rates(multiples, "--rates: write multiples, e.g. 0.5,1,2,4")
     return Budget(
-        seeds=seeds or 1,
-        tune=tune,
-        multiples=RATES if multiples is None else _rates_of(multiples, "--rates: write multiples, e.g. 0.5,1,2,4"),
-        given=given,
-        jobs=jobs or 1,
-        keep=keep,
-        runs=runs,
+        seeds=seeds or 1, tune=tune, multiples=first_multiples, given=given, jobs=jobs or 1, keep=keep, runs=runs
     )
-
-
-def _rates_of(text: str, mistake: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(rate) for rate in text.split(","))
-    except ValueError:
-        raise UserError(mistake) from None
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise UserError(mistake)
-    return rates
 
 
 def compare_pretraining(
@@ -93,44 +88,51 @@ def compare_pretraining(
     budget: Budget,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Run every method within the budget, continuing what an earlier call has done, and write FOLDER/comparison.json.
+    """Run every method within the budget and write FOLDER/comparison.json, .md, .csv and .html.
+
+    Runs that an earlier call has made are used again, and those that it has begun are continued.
 
     Args:
         path, overrides: the configuration of all runs; its `output_dir` is the comparison's folder.
-        methods: name -> what it overrides in that configuration (see `methods_of`).
-        tell: takes a line for each run that ends.
+        methods: name -> overrides of that configuration (see `methods_of`).
+        tell: called with a line for each run that ends.
 
     Raises:
-        UserError: a method or a rate that cannot be, or what a run refuses; what can be told before a run is.
+        UserError: a method or a rate that cannot be used, or what a run refuses; found before the first run where that
+            is possible.
         RunStopped, Interrupted: see `run_all`.
     """
-    bench = _Bench(path, overrides, methods, budget, tell)
-    full_rank = [name for name in methods if bench.own(name).method == "full"]
-    choices = bench.choose(full_rank)
+    runner = _AttemptRunner(path, overrides, methods, budget, tell)
+    full_rank = [name for name in methods if runner.method_config(name).method == "full"]
+    choices = runner.choose_rates(full_rank)
     if "full" in choices:
-        bench.full_lr = choices["full"].rate
-    choices |= bench.choose([name for name in methods if name not in full_rank])
-    final = [Attempt(name, choices[name].rate, 1.0, bench.seed + n) for name in methods for n in range(budget.seeds)]
-    outcomes = dict(zip(final, bench.run(final), strict=True))
+        runner.full_lr = choices["full"].rate
+    choices |= runner.choose_rates([name for name in methods if name not in full_rank])
+    seeds = range(runner.seed, runner.seed + budget.seeds)
+    final = [Attempt(name, choices[name].rate, 1.0, seed) for name in methods for seed in seeds]
+    outcomes = dict(zip(final, runner.outcomes_of(final), strict=True))
     results = [
-        Result(
+        MethodResult(
             method=name,
             overrides=overridden,
             rate=choices[name].rate,
             at_edge=choices[name].at_edge,
-            tuning_tokens=bench.tuning_tokens.get(name, 0),
+            tuning_tokens=runner.tuning_tokens.get(name, 0),
             outcomes=tuple(outcome for attempt, outcome in outcomes.items() if attempt.method == name),
         )
         for name, overridden in methods.items()
     ]
-    comparison = Comparison(bench.folder, results, list(bench.done.items()))
-    text = json.dumps(as_figures(comparison), indent=1, allow_nan=False, ensure_ascii=False)
-    write_durably(bench.folder / RECORD, text + "\n")
+    comparison = Comparison(runner.folder, results, list(runner.done.items()))
+    write_pretraining_files(comparison)
     return comparison
 
 
 def shortened(config: RunConfig, length: float) -> list[str]:
-    """Overrides that make a run of the same shape, `length` times as long: every period shrinks alike."""
+    """Return overrides that make a run of the same shape with `length` times as many steps.
+
+    Every period shrinks alike: warm-up, warm start, cycles, and the warm-up of the factors after the switch and after a
+    restart. A period that is not zero keeps at least one step.
+    """
     if length == 1.0:
         return []
     total = max(2, round(config.total_steps * length))
@@ -144,21 +146,27 @@ def shortened(config: RunConfig, length: float) -> list[str]:
         "window_steps": scaled(start.window_steps, 1, total),
     }
     every = scaled(restart.every_steps, restart.turns if restart.stagger != "none" else 1, total)
-    climb = config.lowrank.warmup_steps
-    return [
+    found = [
         f"schedule.total_steps={total}",
         "schedule.total_tokens=null",
         f"schedule.warmup_steps={scaled(config.schedule.warmup_steps, 1, total - 1)}",
         f"warm_start={json.dumps(warm_start)}",
-        *([] if climb is None else [f"lowrank.warmup_steps={scaled(climb, 1, total)}"]),
         f"restart.every_steps={every}",
         f"restart.warmup_steps={scaled(restart.warmup_steps, 1, every - 1)}",
         f"optimizer.projection.every_steps={scaled(config.optimizer.projection.every_steps, 1, total)}",
     ]
+    switch_warmup = config.lowrank.warmup_steps
+    if switch_warmup is not None:
+        found.append(f"lowrank.warmup_steps={scaled(switch_warmup, 1, total)}")
+    return found
 
 
-class _Bench:
-    """Where attempts become configurations, and configurations outcomes."""
+class _AttemptRunner:
+    """Turns the attempts that a comparison asks for into configurations, and runs them.
+
+    Raises:
+        UserError: see `compare_pretraining`; nothing has been written then.
+    """
 
     def __init__(
         self,
@@ -170,85 +178,96 @@ class _Bench:
     ) -> None:
         self._path, self._overrides, self._methods, self._budget, self._tell = path, overrides, methods, budget, tell
         self.full_lr: float | None = None
-        """The best of full rank, once that is known."""
-        self.done: dict[Attempt, Outcome] = {}
+        """Best learning rate of full rank, as soon as it is known."""
+        self.done: dict[Attempt, PretrainingOutcome] = {}
+        """Outcomes so far, in the order in which they were asked for."""
         self.tuning_tokens: dict[str, int] = {}
+        """Method -> tokens of all runs by which its rate was chosen."""
         base = load_config(path, overrides)
         self.seed, self.folder = base.seed, Path(base.output_dir)
-        if (self.folder / "config.yaml").exists():
+        if is_run(self.folder):
             raise UserError(f"output_dir: {self.folder} holds a run; give the comparison a folder of its own")
-        if strangers := [name for name in budget.given if name not in methods]:
-            raise UserError(f"--lr {strangers[0]}=...: no such method among {', '.join(methods)}")
+        if unknown := [name for name in budget.given if name not in methods]:
+            raise UserError(f"--lr {unknown[0]}=...: no such method among {', '.join(methods)}")
         self._runs = budget.runs or self.folder / "runs"
-        for name in methods:  # what is wrong with the last method is said before the first one trains
-            check_optimizer(self.own(name).optimizer.name)
-            self.config(Attempt(name, self._grid(name)[0], 1.0, base.seed))
+        for name in methods:  # a mistake in the last method is found before the first one trains
+            check_optimizer(self.method_config(name).optimizer.name)
+            self._attempt_config(Attempt(name, self._first_rates(name)[0], 1.0, base.seed))
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def own(self, method: str, *further: str) -> RunConfig:
-        """The configuration as a method overrides it."""
-        every = ("checkpoint.keep_last=1",)
-        return load_config(self._path, [*self._overrides, *every, *self._methods[method], *further])
+    def method_config(self, method: str, *overrides: str) -> RunConfig:
+        """Return the configuration with the overrides of a method, and further ones."""
+        every_run = ("checkpoint.keep_last=1",)
+        return load_config(self._path, [*self._overrides, *every_run, *self._methods[method], *overrides])
 
-    def config(self, attempt: Attempt) -> RunConfig:
-        """Of one run, its folder included."""
-        own = self.own(attempt.method)
-        rates = self._rates(own, attempt.rate)
-        short = shortened(own, attempt.length)
-        config = self.own(attempt.method, *rates, *short, f"seed={attempt.seed}")
-        return settled_folder(config, self._runs, f"{attempt.method}-lr{attempt.rate:g}")
-
-    def choose(self, methods: Sequence[str]) -> dict[str, Choice]:
-        """The rate of each method: given, or searched for."""
+    def choose_rates(self, methods: Sequence[str]) -> dict[str, Choice]:
+        """Find the learning rate of each method, by runs if there are several to choose from."""
         searches = {name: self._search(name) for name in methods}
 
-        def score(asked: list[tuple[str, Trial]]) -> list[float]:
+        def losses_of(asked: list[tuple[str, Trial]]) -> list[float]:
             attempts = [Attempt(name, trial.rate, trial.length, self.seed) for name, trial in asked]
             for attempt in attempts:
-                if len(self._grid(attempt.method)) > 1:
-                    config = self.config(attempt)
+                if len(self._first_rates(attempt.method)) > 1:
+                    config = self._attempt_config(attempt)
                     spent = self.tuning_tokens.get(attempt.method, 0)
                     self.tuning_tokens[attempt.method] = spent + config.total_steps * config.batch_tokens
-            return [outcome.score for outcome in self.run(attempts)]
+            return [outcome.loss_or_infinity for outcome in self.outcomes_of(attempts)]
 
-        return run_searches(searches, score)
+        return run_searches(searches, losses_of)
 
-    def run(self, attempts: Sequence[Attempt]) -> list[Outcome]:
-        """Their outcomes; those that are not there yet are made."""
+    def outcomes_of(self, attempts: Sequence[Attempt]) -> list[PretrainingOutcome]:
+        """Return the outcomes of attempts in their order, running those that have not been run yet."""
         new = [attempt for attempt in dict.fromkeys(attempts) if attempt not in self.done]
 
-        def tell(index: int, outcome: Outcome) -> None:
+        def tell(index: int, outcome: PretrainingOutcome) -> None:
             found = "diverged" if outcome.perplexity is None else f"perplexity {outcome.perplexity:,.2f}"
-            one = new[index]
+            attempt = new[index]
             self._tell(
-                f"{one.method}  rate {one.rate:g}  {outcome.steps:,} steps  seed {one.seed}: {found}"
+                f"{attempt.method}  rate {attempt.rate:g}  {outcome.steps:,} steps  seed {attempt.seed}: {found}"
                 f"  ({outcome.seconds:,.0f} s)"
             )
 
-        configs = [self.config(attempt) for attempt in new]
-        outcomes = run_all(configs, jobs=self._budget.jobs, keep=self._budget.keep, tell=tell)
+        configs = [self._attempt_config(attempt) for attempt in new]
+        outcomes = run_all(configs, jobs=self._budget.jobs, keep=self._budget.keep, on_outcome=tell)
         self.done |= zip(new, outcomes, strict=True)
         return [self.done[attempt] for attempt in attempts]
 
-    def _search(self, method: str) -> Search:
-        grid = self._grid(method)
-        return halving(grid) if self._budget.tune else best_of(grid)
+    def _attempt_config(self, attempt: Attempt) -> RunConfig:
+        """Return the configuration of one run, its run folder included."""
+        own = self.method_config(attempt.method)
+        rates = self._rate_overrides(own, attempt.rate)
+        short = shortened(own, attempt.length)
+        config = self.method_config(attempt.method, *rates, *short, f"seed={attempt.seed}")
+        return with_run_folder(config, self._runs, f"{attempt.method}-lr{attempt.rate:g}")
 
-    def _grid(self, method: str) -> Sequence[float]:
+    def _search(self, method: str) -> Search:
+        """Return the search by which the rate of a method is chosen."""
+        rates = self._first_rates(method)
+        return halving(rates) if self._budget.tune else best_of(rates)
+
+    def _first_rates(self, method: str) -> Sequence[float]:
+        """Return the rates that the search of a method begins with: those given, or multiples of the method's own."""
         if method in self._budget.given:
             return self._budget.given[method]
-        own = self.own(method)
+        own = self.method_config(method)
         if own.method != "full" and self.full_lr is not None:
-            own = self.own(method, *self._rates(own, None))
+            own = self.method_config(method, *self._rate_overrides(own, None))
         rate = own.optimizer.lr if own.method == "full" else own.lowrank_lr
         multiples = self._budget.multiples if self._budget.tune else (1.0,)
         return [float(f"{rate * multiple:.6g}") for multiple in multiples]
 
-    def _rates(self, own: RunConfig, rate: float | None) -> list[str]:
-        """Overrides for a rate of what a method tunes; that of the blocks' matrices keeps its ratio to `lr`."""
+    def _rate_overrides(self, own: RunConfig, rate: float | None) -> list[str]:
+        """Return overrides that set the learning rates of a run; `matrix_lr` keeps its ratio to `lr`.
+
+        Args:
+            own: the configuration of the method.
+            rate: rate of what the method tunes: `lr` of a full-rank method, `lowrank_lr` of any other, whose `lr` is
+                the best of full rank; None for its own.
+        """
         optimizer = own.optimizer
         lr = rate if own.method == "full" else self.full_lr
-        lr = optimizer.lr if lr is None else lr
+        if lr is None:
+            lr = optimizer.lr
         rates = [f"optimizer.lr={lr}"]
         if optimizer.matrix_lr is not None:
             rates.append(f"optimizer.matrix_lr={optimizer.matrix_lr * lr / optimizer.lr}")

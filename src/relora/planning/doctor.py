@@ -1,6 +1,6 @@
-"""What this machine offers a run: versions, devices, which dtypes are fast, memory, disk, what is not installed.
+"""Findings about this machine: versions, devices, speed of the dtypes, memory, disk, packages that are not installed.
 
-A dtype is judged by doing: a matrix product is timed against fp32's, since many CPUs accept bf16 and emulate it slowly.
+The speed of a dtype is measured by a matrix product, relative to fp32, since many CPUs accept bf16 but emulate it.
 """
 
 import math
@@ -32,25 +32,26 @@ EXTRAS = {
     "apollo_torch": "optimizer.name: apollo",
     "fira": "optimizer.name: fira",
 }
-"""Packages that not everybody needs, and what each is for."""
+"""Optional package -> the feature that needs it."""
 
 MEASURE_SECONDS = 0.1
-"""All dtypes together."""
+"""Time that the measurement of all dtypes takes together."""
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class DtypeSpeed:
-    """Matrix products of one dtype on the device that a run would use."""
+    """Speed of matrix products of one dtype on the device that a run would use."""
 
     gflops: float | None
-    """None where the device cannot do it."""
+    """Billions of operations per second; None if the device does not support the dtype."""
     ratio_to_fp32: float | None
+    """Speed relative to fp32; None if the device does not support the dtype."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device."""
+    """Properties of one CUDA device."""
 
     name: str
     compute_capability: str
@@ -60,38 +61,42 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings; plain values all the way down, so that `dataclasses.asdict` gives JSON."""
+    """All findings, as plain values, so that `dataclasses.asdict` gives a tree for JSON."""
 
     versions: dict[str, str | None]
-    """Of Python and the packages; None for one that is not installed."""
+    """Versions of Python and of the packages that every run needs; None for a package that is not installed."""
     platform: str
     device: str
-    """What `device: auto` means here."""
+    """Device that `device: auto` chooses on this machine."""
     cuda: str | None
-    """The CUDA that this PyTorch was built with."""
+    """Version of CUDA that this PyTorch was built with; None for a build without CUDA."""
     gpus: list[Gpu]
     cpu_cores: int
+    """Number of cores that this process may use."""
     threads: int
+    """Number of threads that PyTorch uses."""
     memory_free_bytes: int | None
-    """Main memory that a new process can have; None where the system does not say."""
+    """Main memory available to a new process; None if the system does not report it."""
     memory_total_bytes: int | None
+    """Main memory of the machine; None if the system does not report it."""
     disk_free_bytes: int
     dtypes: dict[str, DtypeSpeed]
     rates: dict[str, float]
-    """By which runs choose how to compute low-rank layers: GFLOP/s of products by dtype, and GB/s of memory."""
+    """Rates by which runs choose how to compute low-rank layers: GFLOP/s of products by dtype, GB/s of memory."""
     rates_file: str
-    """Where they are kept."""
+    """File in which the rates are kept."""
     extras: dict[str, str | None]
-    """Version, or None where it is not installed."""
+    """Optional package -> version; None if it is not installed."""
     warnings: list[str]
+    """One line for each finding that makes runs slow or may stop them."""
 
 
 def diagnose(folder: Path = Path(), *, calibrate: bool = False) -> Diagnosis:
-    """Look around: a tenth of a second beyond the imports, some more where the machine's rates are not known yet.
+    """Examine this machine; it takes a tenth of a second, and some more if its rates have not been measured yet.
 
     Args:
-        folder: where runs would be written.
-        calibrate: measure the rates anew, and keep them.
+        folder: folder in which runs would be written, whose disk is examined.
+        calibrate: measure the rates again and keep the new ones.
     """
     device = choose_device("auto")
     memory_free, memory_total = _main_memory()
@@ -124,15 +129,16 @@ def diagnose(folder: Path = Path(), *, calibrate: bool = False) -> Diagnosis:
 
 
 def _measure_dtypes(device: torch.device) -> dict[str, DtypeSpeed]:
-    """The best of several products of each dtype, taken in turn, so that a busy moment falls on all alike.
+    """Measure the speed of each dtype: the fastest of several products, which are timed in turn.
 
-    On a CPU by one thread: two that wait for each other on a busy machine measure the other processes.
+    Turns spread the disturbance by other processes evenly. A CPU multiplies with one thread, because the time of
+    threads that wait for one another depends on how busy the machine is.
     """
     seconds: dict[str, float | None] = dict.fromkeys(DTYPES, math.inf)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for dtype in DTYPES.values():
-        _product_seconds(device, dtype)  # the first one waits for the library to be loaded
+        _product_seconds(device, dtype)  # the first product also loads the library
     begin = time.perf_counter()
     while time.perf_counter() - begin < MEASURE_SECONDS or math.inf in seconds.values():
         for name, dtype in DTYPES.items():
@@ -150,12 +156,12 @@ def _measure_dtypes(device: torch.device) -> dict[str, DtypeSpeed]:
 
 
 def _size(device: torch.device) -> int:
-    """Rows of the square matrices that are multiplied."""
+    """Return the number of rows of the square matrices that are multiplied."""
     return 256 if device.type == "cpu" else 4096
 
 
 def _product_seconds(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The time of one square product; None if the device has none of this dtype."""
+    """Return the seconds of one square product; None if the device does not support the dtype."""
     try:
         matrix = torch.ones(_size(device), _size(device), dtype=dtype, device=device)
         _wait(device)
@@ -168,6 +174,7 @@ def _product_seconds(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _wait(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -181,6 +188,7 @@ def _warnings(
     memory_free: int | None,
     disk_free: int,
 ) -> list[str]:
+    """Return one line for each finding that makes runs slow or may stop them."""
     found = []
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         found.append("an NVIDIA GPU seems to be here, but this PyTorch is CPU-only; install a CUDA build of it")
@@ -200,13 +208,14 @@ def _warnings(
 
 
 def _describe_gpu(index: int) -> Gpu:
+    """Return the properties of a CUDA device."""
     free, total = torch.cuda.mem_get_info(index)
     major, minor = torch.cuda.get_device_capability(index)
     return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}", free, total)
 
 
 def _main_memory() -> tuple[int | None, int | None]:
-    """Free and total bytes, as Linux tells them."""
+    """Return available and total bytes of main memory, which only Linux reports here; None elsewhere."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -216,11 +225,12 @@ def _main_memory() -> tuple[int | None, int | None]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or the nearest parent folder that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,14 +1,14 @@
-"""What tensors take while code runs that has none of their memory, and how long its operations would take.
+"""Count of the bytes that tensors would take while code runs without their memory, and of the seconds it would take.
 
 Inside a `FakeTensorMode` every operation is dispatched as on the real device, attention kernels and autograd included,
-but a tensor is a shape and a dtype. The ledger sees each storage come and go, adds up what lives by kind, and keeps the
-sums of the moment at which most lived. So what autograd saves, what an operation makes on the way and what custom
-backward passes form and drop is counted, not listed, for whatever model and loss there are.
+but a tensor is only a shape and a dtype. The ledger sees each storage come and go, sums the bytes in use by kind, and
+keeps the sums of the moment at which they were largest. So tensors that autograd saves, that an operation creates on
+the way, and that custom backward passes create and free are all counted, whatever the model and the loss.
 
-Seconds are those of each operation at measured rates: products by their shape and dtype, everything else by the bytes
-that it reads and writes.
+The seconds of an operation follow from measured rates: of a product from its shape and dtype, of anything else from the
+bytes that it reads and writes.
 
-What is not seen: memory that a kernel takes by itself while it runs (a few MB), and what the allocator loses.
+Not counted: memory that a kernel takes by itself while it runs (a few MB), and the loss of the allocator.
 """
 
 import weakref
@@ -24,57 +24,61 @@ from torch.utils._pytree import tree_leaves
 from relora.lowrank.costs import Rates
 
 HEAP_BLOCK = 32 * 2**20
-"""glibc's allocator asks the system for larger blocks one by one, and gives them back at once."""
+"""Smallest block that glibc's allocator requests from the system alone, and returns to it when it is freed."""
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten.bmm: 0, _aten.baddbmm: 1, _aten._int_mm: 0}
-"""Which argument is the left side."""
+"""Matrix product -> position of its left matrix among the arguments; the right one follows."""
 _ATTENTION = {"_scaled_dot_product": 4, "_flash_attention": 4, "_efficient_attention": 4}
-"""Multiplications and additions per query, key and channel; the way back takes 2.5 times as many."""
+"""Beginning of an attention kernel's name -> operations per query, key and channel; a backward pass has 2.5 times."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is active; what is made is of the kind `kind`.
+    """Counts bytes and seconds of the operations inside its `with` block.
 
     Args:
-        device: whose memory is counted; what lies elsewhere is in `elsewhere`.
-        rates: of the device.
+        device: the device whose memory is counted in `live` and `peak`; other memory is counted in `elsewhere`.
+        rates: measured rates of the device.
     """
 
     def __init__(self, device: torch.device, rates: Rates) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind = "other"
+        """Kind under which new storages are counted; set it before the code that creates them."""
         self.live: Counter[str] = Counter()
-        """Bytes by kind, now."""
+        """Bytes in use by kind, now."""
         self.peak: Counter[str] = Counter()
-        """Bytes by kind, when most lived."""
+        """Bytes in use by kind, at the moment at which their sum was largest."""
         self.elsewhere: Counter[str] = Counter()
-        """Bytes by kind, now, that are in main memory where `device` has its own."""
+        """Bytes in use by kind, now, in main memory if `device` has memory of its own."""
         self.heap_peak = self.mapped_peak = 0
-        """Most bytes that lived in blocks of the allocator's heap, and in blocks asked for one by one."""
+        """Largest number of bytes in use in blocks of the allocator's heap, and in blocks requested alone."""
         self.seconds = 0.0
+        """Predicted time of the operations so far."""
         self._device, self._rates = device, rates
-        self._kinds: dict[int, tuple[str, int, Counter[str], weakref.ref[Any]]] = {}
+        self._storages: dict[int, tuple[str, int, Counter[str], weakref.ref[Any]]] = {}
+        """Address of a storage -> kind, bytes, counter, and a reference that sees the storage freed."""
         self._heap = self._mapped = 0
+        """Bytes in use now in blocks of the heap, and in blocks requested alone."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is _aten._local_scalar_dense.default:
-            return 0  # a number is asked of a tensor that has none: nothing is ignored, no flag is up
+            return 0  # the value of a tensor without memory; 0 says that no label is ignored and no check failed
         results = function(*args, **(kwargs or {}))
         made = [self.note(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         self.seconds += self._seconds(function, args, results, computes=any(made) or _writes(function))
         return results
 
     def note(self, tensor: Tensor) -> bool:
-        """Count the tensor's storage if it is new, and tell whether it is."""
+        """Count the tensor's storage if it is new, and return whether it is."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._kinds:
+        if key in self._storages:
             return False
         account = self.live if tensor.device.type == self._device.type else self.elsewhere
-        self._kinds[key] = (self.kind, size, account, weakref.ref(storage, lambda _: self._gone(key)))
+        self._storages[key] = (self.kind, size, account, weakref.ref(storage, lambda _: self._freed(key)))
         self._add(account, self.kind, size, size)
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
@@ -82,25 +86,27 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def relabel(self, tensor: Tensor, kind: str) -> None:
-        """What was made as one thing is now another."""
+        """Count the tensor's storage under another kind from now on."""
         key = tensor.untyped_storage()._cdata
-        if key not in self._kinds:
+        if key not in self._storages:
             self.note(tensor)
-        old, size, account, reference = self._kinds[key]
-        self._kinds[key] = (kind, size, account, reference)
+        old, size, account, reference = self._storages[key]
+        self._storages[key] = (kind, size, account, reference)
         account[old] -= size
         account[kind] += size
 
     def forget_peak(self) -> None:
-        """Begin anew from what lives now, with no time spent."""
+        """Set the peaks to what is in use now, and the seconds to 0."""
         self.peak, self.seconds = self.live.copy(), 0.0
         self.heap_peak, self.mapped_peak = self._heap, self._mapped
 
-    def _gone(self, key: int) -> None:
-        kind, size, account, _ = self._kinds.pop(key)
+    def _freed(self, key: int) -> None:
+        """Stop counting a storage that was freed."""
+        kind, size, account, _ = self._storages.pop(key)
         self._add(account, kind, -size, size)
 
     def _add(self, account: Counter[str], kind: str, change: int, block: int) -> None:
+        """Add bytes (negative to subtract) to a counter, and to heap or mapped blocks by the size of their block."""
         account[kind] += change
         if account is self.live and block < HEAP_BLOCK:
             self._heap += change
@@ -108,6 +114,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._mapped += change
 
     def _seconds(self, function: Any, args: tuple[Any, ...], results: Any, computes: bool) -> float:
+        """Return the predicted time of an operation.
+
+        Args:
+            computes: False for a view, which only gives a tensor another shape and takes no time.
+        """
         packet = function.overloadpacket
         if packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]], args[_PRODUCTS[packet] + 1]
@@ -115,29 +126,36 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = packet.__name__
         for start, operations in _ATTENTION.items():
             if name.startswith(start):
-                back = "backward" in name
-                query, key = args[back], args[back + 1]  # [batch, heads, tokens, channels]
-                numbers = query.shape.numel() * key.shape[-2] * operations * (2.5 if back else 1) / 2  # causal: half
-                return float(numbers / self._rate(query.dtype, query.shape[-1]))
+                if "backward" in name:  # its first argument is the gradient of the output
+                    query, key, factor = args[1], args[2], 2.5
+                else:
+                    query, key, factor = args[0], args[1], 1.0
+                # query and key are [batch, heads, tokens, channels]; a causal mask leaves half of the products
+                total = query.shape.numel() * key.shape[-2] * operations * factor / 2
+                return float(total / self._rate(query.dtype, query.shape[-1]))
         if not computes:
             return 0.0
         moved = [*tree_leaves(args), *tree_leaves(results)]
         return sum(leaf.numel() * leaf.itemsize for leaf in moved if isinstance(leaf, Tensor)) / self._rates.bandwidth
 
     def _product(self, dtype: torch.dtype, m: int, k: int, n: int) -> float:
+        """Return the seconds of a product of [m, k] and [k, n]."""
         return 2 * m * k * n / self._rate(dtype, min(m, k, n)) if m * k * n else 0.0
 
     def _rate(self, dtype: torch.dtype, narrowest: int) -> float:
-        """Operations in a second; a narrow side costs every dtype what it costs fp32."""
+        """Return operations per second of products; a narrow side slows every dtype down as much as fp32."""
         fp32 = 2e9 / self._rates.product(1000, 1000, 1000)
-        share = 2e6 * narrowest / self._rates.product(1000, 1000, narrowest) / fp32 if narrowest < 1000 else 1.0
+        share = 1.0
+        if narrowest < 1000:
+            share = 2e6 * narrowest / self._rates.product(1000, 1000, narrowest) / fp32
         peaks = {torch.bfloat16: self._rates.bf16, torch.float16: self._rates.bf16, torch.int8: self._rates.int8}
         return share * (peaks.get(dtype) or fp32)
 
 
 def _writes(function: Any) -> bool:
+    """Return whether an operation writes to one of its arguments."""
     return bool(function._schema.is_mutable)
 
 
 Pass = Callable[[torch.nn.Module, Tensor], None]
-"""(model, ids [sequences, length]): forward and backward of one micro-batch, as the loop does them."""
+"""Function of (model, ids [sequences, length]) that runs forward and backward of one micro-batch as the loop does."""

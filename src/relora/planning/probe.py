@@ -1,13 +1,12 @@
-"""Real steps in a process of their own: what the process takes, how long a step takes, what a plan is held against.
+"""Real training steps in a process of their own: peak memory and time, which replace or check the predicted ones.
 
-A fresh process has one peak, so each phase gets one. Tokens are synthetic; nothing is written but one small file in the
-user's cache, which keeps what a process takes before it has a model.
+A process has one peak in its life, so each phase gets a fresh process. It takes three steps on synthetic tokens, with
+the model, optimizer, kernels and settings of the run. Nothing is written except one small file in the user's cache:
+what a process takes before it has a model.
 """
 
-import concurrent.futures
 import contextlib
 import json
-import multiprocessing
 import re
 import time
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from relora.config import RunConfig, parse_config
 from relora.device import choose_device, peak_memory_bytes
@@ -26,17 +27,18 @@ from relora.lowrank import inject
 from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
-from relora.recipes.from_settings import autocast_of, lowrank_of, settled_lowrank
+from relora.processes import Call, OutOfMemory, run_in_processes
+from relora.recipes.from_settings import autocast_of, lowrank_of, optimizer_of, settled_lowrank
 from relora.recipes.pretraining_inputs import open_configured_model
-from relora.train.optim import OptimizerConfig, build_optimizer, check_optimizer
-from relora.train.projected_optimizers import ProjectionConfig
+from relora.train.optim import build_optimizer, check_optimizer
 from relora.train.schedule import Phase
 from relora.train.step import train_step
 
 STEPS = 3
-"""The first lays out the moments, the second is the first that has them, the third tells whether it stays."""
-_NOTHING: dict[str, Any] = {
+"""Number of steps: the first allocates the moments, the second is the first with them, the third confirms its time."""
+_TINY_RUN: dict[str, Any] = {
     "output_dir": "none",
+    "device": "cpu",
     "model": {
         "preset": "llama-9m",
         "vocab_size": 64,
@@ -50,49 +52,45 @@ _NOTHING: dict[str, Any] = {
     "warm_start": {"steps": 1},
     "batch": {"sequences": 2, "micro_sequences": 1},
 }
-"""Model and steps that are next to nothing."""
+"""Configuration whose model and steps take next to nothing, so that a process with it takes what any process does."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What steps took."""
+    """Peak memory and time of real steps."""
 
     peak: int
-    """Bytes: on a GPU of tensors, elsewhere of the whole process."""
+    """Peak in bytes: on a GPU of tensors, elsewhere of the whole process."""
     step_seconds: float
+    """Seconds of the faster of the steps after the first."""
 
 
 def probe(config: RunConfig, phase: Phase) -> Measured:
-    """Three real steps of a phase in a fresh process.
+    """Take three real steps of a phase in a fresh process.
 
     Raises:
-        RunStopped: the process died, as where memory is short. UserError: as the run's.
+        UserError: the run would refuse the configuration for the same reason.
+        RunStopped: the process ran out of memory, or ended by an error that it has printed.
+        Interrupted: SIGINT or SIGTERM arrived.
     """
     check_optimizer(config.optimizer.name)
-    context = multiprocessing.get_context("spawn")
-    tree = config.model_dump(mode="json", exclude_none=True)
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(_take_steps, tree, phase, torch.get_num_threads()).result()
-        except (MemoryError, RuntimeError) as error:
-            if not _for_lack_of_memory(error):
-                raise
-            raise RunStopped(
-                f"the {phase.replace('_', ' ')} step died, most likely for lack of memory; "
-                "`relora plan CONFIG --fit SIZE` finds what fits"
-            ) from None
-
-
-def _for_lack_of_memory(error: Exception) -> bool:
-    """Whether the system killed the process, or an allocation failed; the CPU's says so in words only."""
-    died = isinstance(error, concurrent.futures.process.BrokenProcessPool | MemoryError | torch.OutOfMemoryError)
-    return died or (type(error) is RuntimeError and "allocate memory" in str(error))
+    step = f"the {phase.replace('_', ' ')} step"
+    try:
+        [measured] = run_in_processes([Call(step, take_steps, (config, phase))])
+    except OutOfMemory:
+        raise RunStopped(
+            f"{step} died, most likely for lack of memory; `relora plan CONFIG --fit SIZE` finds what fits"
+        ) from None
+    return measured
 
 
 def process_bytes(folder: Path | None = None) -> int:
-    """What a training process takes beside its tensors: interpreter, libraries, their work space.
+    """Return the bytes that a training process takes in addition to its tensors: interpreter, libraries, work space.
 
-    Measured by steps of a model that is next to nothing; kept in `folder` (by default the user's cache).
+    They are measured once for each combination of versions and number of threads, by steps of a tiny model.
+
+    Args:
+        folder: where the result is kept; the user's cache unless given.
     """
     folder = folder or user_cache()
     versions = "-".join(version(package) for package in ("relora", "torch", "transformers"))
@@ -102,31 +100,17 @@ def process_bytes(folder: Path | None = None) -> int:
         kept = int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
         if kept > 0:
             return kept
-    measured = probe(parse_config({**_NOTHING, "device": "cpu"}), "full").peak
+    measured = probe(parse_config(_TINY_RUN), "full").peak
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {"bytes": measured}, indent=None)
     return measured
 
 
-def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
-    torch.set_num_threads(threads)
-    config = parse_config(tree)
+def take_steps(config: RunConfig, phase: Phase) -> Measured:
+    """Take the steps of a probe in this process and measure them."""
     device = choose_device(config.device)
-    model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code).to(device)
-    model.train()
-    if phase == "low_rank":
-        inject(model, settled_lowrank(config, model, device), seed=config.seed)
-    settings = config.optimizer
-    optimizer = build_optimizer(
-        model,
-        OptimizerConfig(
-            name=settings.name,
-            lr=settings.lr,
-            lowrank_lr=config.lowrank_lr,
-            projection=ProjectionConfig(**settings.projection.model_dump()),
-        ),
-    )
+    model, optimizer = model_and_optimizer(config, phase, device)
     shape = (config.batch.sequences, config.data.sequence_length)
     ids = torch.arange(shape[0] * shape[1]).view(shape) % model.get_input_embeddings().num_embeddings
     seconds = []
@@ -148,3 +132,13 @@ def _take_steps(tree: dict[str, Any], phase: Phase, threads: int) -> Measured:
                 )
             seconds.append(time.perf_counter() - started)
     return Measured(peak_memory_bytes(device), min(seconds[1:]))
+
+
+def model_and_optimizer(config: RunConfig, phase: Phase, device: torch.device) -> tuple[PreTrainedModel, Optimizer]:
+    """Build the model of a phase in training mode, and the optimizer with the settings of the run."""
+    model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code).to(device)
+    model.train()
+    settings = optimizer_of(config, model, lowrank_of(config))
+    if phase == "low_rank":
+        inject(model, settled_lowrank(config, model, device), seed=config.seed)
+    return model, build_optimizer(model, settings)

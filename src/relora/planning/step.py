@@ -1,9 +1,10 @@
-"""One training step of a model, gone through without its memory.
+"""Simulation of one training step: every operation is dispatched, with tensors that have shapes but no memory.
 
-    peak = weights + moments + gradients + activations + what the loss and the backward pass hold, at the worst moment
+    peak = weights + moments + gradients + activations + tensors of loss and backward pass, at the worst moment
 
-The moment is found by going through the step (`ledger`): with one micro-batch it is where the backward pass begins;
-with several the gradients of the first are there while the second runs. Gradients are dropped after the update.
+The simulation finds that moment by counting (`ledger`). With one micro-batch it is usually where the backward pass
+begins; with several, the gradients of the first micro-batch are in memory while the second one runs. Gradients are
+freed after the update.
 """
 
 from collections.abc import Callable
@@ -22,22 +23,23 @@ from relora.planning.ledger import Ledger, Pass
 
 KINDS = {
     "weights": "parameters that train at full rank",
-    "frozen weights": "as stored, with the copies and scales that products run on, and masters in main memory",
+    "frozen weights": "weights as stored, with the copies and scales that products run on, and master copies on a CPU",
     "factors": "lora_A, lora_B and trained scales",
-    "moments": "the optimizer's state",
-    "gradients": "accumulated; dropped after the update",
-    "activations": "what the forward pass keeps for the backward pass",
-    "loss": "a chunk of logits, and the gradients that are formed with it",
-    "backward": "what the backward pass forms and drops: gradients of activations, dW or a merged weight of one layer",
-    "other": "buffers, ids",
+    "moments": "state of the optimizer",
+    "gradients": "accumulated gradients, freed after the update",
+    "activations": "tensors that the forward pass keeps for the backward pass",
+    "loss": "a chunk of logits, and the gradients that are computed with it",
+    "backward": "temporary tensors of the backward pass: gradients of activations, dW or the merged weight of a layer",
+    "other": "buffers, token ids",
 }
+"""Kind of memory -> meaning, in the order of the table."""
 _PASSES_OF_RESIDUAL = 10
-"""Over a gradient: read for the norm, clipped, projected, scaled and added to the weight."""
+"""Times that the residual update reads or writes a gradient: norm, clipping, projection, scaling, addition to W."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step is made of."""
+    """Size of a step, and the device that it runs on."""
 
     micro_sequences: int
     sequence_length: int
@@ -48,31 +50,34 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """What a step takes; bytes, seconds, and counts of parameters."""
+    """Cost of a step: counts of parameters, bytes and seconds."""
 
     trained: int
-    """Parameters with a gradient, factors included."""
+    """Number of parameters with a gradient, factors included."""
     frozen: int
+    """Number of frozen parameters."""
     factors: int
+    """Number of parameters in factors."""
     memory: dict[str, int]
-    """Bytes on the device when most lives, by kind (see `KINDS`)."""
+    """Bytes on the device at the peak, by kind (see `KINDS`)."""
     main_memory: dict[str, int] = field(default_factory=dict)
-    """Bytes that lie in main memory beside those of a GPU."""
+    """Bytes in main memory by kind, where the device is a GPU."""
     heap: int
-    """Bytes of blocks on the allocator's heap when most of them live, which may be at another moment."""
+    """Largest number of bytes in blocks on the allocator's heap, which may be at another moment than the peak."""
     mapped: int
-    """Likewise of blocks that are too large for the heap."""
+    """Largest number of bytes in blocks that are too large for the heap."""
     resident: int
-    """Bytes between two steps."""
+    """Bytes of tensors that stay between two steps."""
     restart: int
-    """Bytes while the largest layer is merged."""
+    """Bytes of tensors while a restart merges the largest layer."""
     snapshot: int
-    """Bytes of a background checkpoint's copy in main memory, frozen weights included."""
+    """Bytes of the copy in main memory from which a background checkpoint is written, frozen weights included."""
     seconds: float
+    """Predicted time of the step."""
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors on the device when most lives."""
+        """Bytes of tensors on the device at the worst moment of the step."""
         return sum(self.memory.values())
 
 
@@ -85,13 +90,15 @@ def simulate(
     moments: Callable[[nn.Parameter], list[Tensor]],
     residual: Residual | None = None,
 ) -> StepFigures:
-    """Go through a step that is not the run's first (moments are there).
+    """Simulate a step after the run's first, so that the optimizer already has its moments.
 
     Args:
-        model: on the meta device; it is changed.
-        prepare: makes of it what trains: injects, checkpoints activations.
-        moments: the optimizer's state of one parameter.
-        residual: whether frozen weights have gradients, too: memory is that of a step in which they do, time the mean.
+        model: the model, on the meta device; it is changed.
+        run_pass: forward and backward pass of one micro-batch.
+        prepare: called with the model to turn it into the one that trains, for example by injecting low-rank layers.
+        moments: returns the optimizer's tensors for a parameter.
+        residual: if its scale is not zero, frozen weights have gradients in every so many steps. The peak is then that
+            of such a step, and the time is the mean over all steps.
     """
     ledger, fake = Ledger(shape.device, shape.rates), FakeTensorMode(allow_non_fake_inputs=True)
     with fake, ledger:
@@ -111,13 +118,13 @@ def simulate(
         state = [tensor for parameter in trained_parameters for tensor in moments(parameter)]
         ledger.kind = "other"
         ids = torch.zeros(shape.micro_sequences, shape.sequence_length, dtype=torch.long, device=shape.device)
-        whole_logits_reason(model)  # found out once about a model, not in every step
+        whole_logits_reason(model)  # runs the model once and keeps the answer, which would count as part of the step
         resident = ledger.live.total()
         seconds = _passes(model, ids, run_pass, shape, ledger)
         _drop_gradients(trained_parameters)
         if residual and residual.scale:
-            due = _residual_passes(model, ids, run_pass, shape, ledger)
-            seconds += (due - seconds) / residual.every_steps
+            residual_seconds = _residual_passes(model, ids, run_pass, shape, ledger)
+            seconds += (residual_seconds - seconds) / residual.every_steps
             _drop_gradients(trained_parameters)
         peak, heap, mapped = ledger.peak, ledger.heap_peak, ledger.mapped_peak
         seconds += _update_seconds(trained_parameters, state, shape.rates)
@@ -140,14 +147,17 @@ def simulate(
 
 
 def _passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, ledger: Ledger) -> float:
-    """Seconds of all micro-batches; the ledger keeps the peak."""
+    """Simulate forward and backward of the micro-batches; return the seconds of all, and leave the peak in the ledger.
+
+    Two micro-batches suffice: the third is like the second. Hooks tell the ledger what kind of memory comes next.
+    """
     blocks = decoder_blocks(model)
 
     def enter_backward(_: Tensor) -> None:
         ledger.kind = "backward"
 
     def enter_loss(_: nn.Module, __: object, output: object) -> None:
-        if ledger.kind == "activations":  # not again where a block is computed a second time
+        if ledger.kind == "activations":  # False where activation checkpointing computes the block again
             ledger.kind = "loss"
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
@@ -160,7 +170,7 @@ def _passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, led
             hook = parameter.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
             hooks.append(hook)
     ledger.forget_peak()
-    for _ in range(min(shape.micro_batches, 2)):  # the third is like the second
+    for _ in range(min(shape.micro_batches, 2)):
         ledger.kind, ledger.seconds = "activations", 0.0
         run_pass(model, ids)
         for parameter in model.parameters():
@@ -173,7 +183,10 @@ def _passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, led
 
 
 def _residual_passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepShape, ledger: Ledger) -> float:
-    """The same where frozen weights have gradients, and the seconds of their own update; the peak is now this one's."""
+    """Simulate the micro-batches of a step in which frozen weights have gradients, and their residual update.
+
+    Returns the seconds of both; the ledger is left with the peak of this step.
+    """
     layers = low_rank_layers(model).values()
     for layer in layers:
         layer.weight.requires_grad_(True)
@@ -187,6 +200,8 @@ def _residual_passes(model: nn.Module, ids: Tensor, run_pass: Pass, shape: StepS
 
 
 def _counted_as_gradient(ledger: Ledger) -> Callable[[Tensor], None]:
+    """Return a hook that makes the ledger count the gradient of a parameter as a gradient."""
+
     def relabel(parameter: Tensor) -> None:
         if parameter.grad is not None:
             ledger.relabel(parameter.grad, "gradients")
@@ -195,7 +210,7 @@ def _counted_as_gradient(ledger: Ledger) -> Callable[[Tensor], None]:
 
 
 def _restart(model: nn.Module, ledger: Ledger) -> int:
-    """Bytes at the worst moment while one layer after the other is merged: that of the largest."""
+    """Return the peak in bytes while layers are merged one after the other, which is that of the largest layer."""
     ledger.forget_peak()
     layers = low_rank_layers(model).values()
     if layers:
@@ -205,18 +220,24 @@ def _restart(model: nn.Module, ledger: Ledger) -> int:
 
 
 def _update_seconds(trained: list[nn.Parameter], state: list[Tensor], rates: Rates) -> float:
-    """By traffic: weights and moments read and written; gradients read for their norm, scaled, read and dropped."""
+    """Return the seconds of an update, by the bytes that it moves.
+
+    Weights and moments are read and written; gradients are read for their norm, read and written by the clipping, and
+    read by the update.
+    """
     parameters = sum(parameter.nbytes for parameter in trained)
-    return (2 * parameters + 2 * sum(tensor.nbytes for tensor in state) + 4 * parameters) / rates.bandwidth
+    moments = sum(tensor.nbytes for tensor in state)
+    return (2 * parameters + 2 * moments + 4 * parameters) / rates.bandwidth
 
 
 def _drop_gradients(parameters: list[nn.Parameter]) -> None:
+    """Free the gradients."""
     for parameter in parameters:
         parameter.grad = None
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
-    """Parameters and buffers as fake tensors of `device`; tied ones stay one."""
+    """Replace parameters and buffers by new tensors on `device`; tied ones stay one tensor."""
     moved: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -224,8 +245,9 @@ def _move(model: nn.Module, device: torch.device) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in moved:
-                    there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if parameter else there
-                    moved[id(moved[id(tensor)])] = moved[id(tensor)]
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                    moved[id(tensor)] = new
+                    moved[id(new)] = new  # a new tensor that is met again stays
                 tensors[name] = moved[id(tensor)]  # type: ignore[assignment]

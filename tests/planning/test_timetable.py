@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from relora.cli.tables.dry_run import print_timetable
+from relora.cli.tables.timetable import print_timetable
 from relora.config import RunConfig, parse_config
 from relora.errors import UserError
 from relora.lowrank import inject
-from relora.planning.dry_run import describe
+from relora.planning.timetable import timetable_of
 from relora.recipes.from_settings import lowrank_of, schedule_of
 from relora.recipes.pretraining_inputs import gather_pretraining
 
@@ -45,7 +45,7 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
 
 def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> None:
     config = configure()
-    plan = describe(config)
+    plan = timetable_of(config)
     model, schedule = gather_pretraining(config).model, schedule_of(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = inject(model, lowrank_of(config))
@@ -74,7 +74,7 @@ def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> No
 def test_phases_and_restarts_of_each_method(
     configure: Configure, overrides: dict[str, object], phases: list[str], restarts: list[int]
 ) -> None:
-    plan = describe(configure(**overrides))
+    plan = timetable_of(configure(**overrides))
     assert [phase.name for phase in plan.phases] == phases and plan.restarts == restarts
     assert plan.total_steps == 14 and sum(phase.steps for phase in plan.phases) == 14
 
@@ -82,13 +82,13 @@ def test_phases_and_restarts_of_each_method(
 def test_the_largest_preset_is_planned_without_its_memory(configure: Configure) -> None:
     """7 billion weights would be 27 GB; the meta device holds shapes only."""
     shape = {"vocab_size": 32100, "hidden_size": None, "intermediate_size": None}
-    plan = describe(configure(model={"preset": "llama-7b", **shape}, lowrank={"r": 128}))
+    plan = timetable_of(configure(model={"preset": "llama-7b", **shape}, lowrank={"r": 128}))
     assert plan.phases[0].trainable_parameters > 6_700_000_000
     assert plan.phases[1].trainable_parameters < plan.phases[0].trainable_parameters / 10
 
 
 def test_print_plan(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
-    print_timetable(describe(configure()))
+    print_timetable(timetable_of(configure()))
     printed = capsys.readouterr().out
     assert "relora: 14 steps of 128 tokens" in printed and "warm start" in printed
     assert "restarts: 2 (before steps 8, 12)" in printed and "tokens: 1,792 (" in printed
@@ -115,15 +115,15 @@ def test_refuses_what_the_run_would_refuse(configure: Configure, overrides: dict
     with pytest.raises(UserError, match=message):
         gather_pretraining(config)
     with pytest.raises(UserError, match=message):
-        describe(config)
+        timetable_of(config)
 
 
 def test_what_the_run_decides_is_said_to_be_the_most(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     auto = {"auto": True, "steps": 6, "window_steps": 1}
-    plan = describe(configure(warm_start=auto))
+    plan = timetable_of(configure(warm_start=auto))
     assert (plan.phases[0].steps, plan.restarts, plan.most_restarts) == (6, [10], 2)  # from step 4 on: 8, 12
     print_timetable(plan)
     assert "restarts: 1 to 2, counted from the end of the warm start" in capsys.readouterr().out
-    print_timetable(describe(configure(warm_start=auto, restart={"adaptive": True})))
+    print_timetable(timetable_of(configure(warm_start=auto, restart={"adaptive": True})))
     printed = capsys.readouterr().out
     assert "restarts: at most 2, when the run decides" in printed and "warm start (at" in printed
