@@ -169,9 +169,9 @@ def test_a_product_of_weights_is_not_kept() -> None:
     """W + s B A has as many entries as W: kept for every layer it would be a second model."""
     tokens, addmm = 32, torch.ops.aten.addmm.default
     weight, factors, x = torch.zeros(24, 16), (torch.zeros(24, 4), torch.zeros(4, 16)), torch.zeros(tokens, 16)
-    kept = blocks_module._kept
-    assert kept(tokens, None, addmm, weight, *factors) is blocks_module.CheckpointPolicy.PREFER_RECOMPUTE
-    assert kept(tokens, None, torch.ops.aten.mm.default, x, weight.T) is blocks_module.CheckpointPolicy.MUST_SAVE
+    policy = blocks_module._selective_policy
+    assert policy(tokens, None, addmm, weight, *factors) is blocks_module.CheckpointPolicy.PREFER_RECOMPUTE
+    assert policy(tokens, None, torch.ops.aten.mm.default, x, weight.T) is blocks_module.CheckpointPolicy.MUST_SAVE
 
 
 def test_attention_that_drops_within_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_attention_that_drops_within_one_operator(monkeypatch: pytest.MonkeyPatc
         lambda ctx, grad: (2 * grad * (ctx.saved_tensors[0] != 0), None),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
     )
-    monkeypatch.setattr(blocks_module, "_WHOLE", {torch.ops.tests.drops.default})
+    monkeypatch.setattr(blocks_module, "_ATTENTION_PRODUCTS", {torch.ops.tests.drops.default})
     blocks = nn.ModuleList(Dropping() for _ in range(2))
     gradients = []
     for kind in ("none", "selective"):

@@ -20,7 +20,8 @@ from relora.errors import UserError
 from relora.measure import evaluate
 from relora.model import open_model
 from relora.model.classifier import open_classifier
-from relora.model.load import build_model, save_model
+from relora.model.load import build_model
+from relora.model.save import save_model
 from relora.recipes import finetune as recipe
 from relora.recipes.finetune import finetune, show_examples
 from relora.recipes.finetuning_inputs import gather_finetuning

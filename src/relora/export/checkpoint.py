@@ -8,7 +8,8 @@ from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.export.gguf import check_gguf, write_gguf
 from relora.lowrank import merge
-from relora.model.load import dtype_named, model_folder, save_model
+from relora.model.load import dtype_named, model_folder
+from relora.model.save import save_model
 from relora.recipes.from_settings import lowrank_of, schedule_of
 from relora.recipes.pretraining_inputs import open_configured_model
 from relora.runs.folder import open_run

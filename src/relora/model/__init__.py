@@ -1,4 +1,4 @@
-"""Language models: LLaMA shapes to build, any Hugging Face causal LM to open, check and save."""
+"""Language models: build a LLaMA of a preset shape; open, check and save any causal LM of Hugging Face."""
 
 from relora.model.load import (
     build_model,
@@ -7,9 +7,9 @@ from relora.model.load import (
     max_positions,
     model_folder,
     open_model,
-    save_model,
 )
 from relora.model.presets import PRESETS, preset_settings
+from relora.model.save import save_model
 
 __all__ = [
     "PRESETS",

@@ -1,15 +1,18 @@
-"""The repeated blocks of a language model while it trains: with less memory for what the backward pass needs, or
-compiled.
+"""The decoder blocks of a language model, and how they train: with activation checkpointing, or compiled.
 
-    none       every intermediate result is kept
+Activation checkpointing saves memory by computing a part of the forward pass again in the backward pass:
+
+    none       every intermediate result is kept for the backward pass
     selective  results of matrix products and of attention are kept; norms, rotations and activation functions are
                computed again (Korthikanti et al. 2022, arXiv 2205.05198, section 5)
-    full       what enters each block is kept; its whole forward pass is done again (Chen et al. 2016, arXiv 1604.06174)
+    full       the input of each block is kept; its whole forward pass is computed again (Chen et al. 2016, arXiv
+               1604.06174)
 
-Blocks are found by structure, so that this works for any architecture. One compiled forward pass serves all blocks that
-are alike, which is what keeps compilation short. Only training takes these ways: a block in eval mode computes as
-written, so held-out losses compare between settings and texts of any length compile nothing. The price: time for
-memory, and for `compile` seconds at the start of each phase and other last bits.
+Blocks are found by the structure of the model, so this works for any architecture. All blocks of one class share one
+compiled forward pass, so compilation takes as long as that of one block. Both apply in training only: in eval mode a
+block runs its own forward pass, so held-out losses are comparable between settings, and sequences of other lengths
+trigger no compilation. The price: checkpointing takes time; compilation takes seconds at the start of each phase, and
+its results differ in the last bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +29,14 @@ from relora.errors import UserError
 from relora.lowrank.blocks import block_lists
 
 Checkpointing = Literal["none", "selective", "full"]
+"""Kinds of activation checkpointing; see the module."""
 Forward = Callable[..., Any]
+"""A forward pass as a function whose first argument is the block."""
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten._int_mm.default}
-_WHOLE = {
+_MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten._int_mm.default}
+"""Products of two matrices; their results are kept if they have a row for each token."""
+_ATTENTION_PRODUCTS = {
     _aten.bmm.default,
     _aten.baddbmm.default,
     _aten._grouped_mm.default,
@@ -40,6 +46,7 @@ _WHOLE = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
 }
+"""Attention and batched products; their results are always kept, unless they draw dropout."""
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -69,6 +76,7 @@ def _configured_depth(model: nn.Module) -> int | None:
 
 
 def _parameter_count(blocks: Iterable[nn.Module]) -> int:
+    """Count the parameters of all blocks together."""
     return sum(parameter.numel() for block in blocks for parameter in block.parameters())
 
 
@@ -84,13 +92,17 @@ def _with_forward(module: nn.Module) -> Iterator[nn.Module]:
 def training_blocks(
     model: nn.Module, *, checkpointing: Checkpointing = "none", compiled: bool = False, backend: str = "inductor"
 ) -> AbstractContextManager[None]:
-    """Within the context the blocks train in this way; afterwards they are as they were.
+    """Return a context in which the decoder blocks train checkpointed or compiled; afterwards they are as before.
 
-    Modules, names and state stay: only `forward` of each block is another. What is inside the blocks may be replaced
-    within the context (as `inject` does), at the price of one more compilation. `backend` is torch.compile's.
+    Modules, names and state do not change: the context replaces the `forward` of each block. Modules inside the blocks
+    may be replaced within the context (as `inject` does), at the price of one more compilation.
+
+    Args:
+        backend: backend of `torch.compile`.
 
     Raises:
-        UserError: at once, where the model has no blocks or the machine cannot compile.
+        UserError: the model has no blocks, or the machine cannot compile. It is raised by the call, not by entering the
+            context.
     """
     if checkpointing == "none" and not compiled:
         return nullcontext()
@@ -101,30 +113,35 @@ def training_blocks(
         )
     if compiled:
         _check_compiler(next(model.parameters()).device, backend)
-    return _replaced(blocks, checkpointing, backend if compiled else None)
+    return _replaced_forwards(blocks, checkpointing, backend if compiled else None)
 
 
 def _check_compiler(device: torch.device, backend: str) -> None:
-    """Compile the smallest of functions; `UserError` if that fails."""
+    """Compile a trivial function; `UserError` if that fails."""
     try:
         torch.compile(torch.neg, backend=backend)(torch.ones(2, device=device))
-    except Exception as error:  # of many kinds: no compiler, no headers, no room for the files
+    except Exception as error:  # of many classes: no compiler, no headers, no space for the files
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         needed = "a C++ compiler and the headers of Python" if device.type == "cpu" else "a working Triton"
         raise UserError(f"compile: needs {needed} ({reason}); install them or set `compile: false`") from None
 
 
 @contextmanager
-def _replaced(blocks: list[nn.Module], checkpointing: Checkpointing, backend: str | None) -> Iterator[None]:
-    training = {kind: _training_forward(kind, checkpointing) for kind in {type(block) for block in blocks}}
+def _replaced_forwards(blocks: list[nn.Module], checkpointing: Checkpointing, backend: str | None) -> Iterator[None]:
+    """Replace the `forward` of the blocks within the context; `backend` is None to compile nothing."""
+    classes = {type(block) for block in blocks}
+    forwards = {block_class: _checkpointed_forward(block_class, checkpointing) for block_class in classes}
     if backend:
-        # blocks that read their own number (some scale by it) are compiled one by one: in both phases that is 2 each,
-        # with a residual that is not always due 3
+        # Blocks that read their own index (some scale by it) are compiled one by one: twice each for the two phases,
+        # and three times with a residual that is not due in every step.
         limit = max(8, 3 * len(blocks))
         settings: dict[str, Any] = {"dynamic": False, "recompile_limit": limit, "isolate_recompiles": True}
-        training = {kind: torch.compile(forward, backend=backend, **settings) for kind, forward in training.items()}
+        forwards = {
+            block_class: torch.compile(forward, backend=backend, **settings)
+            for block_class, forward in forwards.items()
+        }
     for block in blocks:
-        block.forward = partial(_forward, block, training[type(block)])
+        block.forward = partial(_forward, block, forwards[type(block)])
     try:
         yield
     finally:
@@ -132,43 +149,46 @@ def _replaced(blocks: list[nn.Module], checkpointing: Checkpointing, backend: st
             del block.forward
 
 
-def _forward(block: nn.Module, training: Forward, *args: Any, **kwargs: Any) -> Any:
-    return training(block, *args, **kwargs) if block.training else type(block).forward(block, *args, **kwargs)
+def _forward(block: nn.Module, training_forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run the block's forward pass: `training_forward` in training mode, its own in eval mode."""
+    forward = training_forward if block.training else type(block).forward
+    return forward(block, *args, **kwargs)
 
 
-def _training_forward(kind: type[nn.Module], checkpointing: Checkpointing) -> Forward:
-    """`kind.forward`, with what it keeps for the backward pass as asked."""
+def _checkpointed_forward(block_class: type[nn.Module], checkpointing: Checkpointing) -> Forward:
+    """Return the forward pass of a class of blocks with activation checkpointing."""
     if checkpointing == "none":
-        return kind.forward
+        return block_class.forward
     if checkpointing == "full":
-        return partial(checkpoint, kind.forward, use_reentrant=False)
+        return partial(checkpoint, block_class.forward, use_reentrant=False)
 
     def selective(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        contexts = partial(create_selective_checkpoint_contexts, partial(_kept, hidden.shape[:-1].numel()))
-        return checkpoint(kind.forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))  # [..., width]
+        contexts = partial(create_selective_checkpoint_contexts, partial(_selective_policy, hidden.shape[:-1].numel()))
+        return checkpoint(block_class.forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return selective
 
 
-def _kept(
+def _selective_policy(
     tokens: int, context: object, operation: torch._ops.OpOverload, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    """Keep what is expensive: attention, and products with a row for each token.
+    """Decide whether the result of an operator is kept: it is for attention and for products with a row for each token.
 
-    But not attention that drops: it draws within one operator, and an operator that is not run again would leave the
-    stream behind for all that draws after it. A product of weights alone (W + s B A) has as many entries as a weight
-    and is cheap. The operators of this package are products that are one operator, whatever they do inside.
+    Attention with dropout is computed again, because it draws random numbers inside the operator: if the operator did
+    not run again, the random stream would not advance, and everything that draws after it in the block would draw other
+    numbers than in the forward pass. A product of weights alone (W + s B A) has as many entries as a weight and is
+    cheap, so it is computed again. The operators of this package are products, whatever else they do inside.
     """
-    costly = (
-        (operation in _WHOLE and not _drops(operation, args, kwargs))
+    keep = (
+        (operation in _ATTENTION_PRODUCTS and not _has_dropout(operation, args, kwargs))
         or operation.namespace == "relora"
-        or (operation in _PRODUCTS and args[-2].shape[0] == tokens)
+        or (operation in _MATRIX_PRODUCTS and args[-2].shape[0] == tokens)
     )
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _drops(operation: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of an operator comes with a `dropout_p`."""
+def _has_dropout(operation: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call of an operator has a `dropout_p` above 0."""
     names = [argument.name for argument in operation._schema.arguments]
     return bool((dict(zip(names, args, strict=False)) | kwargs).get("dropout_p"))

@@ -1,12 +1,12 @@
-"""A causal LM as a classifier: its body, and a new head that reads what the body makes of the last token.
+"""A causal LM as a classifier: its body, and a new head on the hidden state of the last token.
 
-    logits = W_score body(tokens)[length - 1]        W_score: [classes, hidden], or [1, hidden] for a number
+    logits = W_score body(tokens)[length - 1]        W_score: [classes, hidden]; [1, hidden] for a regression
 
-As in Radford et al. 2018 ("Improving language understanding by generative pre-training", section 3.2), and as the
-`...ForSequenceClassification` of transformers, in which a trained one is saved and opened. Under causal attention what
-is padded on the right changes nothing before it, so no mask is needed. transformers finds the last token by itself: the
-rightmost that is not `config.pad_token_id`. Here the lengths say where it is; the two agree where no text ends in that
-token, which `relora.data.finetuning.classification` sees to.
+The method is that of Radford et al. 2018 ("Improving language understanding by generative pre-training", section 3.2).
+The model is a `...ForSequenceClassification` of transformers, and is saved and opened as such. Under causal attention,
+padding on the right changes no hidden state before it, so no attention mask is needed. transformers takes the rightmost
+token that is not `config.pad_token_id` for the last one, while here the lengths are given. Both agree if no text ends
+in the padding token, which `relora.data.finetuning.classification` ensures.
 
 The price: a model whose attention is not causal, like BERT, has another kind of head and is refused.
 """
@@ -37,39 +37,46 @@ def open_classifier(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal LM in a folder or on the hub with a head for `labels` in place of its own, on the CPU.
+    """Open a causal LM as a classifier on the CPU: the output head is replaced by one for `labels`.
 
-    The head's weight is drawn from `seed`, as wide as the model's own weights were (`initializer_range`).
+    The weight of the new head is drawn from a normal distribution, keyed by `seed`, with the standard deviation of the
+    model's own initialisation (`initializer_range`, 0.02 if the configuration gives none).
 
     Args:
-        labels: the names of the classes, in the order of their numbers; none: the model is to give a number.
-        pad_token_id: what fills batches up on the right.
+        path: folder or hub id of the causal LM.
+        labels: names of the classes, in the order of their ids; empty for a regression, which predicts one number.
+        pad_token_id: id of the token with which batches are padded on the right.
+        dtype: dtype of the weights.
 
     Raises:
-        UserError: see `open_model`; one class only, labels too many for a configuration, no such token, or a model
-            that transformers makes no such classifier of.
+        UserError: `open_model` refuses the model; there is only one class; the names of the classes are too long for a
+            config.json that can be opened again; the model has no row for `pad_token_id`; or transformers has no
+            classifier of this kind for the architecture.
     """
     model = open_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     if not 0 <= pad_token_id < rows:
         raise UserError(f"{path}: the model has {rows:,} ids, the tokenizer pads with id {pad_token_id:,}")
-    _settle_config(model.config, labels, pad_token_id, path)
+    _describe_classes(model.config, labels, pad_token_id, path)
     classifier = _with_head(model, path, trust_remote_code)
     score, body = classifier.score, classifier.base_model
-    spread = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
-    drawn = torch.empty(score.weight.shape, device="cpu")
-    drawn.normal_(std=spread, generator=keyed_generator(seed, "head", "score.weight"))
-    score.weight = nn.Parameter(drawn.to(body.device, body.dtype))
+    standard_deviation = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    weight = torch.empty(score.weight.shape, device="cpu")
+    weight.normal_(std=standard_deviation, generator=keyed_generator(seed, "head", "score.weight"))
+    score.weight = nn.Parameter(weight.to(body.device, body.dtype))
     return classifier
 
 
 def class_logits(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """What the head makes of the last tokens, [n, classes] or [n, 1], in the dtype of the weights under autocast, too.
+    """Compute the logits of the classes from the hidden state of each row's last token.
 
     Args:
-        model: of `open_classifier`.
+        model: a model of `open_classifier`.
         input_ids: [n, length], padded on the right.
-        lengths: [n], tokens of each row without the padding.
+        lengths: [n], number of tokens of each row without the padding.
+
+    Returns:
+        [n, classes], or [n, 1] in a regression, in the dtype of the head's weight, also under autocast.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]  # [n, hidden]
@@ -79,11 +86,15 @@ def class_logits(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) -> 
 
 
 def logits_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and the number of labels that it is summed over, both scalars; the sum in fp32 or wider.
+    """Compute the summed loss, in fp32 or a more precise dtype, and the number of labels that it is summed over.
 
     Args:
-        logits: [n, classes]; [n, 1] with labels that are numbers.
-        labels: [n], classes (int64; -100 is not scored): cross-entropy in nats; or numbers (floating): squared error.
+        logits: [n, classes], or [n, 1] in a regression.
+        labels: [n]. Integers are classes, whose loss is the cross-entropy in nats; -100 is not scored. Floating-point
+            numbers are targets of a regression, whose loss is the squared error.
+
+    Returns:
+        Two scalars.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     number = (labels != IGNORED).sum()
@@ -93,12 +104,16 @@ def logits_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a batch and the number of examples in it; see `class_logits` and `logits_loss`."""
+    """Compute the summed loss of a batch and the number of scored labels; see `class_logits` and `logits_loss`."""
     return logits_loss(class_logits(model, input_ids, lengths), labels)
 
 
-def _settle_config(config: PreTrainedConfig, labels: Sequence[str], pad_token_id: int, path: str | Path) -> None:
-    """What transformers and its pipeline read: the classes by number and name, and the token that pads."""
+def _describe_classes(config: PreTrainedConfig, labels: Sequence[str], pad_token_id: int, path: str | Path) -> None:
+    """Write into the configuration what transformers and its pipeline need: names of the classes and the padding token.
+
+    Raises:
+        UserError: there is only one class, or the names make config.json larger than `open_model` permits.
+    """
     if len(labels) == 1:
         raise UserError(f"{path}: one class ({labels[0]}) leaves nothing to tell apart; give examples of another")
     config.problem_type = "single_label_classification" if labels else "regression"
@@ -106,7 +121,7 @@ def _settle_config(config: PreTrainedConfig, labels: Sequence[str], pad_token_id
     config.label2id = {name: number for number, name in config.id2label.items()}
     config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     size, most = len(config.to_json_string().encode()), CONFIG_BYTES["config.json"]
-    if size > most:  # it could be written, but not opened again
+    if size > most:  # such a model could be saved, but not opened again
         raise UserError(
             f"{path}: the names of {len(labels):,} classes make a config.json of {size:,} bytes, more than {most:,}; "
             "is `label_column` the right one?"
@@ -114,14 +129,18 @@ def _settle_config(config: PreTrainedConfig, labels: Sequence[str], pad_token_id
 
 
 def _with_head(model: PreTrainedModel, path: str | Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The classifier of the model's family around the model's own body; its head is without values."""
+    """Build transformers' classifier for the architecture around the model's own body; its head is on the meta device.
+
+    Raises:
+        UserError: transformers has no such classifier, or it is more than the same body and a linear `score` head.
+    """
     refused = f"{path}: no classifier can be made of a {model.config.model_type} model"
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers(), torch.device("meta"):
             classifier = AutoModelForSequenceClassification.from_config(
                 model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # whatever the library raises about a family that it has no classifier for
+    except Exception as error:  # any error: the library has no class of its own for a missing classifier
         raise UserError(f"{refused}: {first_line(str(error))}") from None
     body, score = model.base_model, getattr(classifier, "score", None)
     has_head = isinstance(score, nn.Linear) and [name for name, _ in score.named_parameters()] == ["weight"]

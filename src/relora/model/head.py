@@ -1,9 +1,11 @@
-"""Where a causal LM ends and its head begins, so that a loss can be taken without the logits of a whole batch.
+"""Separation of a causal LM into its body and its output head, to compute a loss without the logits of a whole batch.
 
-The model's own forward pass runs, and only its head is given nothing to do: a hook keeps what enters it and hands it
-none of the positions. That the model returns what its head does, untouched, is seen in every pass: the very tensor
-comes back, and nothing was written to it. So no list of families is needed, and one that caps or scales its logits
-cannot be mistaken.
+    logits = W_head hidden        hidden [batch, length, in_features] is returned; the loss multiplies it in chunks
+
+The model's own forward pass runs, with two hooks on the head. The first keeps the head's input and passes on an input
+of no positions, so that the head computes nothing. The second keeps the head's output. Each pass checks that the model
+returns exactly this output tensor and has not written to it. So no list of architectures is needed, and a model that
+caps or scales its logits after the head is recognised, and its loss is computed from whole logits.
 """
 
 from weakref import WeakKeyDictionary
@@ -12,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100
-"""The label of a position that no loss scores, as `torch.nn.functional.cross_entropy` has it."""
+"""Label of positions that are not scored by a loss; the default `ignore_index` of `F.cross_entropy`."""
 
 _REASONS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-"""What was found of a model that is alive, so that it is tried only once; no number depends on it."""
+"""Results of `whole_logits_reason` by model, so that each is tried only once; no computed number depends on them."""
 
 
 def whole_logits_reason(model: nn.Module) -> str | None:
-    """Why the loss of a model needs the logits of a whole batch, for a person; None where it does not.
+    """Return the reason, in words, why the loss of a model needs the logits of a whole batch; None if it does not.
 
-    A model that was not seen before runs on one token, uncompiled; modes and random streams stay as they are.
+    The first call for a model runs it on one token, uncompiled. Training modes and random streams do not change.
     """
     if model not in _REASONS:
         device = next(model.parameters()).device
@@ -29,31 +31,41 @@ def whole_logits_reason(model: nn.Module) -> str | None:
         uncompiled = torch.compiler.set_stance("force_eager")
         try:
             with torch.inference_mode(False), torch.no_grad(), forked, uncompiled:
-                found = _separated(model, torch.zeros(1, 1, dtype=torch.long, device=device))
-        except Exception as error:  # whatever a model makes of a head that returns nothing
-            found = f"it does not run without its head: {error}"
-        _REASONS[model] = found if isinstance(found, str) else None
+                result = _run_without_head(model, torch.zeros(1, 1, dtype=torch.long, device=device))
+        except Exception as error:  # any error: models differ in what they do with an empty output of the head
+            result = f"it does not run without its head: {error}"
+        _REASONS[model] = result if isinstance(result, str) else None
     return _REASONS[model]
 
 
 def head_input(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | None:
-    """What the head would multiply, [batch, length, in_features], and the head; None: see `whole_logits_reason`.
+    """Run the model without its head.
 
-    `others` is what else the model is given.
+    Args:
+        input_ids: [batch, length].
+        others: further arguments of the model's forward pass.
+
+    Returns:
+        The head's input [batch, length, in_features] and the head; None if whole logits are needed (see
+        `whole_logits_reason`).
     """
     if whole_logits_reason(model) is not None:
         return None
-    found = _separated(model, input_ids, **others)
-    if isinstance(found, str):  # the model was changed since it was first seen
-        _REASONS[model] = found
+    result = _run_without_head(model, input_ids, **others)
+    if isinstance(result, str):  # the model has changed since `whole_logits_reason` tried it
+        _REASONS[model] = result
         return None
-    return found
+    return result
 
 
-def _separated(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | str:
-    """One forward pass without the head's product, or why it tells nothing of the logits."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+def _run_without_head(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | str:
+    """Run one forward pass without the head's product.
+
+    Returns:
+        The head's input and the head, or the reason why the logits cannot be computed from them.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
     if head is None:
         return "it does not tell its head"
     if not isinstance(head, nn.Linear) or getattr(head.forward, "__func__", None) is not nn.Linear.forward:
@@ -61,15 +73,15 @@ def _separated(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[T
     inputs: list[Tensor] = []
     outputs: list[tuple[Tensor, int]] = []
 
-    def stand_aside(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+    def keep_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         inputs.append(arguments[0])
-        return arguments[0][..., :0, :]
+        return arguments[0][..., :0, :]  # no positions
 
-    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         outputs.append((output, _version(output)))
 
-    # ours is the last to see the input and the first to see the output, whoever else looks on
-    with head.register_forward_pre_hook(stand_aside), head.register_forward_hook(keep, prepend=True):
+    # among all hooks of the head, the first is called last before it, and the second is called first after it
+    with head.register_forward_pre_hook(keep_input), head.register_forward_hook(keep_output, prepend=True):
         logits = model(input_ids=input_ids, use_cache=False, **others).logits
     if len(inputs) != 1:
         return f"it calls its head {len(inputs)} times"
@@ -82,5 +94,5 @@ def _separated(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[T
 
 
 def _version(tensor: Tensor) -> int:
-    """Goes up with every change in place, of no elements too; not counted in inference mode."""
+    """Return a tensor's version, which every in-place change increases, even of no elements; 0 in inference mode."""
     return 0 if tensor.is_inference() else tensor._version

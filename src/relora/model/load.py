@@ -1,12 +1,10 @@
-"""Build a causal LM from a preset or open any Hugging Face one, check that data fits it, save it plainly.
+"""Building a causal LM from a preset, and opening any causal LM of Hugging Face.
 
-Weights come from and go to safetensors alone: nothing is unpickled. Code that travels with a model is not run unless
-the caller trusts it (`trust_remote_code`), and then its files are named.
-A model drawn from scratch depends on its shape and its seed only, never on what was drawn before.
+Weights are read from safetensors only: nothing is unpickled. Code that comes with a model is not run
+unless the caller trusts it (`trust_remote_code`), and then a warning names its files. The weights of a new model depend
+on its configuration and the seed only, not on random numbers that were drawn before.
 """
 
-import functools
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -23,23 +21,23 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from relora.errors import RunStopped, UserError
-from relora.files.atomic import atomic_folder
+from relora.errors import UserError
 from relora.files.untrusted import check_model_folder, no_address, remote_code
 from relora.messages import first_line
 from relora.model.presets import preset_settings
 from relora.seeding import keyed_seed
 
 Overrides = Mapping[str, int | bool]
+"""Keys of a transformers configuration that replace those of a preset or a model folder."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtypes of weights under the names that settings use."""
+"""Dtypes of weights, by their names in settings."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of files with pickled weights."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,17 +45,17 @@ _log = logging.getLogger(__name__)
 def build_model(
     preset: str, overrides: Overrides | None = None, *, seed: int, eos_token_id: int | None = None
 ) -> PreTrainedModel:
-    """A LLaMA of a published shape, in fp32 on the CPU, its weights drawn from `seed`.
+    """Build a LLaMA of a published shape in fp32 on the CPU; its weights are drawn from `seed`.
 
     Args:
         preset: a name in `PRESETS`.
-        overrides: shape keys of `transformers.LlamaConfig` that replace the preset's.
-        eos_token_id: the id that ends a document in the training data; generation starts and stops at it.
+        overrides: keys of `transformers.LlamaConfig` that replace the preset's.
+        eos_token_id: id of the token that ends a document in the training data; generation starts and stops at it.
 
     Raises:
-        UserError: no such preset, or a shape that cannot be.
+        UserError: there is no such preset, no model of this shape can be built, or it is too large for main memory.
     """
-    return _drawn(_overridden(LlamaConfig(**preset_settings(preset)), overrides or {}), seed, eos_token_id)
+    return _new_model(_with_overrides(LlamaConfig(**preset_settings(preset)), overrides or {}), seed, eos_token_id)
 
 
 def open_model(
@@ -70,22 +68,29 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal LM in a folder or on the hub, on the CPU; `from_scratch`: its architecture, drawn anew in fp32.
+    """Open the causal LM in a folder or on the hub, on the CPU.
 
-    `overrides`, `seed` and `eos_token_id` serve `from_scratch` (see `build_model`), `dtype` trained weights.
-    Within `torch.device("meta")` no weights are read: only the shapes are there. `trust_remote_code` runs the code
-    that comes with the model, with a warning in the log that names its files.
+    Within `torch.device("meta")` no weights are read, and the model has shapes only.
+
+    Args:
+        path: folder or hub id.
+        from_scratch: take only the configuration, and draw new weights in fp32.
+        overrides: with `from_scratch`, keys that replace those of the configuration.
+        seed: with `from_scratch`, the seed of the weights.
+        eos_token_id: with `from_scratch`, as in `build_model`.
+        dtype: without `from_scratch`, the dtype of the weights in memory.
+        trust_remote_code: run code that comes with the model; a warning in the log names its files.
 
     Raises:
-        UserError: nothing there, not a causal LM, no safetensors, weights that do not fill the model, or a folder
-            that asks for what `relora.files.untrusted` refuses.
+        UserError: there is no such model, it is not a causal LM, its weights are not safetensors or do not fill the
+            model, or the folder holds what `relora.files.untrusted` refuses.
     """
     folder = model_folder(path, trust_remote_code=trust_remote_code)
     check_model_folder(folder, trust_remote_code=trust_remote_code)
     with quiet_transformers():
         config = _read_config(folder, path, trust_remote_code)
         if from_scratch or torch.get_default_device().type == "meta":
-            return _drawn(_overridden(config, overrides or {}), seed, eos_token_id, trust_remote_code)
+            return _new_model(_with_overrides(config, overrides or {}), seed, eos_token_id, trust_remote_code)
         _check_weight_files(folder, path)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -95,17 +100,23 @@ def open_model(
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,  # named below, which transformers does not do in one line
+                ignore_mismatched_sizes=True,  # `_check_report` raises for them, in one line
                 output_loading_info=True,
             )
-        except Exception as error:  # whatever the library raises about a folder of somebody else's making
+        except Exception as error:  # any error: the folder may hold anything
             raise UserError(f"{path}: cannot be opened as a causal LM: {_first_line(error)}") from None
     _check_report(report, path)
     return model
 
 
 def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model given as a folder or a hub id (downloaded once: safetensors, text, trusted code)."""
+    """Return the local folder of a model that is given as a folder or a hub id.
+
+    A model on the hub is downloaded once: its safetensors, text files and, with `trust_remote_code`, code.
+
+    Raises:
+        UserError: no such folder or hub id, the folder has no config.json, or `path` is an address on the web.
+    """
     try:
         folder = Path(no_address(str(path))).expanduser()
     except ValueError as error:
@@ -117,7 +128,9 @@ def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
     if folder.exists():
         raise UserError(f"{path}: is a file; give the folder that holds config.json and the weights")
     try:
-        files = ["*.json", "*.txt", "*.model", "model*.safetensors", *["*.py"] * trust_remote_code]
+        files = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+        if trust_remote_code:
+            files.append("*.py")
         return Path(snapshot_download(str(path), allow_patterns=files))
     except HFValidationError:
         raise UserError(f"{path}: no such folder (and no hub id is written like that)") from None
@@ -126,7 +139,11 @@ def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
 
 
 def check_fit(model: PreTrainedModel, tokenizer_vocab_size: int, sequence_length: int) -> None:
-    """`UserError` unless there is a row for every token id and a position for every token of a sequence."""
+    """Check that the model has an embedding row for every token id and a position for every token of a sequence.
+
+    Raises:
+        UserError: it has fewer; the message names both numbers and the key to change.
+    """
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer_vocab_size > rows:
         raise UserError(
@@ -142,56 +159,23 @@ def check_fit(model: PreTrainedModel, tokenizer_vocab_size: int, sequence_length
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """`fp32`, `bf16` or `fp16` -> the dtype; `UserError` for anything else."""
+    """Return the dtype that a name in `DTYPES` stands for; `UserError` for another name."""
     if name not in DTYPES:
         raise UserError(f"dtype: `{name}` is none of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model was made for, in tokens; None if its configuration does not say."""
+    """Return the longest sequence for which the model was built, in tokens; None if its configuration has no limit."""
     return getattr(model.config, "max_position_embeddings", None)
-
-
-def save_model(
-    model: PreTrainedModel,
-    folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype | None = None,
-) -> Path:
-    """Write a plain Hugging Face model folder: configurations, safetensors, tokenizer.
-
-    The folder is whole or absent, and replaces a model folder that was there (see `files.atomic`). Weights are stored
-    as `dtype` (by default the widest in the model); the model is left as it is.
-
-    Raises:
-        UserError: low-rank factors are still in the model, or `folder` holds something other than a model.
-        RunStopped: the disk is full or refuses the write.
-    """
-    folder = Path(folder)
-    weights = model.state_dict()
-    for key in weights:
-        if "lora_" in key:
-            raise UserError(f"{folder}: the model still holds low-rank factors (`{key}`); merge and strip them first")
-        if "adaption_" in key:
-            raise UserError(f"{folder}: the model still holds prompts of LLaMA-Adapter (`{key}`); remove them first")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: exists and is not a model folder; it was left as it is")
-    dtype = dtype or functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
-    try:
-        with atomic_folder(folder, replace=True) as partial:
-            with quiet_transformers():
-                model.save_pretrained(partial, state_dict=_cast(weights, dtype))
-                tokenizer.save_pretrained(partial)
-            _state_dtype(partial / "config.json", dtype)
-    except Exception as error:  # whatever a full disk is called: tokenizers gives it no class of its own
-        raise RunStopped(f"{folder}: the model could not be written: {_first_line(error)}") from error
-    return folder
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence what transformers says when it loads and generates; what matters of it is checked here."""
+    """Silence the log messages and progress bars of transformers within the context.
+
+    Callers check themselves what transformers would warn of, such as missing weights.
+    """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -204,13 +188,20 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _read_config(folder: Path, path: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration in a checked folder; one that needs the folder's code is refused unless that is trusted."""
+    """Read the configuration in a folder that `check_model_folder` has passed.
+
+    Args:
+        path: the model's name for messages.
+
+    Raises:
+        UserError: transformers does not know the architecture, or it needs code in the folder that is not trusted.
+    """
     code = ", ".join(remote_code(folder))
     if code and trust_remote_code:
         _log.warning("warning: %s: runs code that came with the model: %s", path, code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the library raises about a file of somebody else's making
+    except Exception as error:  # any error: the file may hold anything
         if code and not trust_remote_code:
             raise UserError(
                 f"{path}: needs code that comes with it ({code}), which is not run; read it, and if you trust it give "
@@ -218,14 +209,18 @@ def _read_config(folder: Path, path: str | Path, trust_remote_code: bool) -> Pre
             ) from None
         raise UserError(f"{path}: not a model that transformers knows: {_first_line(error)}") from None
     if not trust_remote_code and hasattr(config, "auto_map"):
-        del config.auto_map  # this model is transformers' own; what is saved of it must not name that code either
+        del config.auto_map  # transformers' own class is used, so a saved copy must not refer to the untrusted code
     return config
 
 
-def _drawn(
+def _new_model(
     config: PreTrainedConfig, seed: int, eos_token_id: int | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A new model of that configuration: fp32, on the CPU, the global random stream left where it was."""
+    """Build a model with new weights in fp32 on the CPU; the state of the global random generator does not change.
+
+    Raises:
+        UserError: no causal LM can be built from the configuration, or its weights do not fit into main memory.
+    """
     if eos_token_id is not None:
         config.bos_token_id = config.eos_token_id = eos_token_id
         config.pad_token_id = None
@@ -239,42 +234,63 @@ def _drawn(
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
     except UserError:
         raise
-    except Exception as error:  # whatever the library raises about a shape
+    except Exception as error:  # the library has no class of its own for impossible shapes
         raise UserError(f"model: no causal LM can be built of this shape: {_first_line(error)}") from None
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
     return model
 
 
 def _check_memory(shapes: PreTrainedModel) -> None:
-    """`UserError` for a model whose weights alone are more than the machine's main memory: asked for, it would die."""
+    """Raise `UserError` if the weights take more than main memory in fp32; the system would kill the process.
+
+    Args:
+        shapes: the model on the meta device.
+    """
     needed = 4 * sum(parameter.numel() for parameter in shapes.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise UserError(f"model: its weights take {needed / 1e9:,.0f} GB in fp32, main memory is {there / 1e9:,.0f} GB")
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        sizes = f"{needed / 1e9:,.0f} GB in fp32, main memory is {available / 1e9:,.0f} GB"
+        raise UserError(f"model: its weights take {sizes}")
 
 
-def _overridden(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedConfig:
-    """The configuration with other shape keys; what followed from the old ones follows from the new ones."""
+def _with_overrides(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedConfig:
+    """Return a copy of the configuration with other values for some keys, and the values that follow from them.
+
+    Raises:
+        UserError: the configuration has no such key, or the shape is impossible.
+    """
     if not overrides:
         return config
-    common = {own: name for name, own in config.attribute_map.items()}  # GPT-2 calls hidden_size n_embd
-    old = {common.get(key, key): value for key, value in config.to_dict().items()}
+    # the architecture's own names of keys -> the common ones; GPT-2 calls hidden_size n_embd
+    common_names = {own_name: common_name for common_name, own_name in config.attribute_map.items()}
+    old = {common_names.get(key, key): value for key, value in config.to_dict().items()}
     for key in overrides:
         if key not in old:
             raise UserError(f"model.{key}: a {config.model_type} model has no such key")
     new = {**old, **overrides}
     if new.get("num_hidden_layers") != old.get("num_hidden_layers"):
-        new.pop("layer_types", None)  # one entry per layer
+        new.pop("layer_types", None)  # has one entry per layer; without it, transformers makes a new one
     if "num_attention_heads" in old:
-        _settle_heads(old, new, overrides)
+        _adjust_heads(old, new, overrides)
     try:
         return type(config)(**new)
-    except Exception as error:  # whatever the library raises about a shape
+    except Exception as error:  # the library has no class of its own for impossible shapes
         raise UserError(f"model: this shape cannot be: {_first_line(error)}") from None
 
 
-def _settle_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides) -> None:
-    """Carry the number of key-value heads and the size of a head over to a new shape, and refuse one that cannot be."""
+def _adjust_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides) -> None:
+    """Adjust the number of key-value heads and the size of a head in `new` to its hidden size and number of heads.
+
+    If the old configuration has as many key-value heads as heads, or heads that divide its hidden size, so has the new
+    one.
+
+    Args:
+        old: keys of the configuration before the overrides.
+        new: keys after the overrides; changed in place.
+
+    Raises:
+        UserError: a number of the new shape is not a multiple of another, as it must be.
+    """
     hidden, heads = new["hidden_size"], new["num_attention_heads"]
     if old.get("num_key_value_heads") == old["num_attention_heads"] and "num_key_value_heads" not in overrides:
         new["num_key_value_heads"] = heads
@@ -284,7 +300,7 @@ def _settle_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides
             f"model.num_attention_heads ({heads}) is not a multiple of model.num_key_value_heads ({groups})"
         )
     if old.get("head_dim") not in (None, old["hidden_size"] // old["num_attention_heads"]):
-        return  # a size of its own, whatever the hidden size
+        return  # the architecture has heads of a size that does not depend on the hidden size
     if hidden % heads:
         raise UserError(f"model.hidden_size ({hidden}) is not a multiple of model.num_attention_heads ({heads})")
     if "rope_parameters" in old and hidden // heads % 2:
@@ -297,6 +313,7 @@ def _settle_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides
 
 
 def _check_weight_files(folder: Path, path: str | Path) -> None:
+    """Raise `UserError` if a model folder has no safetensors; `path` is the model's name for the message."""
     if any(folder.glob("*.safetensors")):
         return
     if any(file.suffix in _PICKLED for file in folder.iterdir()):
@@ -308,7 +325,12 @@ def _check_weight_files(folder: Path, path: str | Path) -> None:
 
 
 def _check_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """`UserError` where the weights do not fill the model: transformers draws what is missing and goes on."""
+    """Raise `UserError` if the weights do not fill the model; transformers itself would draw the missing ones.
+
+    Args:
+        report: transformers' report on the loading.
+        path: the model's name for messages.
+    """
     for key in sorted(report["missing_keys"]):
         raise UserError(f"{path}: its weights lack `{key}`; they are incomplete or of another architecture")
     for key, stored, wanted in sorted(report["mismatched_keys"]):
@@ -318,26 +340,7 @@ def _check_report(report: Mapping[str, Any], path: str | Path) -> None:
             raise UserError(f"{path}: holds low-rank factors (`{key}`); merge them and save it again")
 
 
-def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Floating-point weights as `dtype`; tied weights stay one tensor, which is how a tie is recognised."""
-    stored: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    cast = {}
-    for name, weight in weights.items():
-        place = (weight.data_ptr(), weight.shape)
-        if place not in stored:
-            stored[place] = weight.to(dtype) if weight.is_floating_point() else weight
-        cast[name] = stored[place]
-    return cast
-
-
-def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Name the dtype of the stored weights; transformers names that of the model in memory."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _first_line(error: BaseException) -> str:
-    """One line of a library's message: its second where the first only says who complains."""
+    """Return the informative line of a library's message: the second one if the first only names the validator."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return first_line(lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0])

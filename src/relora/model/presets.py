@@ -1,7 +1,8 @@
-"""The LLaMA shapes of ReLoRA (arXiv 2307.05695, section 4; the authors' published configurations).
+"""The shapes of the LLaMA models in the ReLoRA paper (arXiv 2307.05695, section 4), as the authors published them.
 
-All have untied embeddings, as many key-value heads as heads, and the 32,100 ids of T5's tokenizer. No padding
-id is set: the published -1 means the last row to `nn.Embedding`, which then is zero and never trains.
+All have untied embeddings, as many key-value heads as heads, and the 32,100 ids of T5's tokenizer. Unlike in the
+published configurations, no padding id is set: with theirs, -1, `nn.Embedding` takes the last row for padding, which
+then is zero and never trains.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from relora.errors import UserError
 
 
 class Shape(NamedTuple):
-    """What differs from one preset to the next, under the names of `transformers.LlamaConfig`."""
+    """The settings in which the presets differ, under their names in `transformers.LlamaConfig`."""
 
     hidden_size: int
     intermediate_size: int
@@ -39,7 +40,11 @@ PRESETS = {
 
 
 def preset_settings(preset: str) -> dict[str, int | float | bool | None]:
-    """Arguments for `transformers.LlamaConfig`; `UserError` with the nearest name if there is none such."""
+    """Return the arguments for `transformers.LlamaConfig` that build a preset.
+
+    Raises:
+        UserError: there is no such preset; the message names the most similar one.
+    """
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset.lower(), PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"presets: {', '.join(PRESETS)}"

@@ -25,7 +25,7 @@ from relora.inference.decoding import Sampling, continue_prompt
 from relora.lowrank import merge
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
 from relora.measure import Evaluation
-from relora.model.load import save_model
+from relora.model.save import save_model
 from relora.recipes.finetuning_inputs import FinetuningInputs, base_folder, gather_finetuning, read_records
 from relora.recipes.from_settings import factor_parameters, form_of, schedule_of, settled_lowrank
 from relora.recipes.job import Job, RunResult, run_job

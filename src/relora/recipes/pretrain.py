@@ -12,7 +12,7 @@ from relora.files.atomic import write_json
 from relora.inference.generate import sample_texts
 from relora.lowrank import merge
 from relora.measure import Evaluation, token_loss
-from relora.model.load import save_model
+from relora.model.save import save_model
 from relora.recipes.from_settings import factor_parameters, schedule_of, settled_lowrank
 from relora.recipes.job import Job, RunResult, run_job
 from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining
