@@ -1,4 +1,4 @@
-"""Configurations that cannot be: one short line that names the file and the key, status 2, before torch is loaded.
+"""Refused configurations: one short line that names the file and the key, status 2, before torch is loaded.
 
 Each row is the smallest change that makes a right configuration wrong, as overrides or as the file's content.
 """
@@ -16,7 +16,7 @@ from tests.faults.tiny import relora
 
 LONGEST_LINE = 200
 SECONDS = 5.0
-"""Of the processor: a guard against what does not end; the slowest case took 0.2 s on the machine of the figures."""
+"""Largest processor time of a case, against endless loops; the slowest took 0.2 s on the machine of the figures."""
 VALID = {
     "output_dir": "run",
     "model": {"preset": "llama-9m"},
@@ -25,7 +25,7 @@ VALID = {
 }
 
 OVERRIDES = [
-    # keys that there are not
+    # unknown keys
     (["optimzer.lr=1"], "`optimzer.lr`|`optimzer`"),
     (["optimizer.learning_rate=1"], "`optimizer.learning_rate`"),
     (["lr=1"], "`optimizer.lr`"),
@@ -37,7 +37,7 @@ OVERRIDES = [
     (["x" * 5000 + "=1"], "unknown key"),
     (["a.b.c.d=1"], "`a`"),
     (["seed.x=1"], "`seed`"),
-    # no such type
+    # values of the wrong type
     (["optimizer.lr=fast"], "`optimizer.lr`"),
     (["optimizer.lr=true"], "optimizer.lr"),
     (["optimizer.lr=[1e-3]"], "`optimizer.lr`"),
@@ -56,7 +56,7 @@ OVERRIDES = [
     (["optimizer.betas=[0.9]"], "`optimizer.betas.1`"),
     (["optimizer.betas=[0.9, 0.9, 0.9]"], "`optimizer.betas`"),
     (["lowrank.target_modules=[1]"], "`lowrank.target_modules.0`"),
-    # no such value
+    # values out of range
     (["seed=-1"], "`seed`"),
     (["seed=18446744073709551616"], "`seed`"),
     (["optimizer.lr=0"], "`optimizer.lr`"),
@@ -93,7 +93,7 @@ OVERRIDES = [
     (['output_dir=""'], "`output_dir`"),
     (['output_dir="a\\0b"'], "output_dir"),
     (['output_dir="\\ud800"'], "`output_dir`"),
-    # values that do not go together
+    # values that contradict one another
     (["model.path=x"], "preset"),
     (["model.preset="], "preset"),
     (["model={path: x, hidden_size: 8}"], "hidden_size"),
@@ -189,7 +189,7 @@ for overrides in json.loads(sys.argv[1]):
 
 
 def test_it_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
-    """All overrides in one process of its own, and the line of each is on stderr."""
+    """One fresh process reads them all, and prints one line on stderr for each."""
     _write(tmp_path, VALID)
     cases = [overrides for overrides, _ in (*OVERRIDES, *SPELLINGS)]
     command = [sys.executable, "-c", IN_A_PROCESS, json.dumps(cases)]

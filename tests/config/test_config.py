@@ -1,4 +1,4 @@
-"""Configuration: defaults, overrides, round trip; every mistake is one line that names the key."""
+"""Configurations: defaults, overrides, round trip; every mistake is one line that names the key."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tests.paths import CONFIGS
 
-from relora.config import RunConfig, load_any_config, load_config, parse_config, to_yaml
+from relora.config import FinetuneConfig, RunConfig, load_any_config, load_config, parse_config, to_yaml
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.recipes.from_settings import lowrank_of, schedule_of
@@ -45,7 +45,7 @@ def test_overrides_apply_in_order(file: Path) -> None:
 
 
 def test_token_budget_counts_tokens(file: Path) -> None:
-    """Not sequences: the published code divides tokens by sequences and trains sequence_length times too long."""
+    """The published code divides tokens by sequences, and so trains sequence_length times too long."""
     tree = MINIMAL | {"schedule": {"total_tokens": 100_000_000}, "batch": {"sequences": 64, "micro_sequences": 8}}
     config = parse_config(tree)
     assert config.total_steps == -(-100_000_000 // (64 * 256))
@@ -66,10 +66,10 @@ def test_lowrank_settings_and_library_config_agree() -> None:
         (["variant=paper", "method=lora"], 70),
     ],
 )
-def test_factors_climb_after_a_warm_start_as_everything_does_at_first(
+def test_warm_up_of_the_factors_is_that_of_the_run_unless_given(
     file: Path, overrides: list[str], steps: int | None
 ) -> None:
-    """But for Algorithm 1, where the switch is as a restart."""
+    """With Algorithm 1 the switch warms up as a restart does, unless steps are given."""
     config = load_config(file, ["schedule.warmup_steps=70", *overrides])
     assert schedule_of(config).switch_warmup_steps == steps
 
@@ -139,9 +139,14 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         load_config(tmp_path / "binary.yaml")
 
 
-def test_every_key_is_documented() -> None:
-    schema = RunConfig.model_json_schema()
-    assert schema["$defs"]["RestartSettings"]["properties"]["optimizer"]["description"]
+@pytest.mark.parametrize("kind", [RunConfig, FinetuneConfig])
+def test_every_key_is_documented(kind: type[RunConfig | FinetuneConfig]) -> None:
+    schema = kind.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        assert section["description"]
+        for name, key in section["properties"].items():
+            is_section = any("$ref" in option for option in (key, *key.get("anyOf", ())))
+            assert is_section or key["description"], name
 
 
 def test_shipped_configurations_are_valid() -> None:
