@@ -67,18 +67,29 @@ def _check_class(folder: Path) -> None:
 
     transformers would otherwise open any of its own classes that is named.
     """
-    import transformers
-
     for file in ("tokenizer_config.json", "config.json"):
         if not (folder / file).exists():
             continue
         name = read_json(folder / file, CONFIG_BYTES[file]).get("tokenizer_class")
-        found = getattr(transformers, name, None) if isinstance(name, str) else name
-        is_tokenizer = isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
-        if found is not None and not is_tokenizer:
+        if name is not None and not _may_be_tokenizer(name):
             raise UserError(
                 f"{folder / file}: `tokenizer_class` is {short_repr(name)}, which is not a tokenizer of transformers"
             )
+
+
+def _may_be_tokenizer(name: object) -> bool:
+    """Return whether `name` is a tokenizer of transformers, or a class that transformers does not know.
+
+    A name that no tokenizer has is not looked up, since that would import the module of any class, e.g. the trainer.
+    """
+    import transformers
+
+    if not isinstance(name, str):
+        return False
+    if "Token" not in name and not name.endswith("Backend") and name in dir(transformers):
+        return False
+    found = getattr(transformers, name, None)
+    return found is None or (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase))
 
 
 def _from_hub(name: str) -> Path:

@@ -348,9 +348,8 @@ def _fitting(parts: list[EncodedPart], most: int) -> tuple[list[EncodedPart], bo
     prompt = list(chain.from_iterable(part.ids for part in parts[:first_response]))
     response = parts[first_response].ids
     prompt_room, response_cut = most - len(response), False
-    if prompt_room < min(
-        1, len(prompt)
-    ):  # a token of the prompt is needed, so that the first of the response is scored
+    # One token of the prompt has to be kept, because the first token of an example is not scored.
+    if prompt_room < min(1, len(prompt)):
         prompt_room, response_cut = min(len(prompt), most // 2), True
     prompt_cut = prompt_room < len(prompt)
     if prompt_cut:
