@@ -1,16 +1,13 @@
 """The diagnosis is JSON, its figures are of this machine, and what it warns of is what the figures say."""
 
-import io
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from relora.cli.tables.doctor import print_diagnosis
-from relora.planning.doctor import EXTRAS, DtypeSpeed, diagnose
+from relora.planning.doctor import diagnose
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +52,3 @@ def test_threads_below_cores_are_a_warning(diagnosis) -> None:
 def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert diagnose(tmp_path / "runs" / "new").disk_free_bytes > 0
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_printed(diagnosis) -> None:
-    absent = replace(
-        diagnosis,
-        extras=dict.fromkeys(EXTRAS),
-        dtypes={**diagnosis.dtypes, "fp16": DtypeSpeed(None, None)},
-        warnings=["only 1.0 GB of disk are free [really]"],
-    )
-    stream = io.StringIO()
-    print_diagnosis(absent, Console(file=stream, width=200))
-    text = stream.getvalue()
-    assert "not installed; needed for log.trackers: [wandb]" in text
-    assert "not supported" in text
-    assert "warning: only 1.0 GB of disk are free [really]" in text
-    assert diagnosis.versions["torch"] in text

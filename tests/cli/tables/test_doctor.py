@@ -17,6 +17,7 @@ def diagnosis() -> Diagnosis:
 def test_a_real_machine_is_described(diagnosis: Diagnosis) -> None:
     screen = Screen()
     print_diagnosis(diagnosis, screen)
+    assert f"torch {diagnosis.versions['torch']}" in screen.text
     names = [line.split()[0] for line in screen.text.splitlines()]
     assert names[:3] == ["versions", "platform", "device"] and {"CPU", "memory", "disk", "fp32", "rates"} <= set(names)
 
