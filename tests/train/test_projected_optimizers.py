@@ -1,4 +1,4 @@
-"""The packages' optimizers as we put them together: equal to those used by hand, small, saved whole, and counted."""
+"""The packages' optimizers: equal to those built by hand, small, saved completely, and counted in plans."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from torch import nn
 
 from relora.config import RunConfig, parse_config
 from relora.errors import UserError
-from relora.planning.plan import step_figures
+from relora.planning.phase_cost import step_figures
 from relora.recipes.pretrain import pretrain
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state, set_lr
 from relora.train.projected_optimizers import (
@@ -32,7 +32,7 @@ BY_HAND = {
     "apollo": ("APOLLOAdamW", {"scale": 1.0, "proj": "random", "scale_type": "channel"}),
     "fira": ("FiraAdamW", {"alpha": 0.25}),
 }
-"""The packages' classes, and what their own pages put into a projected group, beside rank and period."""
+"""The packages' classes, and the entries of a projected group in their own examples, beside rank and period."""
 NAMES = [
     pytest.param(
         name,
@@ -57,7 +57,7 @@ def backward(net: nn.Module, step: int) -> None:
 
 
 class Stack(nn.Module):
-    """Matrices taller than wide, wider than tall and square, beside what is not projected."""
+    """Network with tall, wide and square matrices, and an embedding that is not projected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class Stack(nn.Module):
         return x
 
 
-# What they do
+# Training
 
 
 @installed
 def test_a_run_by_hand_gives_the_same_weights(name: str) -> None:
-    """The groups of the package's page, over the same gradients, at the schedule's rates."""
+    """The groups of the package's own example, with the same gradients and learning rates."""
     nets = [Net(), Net()]
     ours = build_optimizer(nets[0], config(name, weight_decay=0.1, betas=(0.9, 0.99)))
     matrices = [block.weight for block in nets[1].blocks]
@@ -114,7 +114,7 @@ def test_a_run_by_hand_gives_the_same_weights(name: str) -> None:
 
 
 @installed
-def test_what_lies_in_the_blocks_is_projected_and_nothing_else(name: str) -> None:
+def test_matrices_of_the_blocks_are_projected_and_nothing_else(name: str) -> None:
     net = Net()
     optimizer = build_optimizer(net, config(name, matrix_lr=0.05, matrices=frozenset({"blocks.0", "blocks.1"})))
     [projected] = [group for group in optimizer.param_groups if "rank" in group]
@@ -124,7 +124,7 @@ def test_what_lies_in_the_blocks_is_projected_and_nothing_else(name: str) -> Non
 
 @installed
 def test_moments_take_less(name: str) -> None:
-    """Every byte that the state holds, views of larger things included, is what `state_shapes` says."""
+    """All storage that the state keeps alive, including that behind views, is what `state_shapes` says."""
     net, rank = Stack(), 4
     optimizer = build_optimizer(net, config(name, projection=ProjectionConfig(rank=rank, every_steps=3)))
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_it_learns(tmp_path: Path, name: str) -> None:
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
 
 
-# What is saved
+# Checkpoints
 
 
 @installed
@@ -191,7 +191,7 @@ def test_moments_of_adamw_are_refused(name: str) -> None:
         load_named_state(net, build_optimizer(net, config("adamw")), named_state(net, loading))
 
 
-# What cannot be
+# Refused
 
 
 @pytest.mark.parametrize("name", PROJECTED_OPTIMIZERS)
@@ -208,7 +208,7 @@ def test_a_rank_above_a_side_is_refused() -> None:
         projected_matrices(Stack(), 25)
 
 
-# In a run
+# Runs
 
 
 @pytest.fixture
