@@ -103,11 +103,15 @@ def test_parent_folders_are_created_only_if_asked_for(tmp_path: Path, write: Wri
     assert content_of(tmp_path / "a" / "b" / "target") == "x"
 
 
-def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
+def test_a_file_does_not_take_the_place_of_a_folder_nor_a_folder_that_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("theirs")
     with pytest.raises(IsADirectoryError):
-        write_text(tmp_path / "target", "x")
-    assert names_in(tmp_path) == ["target"] and (tmp_path / "target").is_dir()
+        write_file(tmp_path / "folder", "x")
+    with pytest.raises(NotADirectoryError):
+        write_folder(tmp_path / "file", "x")
+    assert names_in(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "folder").is_dir() and (tmp_path / "file").read_text() == "theirs"
 
 
 def test_the_folder_of_somebody_else_is_not_taken_for_a_leftover(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def atomic_file(path: Path, *, replace: bool, parents: bool = False) -> Iterator
 
     Raises:
         FileExistsError: `path` exists and `replace` is off.
-        OSError: the disk refuses a write. `path` is as it was.
+        OSError: the disk refuses a write, or `path` is a folder. `path` is as it was.
     """
     partial = _hidden(path, "partial")
     _refuse_existing(path, replace)
@@ -83,7 +83,7 @@ def atomic_folder(path: Path, *, replace: bool, parents: bool = False) -> Iterat
 
     Raises:
         FileExistsError: `path` exists and `replace` is off.
-        OSError: the disk refuses a write. `path` is as it was.
+        OSError: the disk refuses a write, or `path` is a file. `path` is as it was.
     """
     partial, replaced = _hidden(path, "partial"), _hidden(path, "replaced")
     if replaced.is_dir():  # left by a writer that was killed
@@ -101,7 +101,7 @@ def atomic_folder(path: Path, *, replace: bool, parents: bool = False) -> Iterat
             _make_durable(entry, mode)
         sync(partial)
         _refuse_existing(path, replace)
-        if path.exists():
+        if path.is_dir():
             path.rename(replaced)
         partial.rename(path)
     except BaseException:
