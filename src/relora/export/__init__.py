@@ -1,1 +1,1 @@
-"""A checkpoint as a Hugging Face model folder, or a model as a GGUF file."""
+"""Export of a checkpoint as a Hugging Face model folder, and of a model as a GGUF file."""

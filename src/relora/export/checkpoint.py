@@ -1,4 +1,4 @@
-"""Any checkpoint of a run -> a plain Hugging Face model folder; a run or a model folder -> a GGUF file."""
+"""Export of a run's checkpoint as a plain Hugging Face model folder, and of a run or model folder as a GGUF file."""
 
 import logging
 import shutil
@@ -28,31 +28,42 @@ def export(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Merge the factors of a checkpoint (by default the newest sound one) and write `out`, by default RUN/model-STEP.
+    """Write a checkpoint of a run as a Hugging Face model folder, with its factors merged into the weights.
 
-    `trust_remote_code` runs code that came with the run's model; what its config.yaml says of it does not count here.
+    Args:
+        run: the run folder.
+        step: step of the checkpoint; by default the newest one that is not damaged.
+        out: folder to write, by default RUN/model-STEP; a model folder in its place is replaced.
+        dtype: dtype of the stored weights, one of `relora.model.load.DTYPES`.
+        trust_remote_code: run code that came with the run's model. The key of this name in the run's config.yaml has no
+            effect here.
+
+    Returns:
+        The folder written.
 
     Raises:
-        UserError: not a run folder, no such checkpoint, a damaged one, or `out` holds something else.
+        UserError: `run` is not a run folder, there is no such checkpoint, it is damaged, there is no such dtype, or
+            `out` holds something other than a model.
+        RunStopped: the disk is full or refuses the write.
     """
     folder, config = open_run(run)
-    stored = dtype_named(dtype)
+    stored_dtype = dtype_named(dtype)
     checkpoints = Checkpoints(folder / "checkpoints")
     if step is not None and step not in checkpoints.steps():
-        there = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise UserError(f"{folder}: has no checkpoint of step {step}; it has {there}")
-    checkpoint, broken = (checkpoints.open(step), []) if step is not None else checkpoints.latest()
+        existing = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise UserError(f"{folder}: has no checkpoint of step {step}; it has {existing}")
+    checkpoint, damaged = (checkpoints.open(step), []) if step is not None else checkpoints.latest()
     if checkpoint is None:
-        raise UserError(f"{broken[0] if broken else folder}: has no sound checkpoint; run `relora pretrain` first")
-    for line in broken:
-        _log.warning("warning: %s; step %d is used", line, checkpoint.step)
+        raise UserError(f"{damaged[0] if damaged else folder}: has no sound checkpoint; run `relora pretrain` first")
+    for description in damaged:
+        _log.warning("warning: %s; step %d is used", description, checkpoint.step)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id, trust_remote_code=trust_remote_code)
     restore_weights(model, checkpoint, schedule_of(config), lowrank_of(config), seed=config.seed)
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    return save_model(model, out, tokenizer, stored)
+    return save_model(model, out, tokenizer, stored_dtype)
 
 
 def export_gguf(
@@ -63,34 +74,45 @@ def export_gguf(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a GGUF file from a run's checkpoint, a run's model, a model folder or a hub id; never over another file.
+    """Write a model as a new GGUF file.
 
-    A run gives RUN/model; with `step`, or before it has one, a checkpoint, which `export` first writes beside `out` for
-    a while. `dtype` is one of `GGUF_DTYPES`. By default `out` is RUN/model-DTYPE.gguf, RUN/model-STEP-DTYPE.gguf,
-    NAME-DTYPE.gguf beside a model folder NAME, or NAME-DTYPE.gguf here for a hub id OWNER/NAME.
+    Args:
+        source: a run folder, a model folder or a hub id. Of a run, RUN/model is taken, or a checkpoint if `step` is
+            given or RUN/model does not exist; `export` writes the checkpoint to a temporary folder beside `out`.
+        step: step of the run's checkpoint.
+        out: by default RUN/model-DTYPE.gguf, RUN/model-STEP-DTYPE.gguf, NAME-DTYPE.gguf beside a model folder NAME, or
+            NAME-DTYPE.gguf in the working directory for a hub id OWNER/NAME.
+        dtype: one of `relora.export.gguf.GGUF_DTYPES`.
+        trust_remote_code: see `export`.
+
+    Returns:
+        The file written.
 
     Raises:
-        UserError: what `export` and `write_gguf` refuse, or a `step` of what is no run. Nothing was written.
+        UserError: `export` or `write_gguf` refuse the source, `step` is given for something other than a run, or `out`
+            exists. Nothing has been written.
         RunStopped: the disk is full or refuses the write.
     """
-    place, from_run = Path(source), is_run(source)
+    path, from_run = Path(source), is_run(source)
     if step is not None and not from_run:
         raise UserError(f"--checkpoint {step}: {source} is not a run folder (no config.yaml in it)")
-    folder = place / "model" if from_run else model_folder(source)
-    out = Path(out) if out is not None else _gguf_file(place, from_run, step, dtype)
+    folder = path / "model" if from_run else model_folder(source)
+    out = Path(out) if out is not None else _default_gguf_file(path, from_run, step, dtype)
     check_gguf(out, dtype)
     if not from_run or (step is None and folder.is_dir()):
         return write_gguf(folder, out, load_tokenizer(str(folder)), dtype)
-    scratch = out.with_name(f".{out.name}.model")
+    temporary = out.with_name(f".{out.name}.model")
     try:
-        exported = export(source, step=step, out=scratch, trust_remote_code=trust_remote_code)
+        exported = export(source, step=step, out=temporary, trust_remote_code=trust_remote_code)
         return write_gguf(exported, out, load_tokenizer(str(exported)), dtype)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _gguf_file(place: Path, from_run: bool, step: int | None, dtype: str) -> Path:
+def _default_gguf_file(path: Path, from_run: bool, step: int | None, dtype: str) -> Path:
+    """Return the default output of `export_gguf`; `path` is its source as a path."""
     if from_run:
-        return place / f"{'model' if step is None else f'model-{step}'}-{dtype}.gguf"
-    beside = place.resolve() if place.is_dir() else Path(place.name)
-    return beside.with_name(f"{beside.name}-{dtype}.gguf")
+        name = "model" if step is None else f"model-{step}"
+        return path / f"{name}-{dtype}.gguf"
+    model = path.resolve() if path.is_dir() else Path(path.name)
+    return model.with_name(f"{model.name}-{dtype}.gguf")

@@ -1,21 +1,23 @@
-"""A plain model folder -> one GGUF file that llama.cpp, and whatever is built on it, opens.
+"""Conversion of a plain model folder into one GGUF file, the format of llama.cpp and of the programs built on it.
 
-GGUF (ggml's docs/gguf.md) is a header of typed keys, a table of tensors and their data; the package `gguf`, which comes
-from llama.cpp, writes it and knows the names. Besides the names, this differs from the folder:
+GGUF (ggml's docs/gguf.md) consists of a header of typed keys, a table of tensors, and their data. The package `gguf`,
+which is part of llama.cpp, writes the format and maps the names of tensors. Some weights are also arranged in another
+way than in the model folder:
 
-    llama     llama.cpp turns rows 2i and 2i + 1 of a head of q and k by one angle, transformers rows i and i + d/2:
-              the rows of every head are interleaved
-    gpt_neox  rows [heads, 3, d] of q, k and v -> [3, heads, d]
-    gpt2      Conv1D keeps [in, out] -> [out, in]
-    qwen2     nothing
+    llama     rotary positions rotate pairs of rows of a head of q and k: rows i and i + d/2 in transformers, rows 2i
+              and 2i + 1 in llama.cpp; so the two halves of the rows of each head are interleaved
+    gpt_neox  the rows of q, k and v have the order [heads, 3, d] -> [3, heads, d]
+    gpt2      the weights of Conv1D are [in, out] -> [out, in]
+    qwen2     no difference
 
-Vectors (norms, biases) and learned positions stay fp32. q8_0 is 32 numbers of a row in 8 bits with one fp16 scale, so
-half a quantum is at most 1/254 of their largest; rows whose length is no multiple of 32 are stored as fp16.
+Vectors (norms, biases) and learned positions stay fp32. q8_0 stores 32 entries of a row in 8 bits each with one fp16
+scale, so the rounding error is at most 1/254 of the largest of the 32. Matrices whose row length is not a multiple of
+32 are stored as fp16.
 
-Tensors are read, cast and written one at a time: the memory it takes is twice that of the largest, in fp32.
+Tensors are read, cast and written one at a time, so memory holds at most twice the largest tensor in fp32.
 
-The price: on a CPU llama.cpp looks GELU up in a table of fp16, so logits of GPT-2 and GPT-NeoX differ by about 0.001
-of their spread; those of the others are the same within the rounding of fp32.
+The price: on a CPU, llama.cpp takes GELU from a table in fp16, so the logits of GPT-2 and GPT-NeoX differ by about
+0.001 of their spread. Those of the other architectures agree within the rounding of fp32.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     import gguf
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "gpt2": "gpt2", "gpt_neox": "gptneox"}
-"""llama.cpp's name of the model types that can be written."""
+"""llama.cpp's names of the supported architectures, by transformers' `model_type`."""
 
 GGUF_DTYPES = {
     "fp32": ("F32", "ALL_F32"),
@@ -51,23 +53,26 @@ GGUF_DTYPES = {
     "bf16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
-"""What GGUF calls a tensor of each, and a file."""
+"""GGUF's names of the type of a tensor and of a file, by dtype."""
 
 _BLOCK = 32
-"""Numbers of a row that share a scale in q8_0."""
+"""Number of entries of a row that share a scale in q8_0."""
 
 
 class _Entry(NamedTuple):
-    """A tensor of the file; it is read when it is written."""
+    """One tensor of the GGUF file; its data is read only when it is written."""
 
     name: str
+    """Name in the GGUF file, such as `blk.0.attn_q.weight`."""
     shape: tuple[int, ...]
     dtype: str
+    """One of `GGUF_DTYPES`."""
     read: Callable[[], Tensor]
+    """Reads the tensor, in llama.cpp's arrangement."""
 
 
 def check_gguf(file: Path, dtype: str) -> None:
-    """`UserError` if the package `gguf` is not installed, there is no such `dtype`, or `file` exists."""
+    """Raise `UserError` if the package `gguf` is not installed, there is no such `dtype`, or `file` exists."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -79,12 +84,18 @@ def check_gguf(file: Path, dtype: str) -> None:
 
 
 def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dtype: str = "fp32") -> Path:
-    """Write `file` from a model folder and its tokenizer; it is whole or absent (see `files.atomic`).
+    """Write a GGUF file from a model folder and its tokenizer; it is whole or absent (see `files.atomic`).
+
+    Args:
+        dtype: one of `GGUF_DTYPES`.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: what `check_gguf`, `open_model` and `vocabulary` refuse; an architecture that is none of
-            `ARCHITECTURES` or computes what llama.cpp does not; weights that are not all there, or not finite in
-            `dtype`. Nothing was written.
+        UserError: `check_gguf`, `open_model` or `vocabulary` raise it; the architecture is not one of `ARCHITECTURES`
+            or has a setting that llama.cpp does not support; weights are missing, or not finite in `dtype`. Nothing has
+            been written.
         RunStopped: the disk is full or refuses the write.
     """
     check_gguf(file, dtype)
@@ -95,7 +106,7 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
         raise UserError(
             f"{folder}: {short_repr(config.model_type)} cannot be written as GGUF; what can: {', '.join(ARCHITECTURES)}"
         )
-    _check_computed_alike(config, folder)
+    _check_supported(config, folder)
     rows = shapes.get_input_embeddings().num_embeddings
     keys = {**_shape_keys(config, rows), **vocabulary(tokenizer, rows)}
     try:
@@ -108,31 +119,39 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
     return file
 
 
-def _check_computed_alike(config: PreTrainedConfig, folder: Path) -> None:
-    """`UserError` for what a configuration can say and llama.cpp's architecture of the same name does not compute."""
-    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}
-    activation = config.activation_function if kind == "gpt2" else config.hidden_act
-    activations = ("silu", "swish") if kind in ("llama", "qwen2") else ("gelu", "gelu_new", "gelu_pytorch_tanh")
+def _check_supported(config: PreTrainedConfig, folder: Path) -> None:
+    """Raise `UserError` for a setting that llama.cpp's implementation of the architecture does not support."""
+    model_type, rope = config.model_type, getattr(config, "rope_parameters", None) or {}
+    activation = config.activation_function if model_type == "gpt2" else config.hidden_act
+    activations = ("silu", "swish") if model_type in ("llama", "qwen2") else ("gelu", "gelu_new", "gelu_pytorch_tanh")
     scaling = rope.get("rope_type", "default")
-    scalings = ("default", "linear", "llama3") if kind == "llama" else ("default",)
-    attention = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights if kind == "gpt2" else False
-    otherwise = {
+    scalings = ("default", "linear", "llama3") if model_type == "llama" else ("default",)
+    scales_attention = model_type == "gpt2" and (
+        config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
+    )
+    unsupported = {
         f"the activation {short_repr(activation)}": activation not in activations,
         f"rotary positions of type {short_repr(scaling)}": scaling not in scalings,
         "sliding-window attention": "sliding_attention" in (getattr(config, "layer_types", None) or ()),
-        "attention without biases": kind == "gpt_neox" and not config.attention_bias,
-        "a scale of attention of its own": attention,
+        "attention without biases": model_type == "gpt_neox" and not config.attention_bias,
+        "a scale of attention of its own": scales_attention,
         "cross-attention": getattr(config, "add_cross_attention", False),
     }
-    for what, is_so in otherwise.items():
-        if is_so:
-            raise UserError(f"{folder}: has {what}, which llama.cpp does not compute for {kind}; GGUF cannot say it")
+    for feature, is_used in unsupported.items():
+        if is_used:
+            raise UserError(
+                f"{folder}: has {feature}, which llama.cpp does not compute for {model_type}; GGUF cannot say it"
+            )
 
 
 def _shape_keys(config: PreTrainedConfig, rows: int) -> dict[str, Value]:
-    """The keys that tell llama.cpp what to build, under the name of its architecture."""
-    kind, heads = config.model_type, config.num_attention_heads
-    intermediate = (config.n_inner or 4 * config.hidden_size) if kind == "gpt2" else config.intermediate_size
+    """Return the keys that describe the model's shape, prefixed with llama.cpp's name of the architecture.
+
+    Args:
+        rows: number of rows of the embedding.
+    """
+    model_type, heads = config.model_type, config.num_attention_heads
+    intermediate = (config.n_inner or 4 * config.hidden_size) if model_type == "gpt2" else config.intermediate_size
     keys: dict[str, Value] = {
         "vocab_size": rows,
         "context_length": config.max_position_embeddings,
@@ -142,60 +161,87 @@ def _shape_keys(config: PreTrainedConfig, rows: int) -> dict[str, Value]:
         "attention.head_count": heads,
         "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
     }
-    if kind in ("llama", "qwen2"):
+    if model_type in ("llama", "qwen2"):
         keys["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     else:
         keys["attention.layer_norm_epsilon"] = float(
-            config.layer_norm_epsilon if kind == "gpt2" else config.layer_norm_eps
+            config.layer_norm_epsilon if model_type == "gpt2" else config.layer_norm_eps
         )
-    if kind == "gpt_neox":
+    if model_type == "gpt_neox":
         keys["use_parallel_residual"] = config.use_parallel_residual
-    if kind != "gpt2":
+    if model_type != "gpt2":
         rope, size = config.rope_parameters, _head_size(config)
         keys["rope.freq_base"] = float(rope["rope_theta"])
         keys["rope.dimension_count"] = int(size * rope.get("partial_rotary_factor", 1.0))
         keys |= {"attention.key_length": size, "attention.value_length": size}
-    return {f"{ARCHITECTURES[kind]}.{key}": value for key, value in keys.items()}
+    return {f"{ARCHITECTURES[model_type]}.{key}": value for key, value in keys.items()}
 
 
 def _head_size(config: PreTrainedConfig) -> int:
+    """Return the size d of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _entries(shapes: PreTrainedModel, folder: Path, dtype: str, opened: ExitStack) -> list[_Entry]:
-    """All tensors of the file, in the model's order; `shapes` is the model without its weights."""
+    """List all tensors of the GGUF file, in the model's order.
+
+    Args:
+        shapes: the model on the meta device.
+        opened: keeps the model's files open until the tensors are written.
+
+    Raises:
+        UserError: a weight is missing, has another shape than config.json wants, or has no name in GGUF.
+    """
     import gguf
 
     config = shapes.config
     architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
-    stored = _stored(folder, opened)
+    stored = _open_weights(folder, opened)
     entries = []
 
     def add(name: str, key: str, parameter: Tensor) -> None:
         shape = tuple(_arranged(config, name, parameter).shape)
-        kept = len(shape) == 1 or name == "position_embd.weight"
-        chosen = "fp32" if kept else "fp16" if dtype == "q8_0" and shape[-1] % _BLOCK else dtype
-        entries.append(_Entry(name, shape, chosen, partial(_read, stored[key], key, config, name)))
+        read = partial(_read_arranged, stored[key], key, config, name)
+        entries.append(_Entry(name, shape, _tensor_dtype(name, shape, dtype), read))
 
-    for path, parameter in shapes.named_parameters():  # one of two that are tied
+    for path, parameter in shapes.named_parameters():  # tied parameters appear once
         key = _stored_key(path, shapes.base_model_prefix, stored, folder)
-        if (there := stored[key].get_slice(key).get_shape()) != list(parameter.shape):
-            raise UserError(f"{folder}: `{key}` is {short_repr(there)} where config.json wants {list(parameter.shape)}")
+        stored_shape = stored[key].get_slice(key).get_shape()
+        if stored_shape != list(parameter.shape):
+            sides = f"{short_repr(stored_shape)} where config.json wants {list(parameter.shape)}"
+            raise UserError(f"{folder}: `{key}` is {sides}")
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{folder}: `{path}` has no place in a GGUF file of {architecture}")
         add(name, key, parameter)
         if architecture == "gptneox" and name == "token_embd.weight" and config.tie_word_embeddings:
-            add("output.weight", key, parameter)  # llama.cpp ties the head of the others, if it is not there
+            # the other architectures of llama.cpp use the embedding if there is no head
+            add("output.weight", key, parameter)
     if getattr(config, "rope_parameters", {}).get("rope_type", "default") != "default":
         factors = _rope_factors(config)
         entries.append(_Entry("rope_freqs.weight", tuple(factors.shape), "fp32", lambda: factors))
     return entries
 
 
-def _stored(folder: Path, opened: ExitStack) -> dict[str, Any]:
-    """Where each tensor of a checked model folder is: the open file that holds it, by its key."""
+def _tensor_dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Return the dtype in which a tensor is stored in a file of `dtype`."""
+    if len(shape) == 1 or name == "position_embd.weight":
+        return "fp32"
+    if dtype == "q8_0" and shape[-1] % _BLOCK:
+        return "fp16"
+    return dtype
+
+
+def _open_weights(folder: Path, opened: ExitStack) -> dict[str, Any]:
+    """Open the weight files of a model folder that `open_model` has accepted.
+
+    Returns:
+        The open file that holds each tensor, by the tensor's key.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds low-rank factors.
+    """
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file() and index.is_file():
         names = sorted(set(read_json(index, INDEX_BYTES)["weight_map"].values()))
@@ -215,19 +261,28 @@ def _stored(folder: Path, opened: ExitStack) -> dict[str, Any]:
 
 
 def _stored_key(path: str, prefix: str, stored: Mapping[str, Any], folder: Path) -> str:
-    """The key under which a parameter is stored: some files are of a model without its head, some name it otherwise."""
+    """Return the key under which the parameter at `path` is stored.
+
+    Some files were written from the model without its head, so their keys lack `prefix`; others name the head
+    `embed_out`. `UserError` if there is no such key.
+    """
     for key in (path, path.removeprefix(f"{prefix}."), path.replace("lm_head.", "embed_out.")):
         if key in stored:
             return key
     raise UserError(f"{folder}: its weights lack `{path}`; they are incomplete or of another architecture")
 
 
-def _read(file: Any, key: str, config: PreTrainedConfig, name: str) -> Tensor:
+def _read_arranged(file: Any, key: str, config: PreTrainedConfig, name: str) -> Tensor:
+    """Read a tensor from an open safetensors file, in llama.cpp's arrangement."""
     return _arranged(config, name, file.get_tensor(key))
 
 
 def _arranged(config: PreTrainedConfig, name: str, weight: Tensor) -> Tensor:
-    """A weight or bias in llama.cpp's order; `name` is the file's, as in blk.0.attn_q.weight."""
+    """Arrange a weight or bias as llama.cpp has it (see the module).
+
+    Args:
+        name: name in the GGUF file, such as `blk.0.attn_q.weight`.
+    """
     part = name.split(".")[-2]
     if config.model_type == "llama" and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
@@ -241,7 +296,7 @@ def _arranged(config: PreTrainedConfig, name: str, weight: Tensor) -> Tensor:
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor:
-    """What llama.cpp divides the angle of each pair of rows by: [d/2]."""
+    """Return the divisors [d/2] by which llama.cpp divides the rotary angle of each pair of rows."""
     rope, size = config.rope_parameters, _head_size(config)
     scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     factors: Tensor = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size) / scaled
@@ -249,20 +304,20 @@ def _rope_factors(config: PreTrainedConfig) -> Tensor:
 
 
 def _write(file: Path, architecture: str, keys: Mapping[str, Value], entries: list[_Entry], dtype: str) -> None:
+    """Write keys and tensors with the package `gguf`, one tensor at a time."""
     import gguf
 
     with closing(gguf.GGUFWriter(file, architecture)) as writer:
         writer.add_file_type(gguf.LlamaFileType[GGUF_DTYPES[dtype][1]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in keys.items():
-            _add(writer, key, value)
+            _add_key(writer, key, value)
         for entry in entries:
-            kind = gguf.GGMLQuantizationType[GGUF_DTYPES[entry.dtype][0]]
-            numbers, size = gguf.GGML_QUANT_SIZES[kind]
-            # the dtype of the array is asked for only where the kind is not given
-            writer.add_tensor_info(
-                entry.name, entry.shape, np.dtype(np.float32), prod(entry.shape) // numbers * size, raw_dtype=kind
-            )
+            tensor_type = gguf.GGMLQuantizationType[GGUF_DTYPES[entry.dtype][0]]
+            block_entries, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+            size = prod(entry.shape) // block_entries * block_bytes
+            # the writer ignores the array's dtype where raw_dtype is given
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, raw_dtype=tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -270,7 +325,8 @@ def _write(file: Path, architecture: str, keys: Mapping[str, Value], entries: li
             writer.write_tensor_data(_encoded(entry))
 
 
-def _add(writer: "gguf.GGUFWriter", key: str, value: Value) -> None:
+def _add_key(writer: "gguf.GGUFWriter", key: str, value: Value) -> None:
+    """Add a key with the GGUF type of its value."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -284,15 +340,16 @@ def _add(writer: "gguf.GGUFWriter", key: str, value: Value) -> None:
 
 
 def _encoded(entry: _Entry) -> np.ndarray[Any, np.dtype[Any]]:
-    """The tensor's bytes, as an array; `UserError` if a number of it is not finite there."""
+    """Read a tensor and return it as an array in its dtype; `UserError` if an entry is not finite in this dtype."""
     import gguf
 
     weight = entry.read().float().contiguous()
-    q8_0 = entry.dtype == "q8_0"
-    cast = (weight.abs().amax() / 127).half() if q8_0 else weight.to(DTYPES[entry.dtype])  # of q8_0 the largest scale
+    is_q8_0 = entry.dtype == "q8_0"
+    # of q8_0 it is enough that the largest scale is finite
+    cast = (weight.abs().amax() / 127).half() if is_q8_0 else weight.to(DTYPES[entry.dtype])
     if not cast.isfinite().all():
         raise UserError(f"{entry.name}: not all of its numbers are finite in {entry.dtype}; try another dtype")
-    if q8_0:
+    if is_q8_0:
         blocks: np.ndarray[Any, np.dtype[Any]] = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
         return blocks
-    return (cast.view(torch.int16) if entry.dtype == "bf16" else cast).numpy()
+    return (cast.view(torch.int16) if entry.dtype == "bf16" else cast).numpy()  # numpy has no bf16

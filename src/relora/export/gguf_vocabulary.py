@@ -1,20 +1,21 @@
-"""A tokenizer as the keys of a GGUF file, or one line on why llama.cpp could not cut text as it does.
+"""Conversion of a tokenizer into the keys of a GGUF file; refused if llama.cpp would tokenize text in another way.
 
-llama.cpp has three ways to cut text that concern us (its src/llama-vocab.cpp), each with keys of its own:
+llama.cpp has three tokenizers that matter here (its src/llama-vocab.cpp), each with keys of its own:
 
-    gpt2    byte-level BPE: merges by their rank, within words; how words are split is one of a list, known by name
-    llama   SentencePiece BPE: of all neighbours that make a token, those of the highest score first; else bytes
-    t5      SentencePiece unigram: the pieces of the highest sum of scores
+    gpt2    byte-level BPE: merges by rank within words; the split into words is one of a fixed list, given by its name
+    llama   SentencePiece BPE: of all pairs of neighbours that form a token, the pair of the highest score is joined
+            first; text that no token covers becomes bytes
+    t5      SentencePiece unigram: the sequence of tokens with the highest sum of scores
 
-A tokenizer.json can say more than these keys: other normalizers, splits, options. What has no counterpart is refused,
-since a model that is fed other tokens than it was trained on only answers worse, and nobody sees why. For SentencePiece
-BPE the ranks of the merges become scores, and it is checked that the two orders, and so the two ways, are the same.
+A tokenizer.json can express more than these keys: other normalizers, splits and options. What has no counterpart is
+refused, because a model that receives other tokens than those it was trained on answers worse without any visible
+error. Of SentencePiece BPE, the ranks of the merges become scores, after a check that both give the same tokens.
 
-BOS is put in front of a text where the tokenizer does it. EOS is never put behind one, although T5's tokenizer does it:
-a prompt that ends its document is not continued.
+BOS is put in front of a text if the tokenizer does so. EOS is never appended, although T5's tokenizer does so, since a
+model does not continue a prompt that ends its document.
 
-The price: text that is not in NFC gets other tokens where the tokenizer composes it first (GPT-NeoX, Qwen; a warning
-says so), and so does text that begins with a space where a tokenizer adds one only to text that has none.
+The price: text that is not in Unicode's NFC gets other tokens if the tokenizer normalises it first (GPT-NeoX, Qwen; a
+warning says so), and so does text that begins with a space if the tokenizer adds a space only to text that has none.
 """
 
 import base64
@@ -31,13 +32,15 @@ from relora.errors import UserError
 from relora.messages import short_repr
 
 Value = str | bool | int | float | bytes | list[str] | list[int] | list[float]
-"""What a key of a GGUF file can hold here: `bytes` is an array of uint8."""
+"""Type of a key's value in a GGUF file; `bytes` is an array of uint8."""
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""GGUF's types of tokens: control tokens are no part of a text, user-defined ones are found in it before all others."""
+"""GGUF's types of tokens. Control tokens are never found in a text; user-defined ones are found before all others."""
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""Text of a token that stands for one byte."""
 _UNUSED_SCORE = -10000.0
+"""Score of ids without a token in the unigram model."""
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_WORDS = (
@@ -51,16 +54,20 @@ _SPLITS = {
     ((_LLAMA3_WORDS.replace("{1,3}", ""),), False): "qwen2",
     ((_LLAMA3_WORDS,), True): "llama-bpe",
 }
-"""llama.cpp's name for (the expressions that split text into words, whether a word that is a token is left whole)."""
+"""llama.cpp's names of the splits of text into words, by (regular expressions, whether a word that is a token as a
+whole is never split by merges)."""
 
 _log = logging.getLogger(__name__)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Value]:
-    """The keys `tokenizer.*`; `rows` is how many ids the model has, and those without a token get a name.
+    """Return the keys `tokenizer.*` of a GGUF file.
+
+    Args:
+        rows: number of rows of the model's embedding; ids without a token get a name of their own.
 
     Raises:
-        UserError: llama.cpp has no way to cut text as this tokenizer does, or it has ids that the model has not.
+        UserError: llama.cpp cannot tokenize as this tokenizer does, or the tokenizer has ids that the model lacks.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
@@ -86,16 +93,21 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Value
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
-    """Ids of BOS, EOS, unknown and padding, and what is added to a text."""
+    """Return the keys for BOS, EOS, unknown and padding tokens, and whether BOS and EOS are added to a text.
+
+    Raises:
+        UserError: the tokenizer puts something other than one BOS in front of a text.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer("a").input_ids
-    front = ids[: next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)]
+    first_plain = next((start for start in range(len(ids)) if ids[start : start + len(plain)] == plain), 0)
+    front = ids[:first_plain]
     if front not in ([], [bos]):
         raise UserError(
             f"tokenizer: begins a text with {short_repr(front)}; llama.cpp can put one BOS there and no more"
         )
-    # what is not named here llama.cpp takes from a list of its own, in which BOS may be an ordinary word
+    # llama.cpp has defaults for missing ids, and its default for BOS may be an ordinary word here
     keys: dict[str, Value] = {
         "bos_token_id": eos if bos is None else bos,
         "eos_token_id": eos,
@@ -107,6 +119,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
 
 
 def _byte_level(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
+    """Return the keys of a byte-level BPE tokenizer; `backend` is its tokenizer.json."""
     model = backend["model"]
     split = _SPLITS.get((_words(backend["pre_tokenizer"]), bool(model["ignore_merges"])))
     if split is None:
@@ -132,12 +145,16 @@ def _byte_level(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
 
 
 def _words(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The expressions by which text is split, in order; a type's name for what is none."""
+    """Return the regular expressions by which a pre-tokenizer splits text, in order.
+
+    A step of another kind is represented by the name of its type, which is in no split of llama.cpp.
+    """
     found: list[str] = []
     for step in _steps(pre_tokenizer):
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False}:
-                found += [_GPT2_WORDS] * bool(step.get("use_regex", True))
+                if step.get("use_regex", True):
+                    found.append(_GPT2_WORDS)
             case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
                 found.append(expression)
             case {"type": "Digits", "individual_digits": True}:
@@ -148,6 +165,7 @@ def _words(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _sentencepiece(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
+    """Return the keys of a SentencePiece BPE tokenizer; `backend` is its tokenizer.json."""
     model = backend["model"]
     texts, kinds = _tokens({number: text for text, number in model["vocab"].items()}, backend, rows)
     for number, text in enumerate(texts):
@@ -158,7 +176,7 @@ def _sentencepiece(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
     if kinds.count(BYTE) < 256:
         raise UserError("tokenizer: it falls back to bytes and has not all of them, which llama.cpp needs")
     normal = {text for text, kind in zip(texts, kinds, strict=True) if kind == NORMAL}
-    ranks = _ranks([(left, right) for left, right in model["merges"]], normal)
+    ranks = _token_ranks([(left, right) for left, right in model["merges"]], normal)
     return {
         "model": "llama",
         "pre": "default",
@@ -170,7 +188,11 @@ def _sentencepiece(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
 
 
 def _space_prefix(backend: Mapping[str, Any]) -> bool:
-    """Whether a space is put in front of a text; `UserError` if more is done to it than to spell its spaces."""
+    """Tell whether a SentencePiece BPE tokenizer puts a space in front of a text.
+
+    Raises:
+        UserError: it changes or splits the text in another way than to write its spaces as `▁`.
+    """
     match [*_steps(backend["normalizer"]), *_steps(backend["pre_tokenizer"])]:
         case [
             {"type": "Prepend", "prepend": "▁"},
@@ -186,11 +208,18 @@ def _space_prefix(backend: Mapping[str, Any]) -> bool:
             raise UserError(f"tokenizer: llama.cpp has no counterpart of {short_repr(names)} before SentencePiece BPE")
 
 
-def _ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int]:
-    """The rank of the first merge that makes each token.
+def _token_ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int]:
+    """Return the rank of the first merge that forms each token.
 
-    Joining neighbours by these is joining them by the merges' own ranks if the merges of a token follow one another and
-    are all the pairs of tokens that make it: so it is in what was converted from SentencePiece. `UserError` if not.
+    llama.cpp joins neighbours by the rank of the token that they form, a tokenizer.json by the rank of the merge. Both
+    give the same tokens if all merges that form a token follow one another, and if every pair of tokens that forms a
+    token is a merge. Tokenizers converted from SentencePiece satisfy this.
+
+    Args:
+        normal: texts of the normal tokens.
+
+    Raises:
+        UserError: the merges do not satisfy this.
     """
     ranks: dict[str, int] = {}
     previous = None
@@ -214,6 +243,7 @@ def _ranks(merges: Sequence[tuple[str, str]], normal: set[str]) -> dict[str, int
 
 
 def _unigram(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
+    """Return the keys of a SentencePiece unigram tokenizer; `backend` is its tokenizer.json."""
     model = backend["model"]
     if model["byte_fallback"] or model["unk_id"] is None:
         raise UserError("tokenizer: llama.cpp's unigram model has an unknown token where this one has bytes")
@@ -225,7 +255,7 @@ def _unigram(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
             case {"type": "Replace", "pattern": {"Regex": " {2,}"}} | {"type": "WhitespaceSplit"}:
                 one_space = True
             case {"type": "Strip"}:
-                pass  # llama.cpp drops the spaces at the ends, too, where it makes one of several
+                pass  # llama.cpp also drops spaces at the ends of a text if it joins several spaces into one
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 prefix = scheme != "never"
             case _:
@@ -249,7 +279,15 @@ def _unigram(backend: Mapping[str, Any], rows: int) -> dict[str, Value]:
 
 
 def _tokens(vocabulary: Mapping[int, str], backend: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Text and type of every id from 0 to `rows` - 1."""
+    """List the text and the GGUF type of every id from 0 to `rows` - 1.
+
+    Args:
+        vocabulary: texts of the model's tokens by id, without the added ones.
+        backend: the tokenizer.json, with the added tokens.
+
+    Raises:
+        UserError: the tokenizer has an id of `rows` or more.
+    """
     added = {token["id"]: token for token in backend["added_tokens"]}
     largest = max([*vocabulary, *added])
     if largest >= rows:
@@ -259,7 +297,7 @@ def _tokens(vocabulary: Mapping[int, str], backend: Mapping[str, Any], rows: int
         if number in added:
             special = added[number]["special"]
             text = added[number]["content"]
-            # a user-defined token is looked for in the text as it is given, before spaces are spelt otherwise
+            # user-defined tokens are searched for in the original text, before spaces are written as `▁`
             texts.append(text if special else text.replace("▁", " "))
             kinds.append(CONTROL if special else USER_DEFINED)
         else:
@@ -269,7 +307,7 @@ def _tokens(vocabulary: Mapping[int, str], backend: Mapping[str, Any], rows: int
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer as the list of what it does."""
+    """Return the steps of a normalizer or pre-tokenizer as a flat list; empty if there is none."""
     if part is None:
         return []
     if part["type"] != "Sequence":
