@@ -62,7 +62,8 @@ class ExampleSettings(Settings):
     """Classification: column of the class, or of the number to predict; found likewise."""
 
     @model_validator(mode="after")
-    def _columns(self) -> "ExampleSettings":
+    def _check_columns(self) -> "ExampleSettings":
+        """Refuse a layout without the columns that it needs, and columns that the layout does not read."""
         if self.layout == "columns" and self.response_column is None:
             raise ValueError("`layout: columns` needs `response_column` (and `prompt_column`): which hold the texts?")
         if self.layout != "columns" and (self.prompt_column or self.response_column):
@@ -114,7 +115,8 @@ class FinetuneScheduleSettings(Settings):
     """Learning rate at the end of the cosine, relative to its peak; 1 for a constant rate after the warm-up."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "FinetuneScheduleSettings":
+    def _check_length(self) -> "FinetuneScheduleSettings":
+        """Refuse `epochs` together with `total_steps`."""
         if self.epochs is not None and self.total_steps is not None:
             raise ValueError("give either `epochs` or `total_steps`, one of the two")
         return self
@@ -183,7 +185,7 @@ class FinetuneConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_of_prompts(cls, tree: Any) -> Any:
+    def _fill_prompt_rate(cls, tree: Any) -> Any:
         """Give LLaMA-Adapter its own default rate: prompts need a far higher one than the weights of a model."""
         if not (isinstance(tree, dict) and tree.get("method") == "llama-adapter"):
             return tree
@@ -191,7 +193,8 @@ class FinetuneConfig(TrainingConfig):
         return tree | {"optimizer": {"lr": PROMPT_LR, **given}} if isinstance(given, dict) else tree
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "FinetuneConfig":
+    def _check_combination(self) -> "FinetuneConfig":
+        """Refuse a model that is not given, and methods, inits and tasks that exclude one another."""
         if self.model.path is None:
             raise ValueError("model.path: fine-tuning begins with a trained model; give its folder or hub id")
         if self.method == "relora" and (self.lowrank.dora or self.lowrank.init in ("pissa", "gradient-svd")):

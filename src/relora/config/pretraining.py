@@ -48,7 +48,8 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _variant_fills_restart(cls, tree: Any) -> Any:
+    def _fill_restart(cls, tree: Any) -> Any:
+        """Give the keys of `restart` that are not given the defaults of the variant."""
         if not isinstance(tree, dict) or not isinstance(tree.get("restart", {}), dict):
             return tree
         if tree.get("method", "relora") != "relora":
@@ -67,7 +68,7 @@ class RunConfig(TrainingConfig):
         if self.schedule.total_steps is not None:
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None  # ScheduleSettings has checked that one of the two is given
-        return -(-self.schedule.total_tokens // self.batch_tokens)
+        return -(-self.schedule.total_tokens // self.batch_tokens)  # rounded up
 
     @property
     def switch_warmup_steps(self) -> int | None:
@@ -80,11 +81,14 @@ class RunConfig(TrainingConfig):
     def earliest_switch(self) -> int:
         """First step at which the warm start can end: with `auto`, two whole windows after the warm-up."""
         start = self.warm_start
-        windows = -(-self.schedule.warmup_steps // start.window_steps) + 2
-        return windows * start.window_steps if start.auto else start.steps
+        if not start.auto:
+            return start.steps
+        warmup_windows = -(-self.schedule.warmup_steps // start.window_steps)  # rounded up
+        return (warmup_windows + 2) * start.window_steps
 
     @model_validator(mode="after")
-    def _residual_fits(self) -> "RunConfig":
+    def _check_residual(self) -> "RunConfig":
+        """Refuse the residual on weights that are stored too coarsely, or without the moments of AdamW."""
         if self.method == "full" or not self.lowrank.residual.scale:
             return self
         stored = "bf16" if (self.lowrank.base, self.precision.dtype) == ("auto", "bf16") else self.lowrank.base
@@ -101,7 +105,8 @@ class RunConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
-    def _signals_are_there(self) -> "RunConfig":
+    def _check_signals(self) -> "RunConfig":
+        """Refuse decisions by measured signals where these signals are not measured."""
         start, by_moments = self.warm_start, self.lowrank.ranks == "spectrum"
         if self.method == "full" or not (start.auto or by_moments):
             return self
@@ -120,7 +125,8 @@ class RunConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
-    def _times_fit(self) -> "RunConfig":
+    def _check_lengths(self) -> "RunConfig":
+        """Refuse a run that is too long, and a warm-up or a warm start that is as long as the run."""
         total = self.total_steps
         if total >= 10**8:
             raise ValueError(f"schedule: a run has fewer than 100 million steps, this one would have {total:,}")

@@ -59,7 +59,8 @@ class ModelSettings(Settings):
         return self.model_dump(exclude={"preset", "path", "from_scratch", "trust_remote_code"}, exclude_none=True)
 
     @model_validator(mode="after")
-    def _one_source(self) -> "ModelSettings":
+    def _check_source(self) -> "ModelSettings":
+        """Refuse both or neither of `preset` and `path`, and a shape key on a trained model."""
         if (self.preset is None) == (self.path is None):
             raise ValueError("give either `preset` (a shape to build) or `path` (a model to open), one of the two")
         if self.path is not None and self.overrides and not self.from_scratch:
@@ -203,7 +204,8 @@ class RestartSettings(Settings):
     """Relative decrease of the mean loss between two checks below which `adaptive` takes it as flat."""
 
     @model_validator(mode="after")
-    def _parts_can_restart_alone(self) -> "RestartSettings":
+    def _check_stagger_and_adaptive(self) -> "RestartSettings":
+        """Refuse what cannot restart in parts, and a fixed timetable for restarts that the run decides on."""
         if self.stagger == "ranks" and self.optimizer not in ("zero", "keep"):
             raise ValueError(f"`stagger: ranks` knows `optimizer: zero` and `keep`, not `{self.optimizer}`")
         if self.stagger == "ranks" and self.warmup_steps:
@@ -229,7 +231,8 @@ class ScheduleSettings(Settings):
     """Learning rate at the end of the cosine, relative to its peak; 1 for a constant rate after the warm-up."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "ScheduleSettings":
+    def _check_length(self) -> "ScheduleSettings":
+        """Refuse both or neither of `total_steps` and `total_tokens`."""
         if (self.total_steps is None) == (self.total_tokens is None):
             raise ValueError("give either `total_steps` or `total_tokens`, one of the two")
         return self
@@ -281,7 +284,8 @@ class BatchSettings(Settings):
     """Sequences of a micro-batch (one forward pass), in training and evaluation; divides `sequences`."""
 
     @model_validator(mode="after")
-    def _whole(self) -> "BatchSettings":
+    def _check_micro_batches(self) -> "BatchSettings":
+        """Refuse a batch that is no whole number of micro-batches."""
         if self.sequences % self.micro_sequences:
             raise ValueError(
                 f"sequences ({self.sequences}) must be a multiple of micro_sequences ({self.micro_sequences})"
@@ -300,7 +304,8 @@ class PrecisionSettings(Settings):
     means by the rates that were measured on this machine."""
 
     @model_validator(mode="after")
-    def _not_finer_than_the_rest(self) -> "PrecisionSettings":
+    def _check_frozen(self) -> "PrecisionSettings":
+        """Refuse frozen weights in fp32 where all other products are in bf16."""
         if self.frozen == "fp32" and self.dtype != "fp32":
             raise ValueError(f"`frozen: fp32` would be finer than `dtype: {self.dtype}`; set `frozen: auto` or `bf16`")
         return self

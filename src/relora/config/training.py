@@ -56,14 +56,16 @@ class TrainingConfig(Settings):
         return optimizer.lowrank_lr or 2 * (optimizer.matrix_lr or optimizer.lr)
 
     @model_validator(mode="after")
-    def _projects_at_full_rank(self) -> "TrainingConfig":
+    def _check_optimizer(self) -> "TrainingConfig":
+        """Refuse an optimizer with low-rank moments, except with `method: full`."""
         name = self.optimizer.name
         if not name.startswith("adamw") and self.method != "full":
             raise ValueError(f"optimizer.name: {name} trains at full rank; set `method: full`, or take `adamw`")
         return self
 
     @model_validator(mode="after")
-    def _restarts_fit(self) -> "TrainingConfig":
+    def _check_restarts(self) -> "TrainingConfig":
+        """Refuse restarts that the optimizer or the trained scales cannot have, or that come too close."""
         restart = self.restart
         if self.optimizer.name == "adamw-8bit" and (
             restart.optimizer not in ("zero", "keep") or (restart.stagger == "ranks" and restart.optimizer == "zero")
