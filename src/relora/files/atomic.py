@@ -181,13 +181,3 @@ def _remove(replaced: Path) -> None:
         replaced.unlink()
     else:
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def apply_umask(file: Path) -> None:
-    """Give a file the mode of the user's other files; those of safetensors are private, and models are passed on."""
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
-
-
-write_durably = write_text
