@@ -125,6 +125,7 @@ def test_a_restart_needs_additional_memory_for_one_layer_only(base: str, arithme
 
 
 def _rank(rank: int, store: str, arithmetic: str, sharded: bool, results: str) -> None:
+    """Run one of two processes: half of the batch through a DDP or FSDP model; rank 0 writes the gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
@@ -141,20 +142,19 @@ def _rank(rank: int, store: str, arithmetic: str, sharded: bool, results: str) -
         found = gradients(model)
         if sharded:
             found = {name: gradient.full_tensor() for name, gradient in found.items()}
-        if rank == 0:
-            torch.save(
-                {name: 2 * gradient for name, gradient in found.items()}, results
-            )  # DDP and FSDP average the gradients
+        if rank == 0:  # DDP and FSDP average the gradients over both processes
+            torch.save({name: 2 * gradient for name, gradient in found.items()}, results)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use a GPU that its parent has used")
 @pytest.mark.parametrize(("arithmetic", "sharded"), [("int8", False), ("native", True)])
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, arithmetic: str, sharded: bool) -> None:
     one = copy.deepcopy(built(arithmetic))
     one(data()).square().sum().backward()
     results = tmp_path / "gradients"
-    mp.start_processes(_rank, (str(tmp_path / "store"), arithmetic, sharded, str(results)), 2, start_method="fork")
+    # spawned, not forked: a fork of a process with threads can deadlock, and cannot use a GPU that its parent has used
+    mp.start_processes(_rank, (str(tmp_path / "store"), arithmetic, sharded, str(results)), 2, start_method="spawn")
     both = torch.load(results, weights_only=True)
     torch.testing.assert_close(both, gradients(one), rtol=1e-4, atol=1e-5)

@@ -74,46 +74,40 @@ def low_rank_linear(
     # Without autocast, half-precision activations meet fp32 factors, which hold small updates: compute those in fp32
     factor_dtype = dtype if autocast else torch.promote_types(dtype, lora_A.dtype)
     flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-    trained = weight if trained_weight is None else trained_weight
-    weight_needing_grad = trained if trained.requires_grad else None
+    weight_to_train = weight if trained_weight is None else trained_weight
+    weight_needing_grad = weight_to_train if weight_to_train.requires_grad else None
     weight = weight.detach()
     if arithmetic == "int8" and not runs_in_int8(flat.shape[0], weight):
         arithmetic = "native"
     with torch.autocast(device, enabled=False):
         if dropout:
             plan = CallPlan(FACTORED, arithmetic, dtype, factor_dtype)
-            dropped = F.dropout(flat.to(factor_dtype), dropout)
-            compressed = scaling * F.linear(dropped, lora_A.to(factor_dtype))  # s x Aᵀ [tokens, r]
+            update = _update_with_dropout(flat, lora_A, lora_B, scaling, dropout, factor_dtype)
             y: Tensor = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
                 flat, weight, weight_scale, bias, None, None, 1.0, None, plan, weight_needing_grad
             )
-            y = y + F.linear(compressed, lora_B.to(factor_dtype)).to(dtype)
+            y = y + update.to(dtype)
         else:
-            fixed_scaling, trained_scaling = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
-            order = _choose_order(
-                rates,
-                flat.shape[0],
-                weight.shape[0],
-                lora_A.shape[1],
-                lora_A.shape[0],
-                # in half precision, W + s B A would round away an update that is small against W
-                mergeable=arithmetic == "native" and dtype.itemsize >= 4,
-                weight_gradient=weight_needing_grad is not None,
-            )
+            shape = (flat.shape[0], weight.shape[0], lora_A.shape[1], lora_A.shape[0])  # tokens, out, in, r
+            # in half precision, W + s B A would round away an update that is small against W
+            mergeable = arithmetic == "native" and dtype.itemsize >= 4
+            weight_gradient = weight_needing_grad is not None
+            order = _choose_order(rates, *shape, mergeable=mergeable, weight_gradient=weight_gradient)
             plan = CallPlan(order, arithmetic, dtype, factor_dtype)
+            fixed, trained = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
             y = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
-                flat,
-                weight,
-                weight_scale,
-                bias,
-                lora_A,
-                lora_B,
-                fixed_scaling,
-                trained_scaling,
-                plan,
-                weight_needing_grad,
+                flat, weight, weight_scale, bias, lora_A, lora_B, fixed, trained, plan, weight_needing_grad
             )
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _update_with_dropout(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, dropout: float, factor_dtype: torch.dtype
+) -> Tensor:
+    """Compute s B A dropout(x) [tokens, out] in `factor_dtype`, with plain autograd."""
+    dropped = F.dropout(x.to(factor_dtype), dropout)
+    compressed = scaling * F.linear(dropped, lora_A.to(factor_dtype))  # s A dropout(x) [tokens, r]
+    return F.linear(compressed, lora_B.to(factor_dtype))
 
 
 _cheapest_order_cached: Callable[..., ProductOrder] = functools.lru_cache(maxsize=4096)(cheapest_order)
