@@ -130,12 +130,16 @@ def test_raw_text_agrees_with_a_slow_reference(
     assert score.word_perplexity == pytest.approx(math.exp(expected / len(TEXT.split())), rel=1e-4)
 
 
-def test_documents_do_not_see_each_other(model_folder: Path, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.json", "texts.csv"])
+def test_documents_do_not_see_each_other(model_folder: Path, tokenizer, tmp_path: Path, name: str) -> None:
     texts = ["The cat sat.", TEXT[:70], " ", "dog"]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    rows = "".join('"' + text.replace('"', '""') + '"\n' for text in ["text", *texts])
+    array = json.dumps([{"text": text} for text in texts])
+    (tmp_path / name).write_text({"texts.jsonl": lines, "texts.json": array, "texts.csv": rows}[name])
     documents = [[tokenizer.bos_token_id, *tokenizer(text).input_ids] for text in texts]
     expected = sum(slow_loss(model_folder, ids, 16, 8) for ids in documents)
-    (score,) = evaluate_model(model_folder, [str(tmp_path / "texts.jsonl")], sequence_length=16, batch=4)
+    (score,) = evaluate_model(model_folder, [str(tmp_path / name)], sequence_length=16, batch=4)
     assert score.tokens == sum(len(ids) - 1 for ids in documents)
     assert score.loss == pytest.approx(expected / score.tokens, rel=1e-5)
 

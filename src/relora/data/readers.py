@@ -265,7 +265,7 @@ def decompressed(raw: BinaryIO, file_name: str) -> BinaryIO:
 
 
 def read_saved_dataset(
-    path: Path, bad: BadRecord, column: str | None = None, read_share: Callable[[float], None] = lambda _: None
+    path: Path, bad: BadRecord, column: str | None = None, note_share: Callable[[float], None] = lambda _: None
 ) -> Iterator[Row]:
     """Yield the rows of a folder from `datasets.save_to_disk`: a Dataset, or the split `train` of a DatasetDict.
 
@@ -273,7 +273,7 @@ def read_saved_dataset(
         path: the folder.
         bad: see the module.
         column: the only column to read; all columns unless given.
-        read_share: called after every batch with the share of the rows that has been read, 0 to 1.
+        note_share: called after every batch with the share of the rows that has been read, 0 to 1.
 
     Raises:
         UserError: the folder cannot be opened, or has no split `train`.
@@ -296,7 +296,7 @@ def read_saved_dataset(
         for values in zip(*batch.values(), strict=True):
             row += 1
             yield f"{path}, row {row}", dict(zip(batch, values, strict=True))
-        read_share(row / len(dataset))
+        note_share(row / len(dataset))
 
 
 def hub_revision(dataset_id: str) -> str:

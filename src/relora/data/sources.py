@@ -167,7 +167,7 @@ class SourceReader(ABC, Generic[Item]):
         leave_out: a folder whose files are no part of a source that contains it.
 
     Raises:
-        UserError: a source is not there; while reading, that a file, or unless `skip_bad` a record, cannot be used.
+        UserError: a source is not there; and while reading, a file or record cannot be used (unless `skip_bad`).
     """
 
     preferred_kinds: ClassVar[tuple[str, ...]]
@@ -226,7 +226,7 @@ class SourceReader(ABC, Generic[Item]):
             yield self._items(read_hub_dataset(match["id"], match["config"], source.revision))
 
     def bad(self, message: str) -> None:
-        """Refuse a record or file that cannot be used, or count it."""
+        """Raise `UserError` about a record or file that cannot be used; with `skip_bad`, count it instead."""
         if not self._skip_bad:
             raise UserError(f"{message} ({self.skip_option} leaves such records out)")
         self.skipped_records += 1
@@ -263,11 +263,11 @@ class SourceReader(ABC, Generic[Item]):
         """Yield the items of a saved dataset; its share of rows read stands for its share of bytes read."""
         size = sum(source.sizes)
 
-        def read_share(share: float) -> None:
+        def note_share(share: float) -> None:
             self._dataset_bytes = int(share * size)
 
         try:
-            yield from self._items(read_saved_dataset(Path(source.name), self.bad, self._column, read_share))
+            yield from self._items(read_saved_dataset(Path(source.name), self.bad, self._column, note_share))
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             self.bad(f"{source.name}: cannot be read: {one_line(error)}")
         self._dataset_bytes = 0
