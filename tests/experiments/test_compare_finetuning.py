@@ -1,16 +1,22 @@
-"""Methods side by side: each in its own process, the best rate of each, and the files that are left."""
+"""Fine-tuning methods side by side: each in its own process, the best rate of each, and the files that are left."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from relora.config import FinetuneConfig, parse_finetune_config
+from relora.config import FinetuneConfig, parse_finetune_config, to_yaml
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.experiments.compare_finetuning import candidates_of, compare_finetuning
 from relora.model.load import build_model
 from relora.model.save import save_model
+from relora.report.history import read_history
 
 
 @pytest.fixture
@@ -50,9 +56,34 @@ def test_the_best_rate_of_each_method_counts(config: FinetuneConfig) -> None:
     assert "| lora | 0.02 |" in (folder / "comparison.md").read_text()
     page = (folder / "comparison.html").read_text()
     assert page.count("<blockquote>") == 2 and "reference" in page and "Count to" in page
+    # seconds are those of training steps: evaluations, which took time as well, are not among them
+    history = read_history(folder / "lora-0.02")
+    evaluation_seconds = sum(one["seconds"] for one in history.evaluations)
+    assert evaluation_seconds > 0.01 * lora.seconds
+    assert lora.seconds == pytest.approx(sum(one["step_seconds"] for one in history.train))
     # a second call finds its runs finished and measures the same
     again = compare_finetuning(config, {"full": [1e-2]}, answers=2)
     assert again[0].loss == full.loss
+
+
+def test_a_comparison_that_is_stopped_leaves_a_checkpoint(config: FinetuneConfig, tmp_path: Path) -> None:
+    """SIGTERM reaches the comparison alone, as from a scheduler; the run under way must hear of it."""
+    schedule = config.schedule.model_copy(update={"total_steps": 5000})
+    (tmp_path / "config.yaml").write_text(to_yaml(config.model_copy(update={"schedule": schedule})))
+    run = Path(config.output_dir) / "lora-0.001"
+    command = [sys.executable, "-c", "from relora.cli import main; main()", "compare", str(tmp_path / "config.yaml")]
+    command += ["--methods", "lora", "--lr", "lora=1e-3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        end = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.endswith("relora: SIGTERM: stopped, its runs with a checkpoint; the same command continues\n")
+    assert any((run / "checkpoints").glob("step-*"))
 
 
 def test_what_a_run_refuses_is_said_in_one_line(config: FinetuneConfig) -> None:

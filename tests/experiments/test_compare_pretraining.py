@@ -24,6 +24,7 @@ from relora.experiments.compare_pretraining import Budget, budget_of, compare_pr
 from relora.experiments.methods import methods_of
 from relora.experiments.pretraining_runs import with_run_folder
 from relora.recipes.from_settings import schedule_of
+from relora.report.history import read_history
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes"}
 
@@ -142,6 +143,15 @@ def test_a_table_a_spreadsheet_and_a_page(compared: tuple[Path, str, str]) -> No
     )
     page = (folder / "comparison.html").read_text()
     assert "Held-out loss" in page and "first round of rates" in page and "--series-1" in page
+
+
+def test_seconds_are_those_of_training_steps(compared: tuple[Path, str, str]) -> None:
+    """Evaluations took time as well, and are not among them."""
+    for result in record(compared[0])["results"]:
+        for outcome in result["outcomes"]:
+            history = read_history(Path(outcome["folder"]))
+            assert outcome["seconds"] == pytest.approx(sum(one["step_seconds"] for one in history.train))
+            assert sum(one["seconds"] for one in history.evaluations) > 0.01 * outcome["seconds"]
 
 
 def test_runs_leave_their_records_and_little_else(compared: tuple[Path, str, str]) -> None:
