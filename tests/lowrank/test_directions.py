@@ -57,3 +57,18 @@ def test_gradient_bases_are_those_of_the_dense_gradient() -> None:
         gradient = twin[int(name)].weight.grad
         best = torch.linalg.svdvals(gradient)[:3]
         torch.testing.assert_close(torch.linalg.svdvals(u.T @ gradient @ v), best, rtol=2e-2, atol=0)
+
+
+def test_the_basis_of_a_layer_used_twice_is_that_of_the_summed_gradient() -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"a": nn.Linear(8, 8).double()}), torch.randn(5, 8, dtype=torch.float64)
+
+    def twice(model: nn.Module) -> torch.Tensor:
+        model["a"](x)  # a use that the loss ignores
+        return model["a"](torch.tanh(model["a"](x))).square().mean()
+
+    dense = torch.autograd.grad(twice(model), model["a"].weight)[0]
+    inject(model, LowRankConfig(r=2))
+    u, v = gradient_bases(model, low_rank_layers(model), twice, cycle=1)["a"]
+    held = torch.linalg.svdvals(u.T @ dense @ v)
+    torch.testing.assert_close(held, torch.linalg.svdvals(dense)[:2], rtol=1e-3, atol=0)

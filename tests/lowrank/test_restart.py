@@ -172,6 +172,15 @@ def test_trained_scale_stays_alive() -> None:
         assert layer.lora_B.any() and layer.scaling.grad.any() and layer.scaling != 1.0
 
 
+def test_some_ranks_of_a_layer_with_a_trained_scale_are_refused() -> None:
+    """The scale would return to its start under ranks that do not restart, and the function would change."""
+    model, optimizer, x = trained(trainable_scaling=True)
+    before = model(x).detach()
+    with pytest.raises(UserError, match="stagger: ranks.*use stagger: layers"):
+        restart(model, optimizer, RestartConfig(stagger="ranks", turns=2), cycle=1)
+    assert torch.equal(model(x), before)
+
+
 def test_zero_resets_moments_and_step_of_the_factors_and_of_nothing_else() -> None:
     model, optimizer, x = trained()
     head = model[4].weight

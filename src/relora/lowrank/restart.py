@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora.errors import NonFinite
+from relora.errors import NonFinite, UserError
 from relora.lowrank.directions import Directions, SingularBasis, gradient_bases, leading_basis, random_basis
 from relora.lowrank.init import DRAW_A
 from relora.lowrank.inject import low_rank_layers
@@ -213,9 +213,14 @@ def _check_layer(
     config: RestartConfig,
     cycle: int,
 ) -> None:
-    """Raise if the layer cannot restart, a factor is not finite, or its optimizer state cannot be reset as asked."""
+    """Raise if the layer cannot restart so, a factor is not finite, or its optimizer state cannot be reset as asked."""
     layer.check_restart()
     whole = ranks == slice(0, layer.r)
+    if not whole and isinstance(layer.scaling, nn.Parameter):
+        raise UserError(
+            f"{name}: stagger: ranks restarts some ranks, and the trained scale, which returns to its start, belongs "
+            "to all of them; use stagger: layers or none, or trainable_scaling=False"
+        )
     for kind, factor in layer.factors.items():
         if not torch.isfinite(factor.sum()):
             raise NonFinite(f"{name}.{kind} is not finite before the restart into cycle {cycle}; no weight was changed")

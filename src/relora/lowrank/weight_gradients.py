@@ -20,40 +20,62 @@ def visit_weight_gradients(
     loss_of: Callable[[nn.Module], Tensor],
     visit: Callable[[str, Tensor], object],
 ) -> None:
-    """Call `visit` with the path and the dW [out, in] of each layer, for one loss.
+    """Call `visit` once with the path and the dW [out, in] of each layer that a loss uses.
 
-    No weight, no `.grad` and no training mode of the model changes. dW has the factors' dtype. A layer that the loss
-    uses twice is visited twice, once per use, and its dW is the sum of both.
+    No weight, no `.grad` and no training mode of the model changes. dW has the factors' dtype. The dW of a layer that
+    the loss uses several times is the sum over its uses; it is kept until the last of them.
 
     Args:
         loss_of: computes the loss with the model.
     """
-    hooks = [layer.register_forward_hook(_gradient_hook(name, layer, visit)) for name, layer in layers.items()]
+    sums = {name: _UseSum(name, layer, visit) for name, layer in layers.items()}
+    hooks = [layer.register_forward_hook(sums[name].after_forward) for name, layer in layers.items()]
     # the backward pass reaches every layer's output on its way to the factors, whose own gradients are dropped
     factors = [layer.lora_B for layer in layers.values()]
     try:
         with torch.enable_grad():
-            torch.autograd.grad(loss_of(model), factors, allow_unused=True)
+            loss = loss_of(model)
+            for one in sums.values():
+                one.in_backward = True
+            torch.autograd.grad(loss, factors, allow_unused=True)
+        for one in sums.values():
+            one.finish()
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _gradient_hook(
-    name: str, layer: LowRankLinear, visit: Callable[[str, Tensor], object]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Make a forward hook that calls `visit` with dYᵀ x as soon as the gradient dY of the layer's output is known."""
+class _UseSum:
+    """The sum of dYᵀ x over all uses of one layer in a forward pass, handed to `visit` when the last one is known."""
 
-    def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+    def __init__(self, name: str, layer: LowRankLinear, visit: Callable[[str, Tensor], object]) -> None:
+        self.name, self.layer, self.visit = name, layer, visit
+        self.in_backward = False
+        self.uses = 0
+        self.total: Tensor | None = None
+
+    def after_forward(self, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        """Forward hook: wait for the gradient dY of this use's output."""
+        # activation checkpointing runs a block again in the backward pass: that is no further use
+        if not y.requires_grad or (self.in_backward and self.uses):
+            return
+        self.uses += 1
         x = inputs[0].detach()
 
         def after_backward(grad: Tensor) -> None:
-            dtype = layer.lora_A.dtype
+            dtype = self.layer.lora_A.dtype
             flat_grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [tokens, out]
             flat_x = x.reshape(-1, x.shape[-1]).to(dtype)  # [tokens, in]
-            visit(name, flat_grad.T @ flat_x)
+            gradient = flat_grad.T @ flat_x
+            self.total = gradient if self.total is None else self.total.add_(gradient)
+            self.uses -= 1
+            if not self.uses:
+                self.finish()
 
-        if y.requires_grad:
-            y.register_hook(after_backward)  # type: ignore[no-untyped-call]
+        y.register_hook(after_backward)  # type: ignore[no-untyped-call]
 
-    return after_forward
+    def finish(self) -> None:
+        """Hand over the sum; a use whose output the loss ignores has no gradient, so its hook never ran."""
+        if self.total is not None:
+            total, self.total = self.total, None
+            self.visit(self.name, total)
