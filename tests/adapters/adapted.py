@@ -67,7 +67,7 @@ def with_template(folder: Path, template: str = CHAT_TEMPLATE) -> Path:
 
 
 def run_with_adapter(folder: Path, *, seed: int = 1, template: str = "alpaca", task: str = "instruct") -> Path:
-    """What fine-tuning leaves, as far as it is read here."""
+    """A run folder as fine-tuning leaves it, with the files that are read here."""
     folder.mkdir()
     (folder / "config.yaml").write_text(RUN.format(base=STORIES, template=template, task=task))
     lora(folder / "adapter", seed=seed)

@@ -10,7 +10,7 @@ from relora.adapters.peft_format import TENSORS
 
 
 def fill_shelf(folder: Path) -> Path:
-    """Three adapters, one of another kind, one that is broken, and one that is not there yet."""
+    """Write three good adapters, one of another kind, one that is damaged, and one in a hidden folder, half written."""
     adapter_folder("llama", folder / "french", rank_pattern={r".*\.0\..*": 2})
     adapter_folder("llama", folder / "more" / "law", dora=True, target_modules=("q_proj", "v_proj"))
     adapter_folder("gpt2", folder / "more" / "stable", rslora=True)

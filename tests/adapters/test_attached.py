@@ -1,4 +1,4 @@
-"""One base, several adapters: each writes what it would alone, and the base stays itself."""
+"""Several adapters attached to one base: each gives the logits that it gives alone, and the base does not change."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def logits(model) -> torch.Tensor:
 
 
 def merged(seed: int) -> torch.Tensor:
-    """What the model says with an update added to its weights."""
+    """Logits of the model with an update added to its weights."""
     model = open_model(STORIES).eval()
     with torch.no_grad():
         for path, update in factors(seed).items():

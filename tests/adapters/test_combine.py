@@ -1,4 +1,4 @@
-"""Combined adapters: PEFT's definitions, and the papers' own words."""
+"""Combined adapters agree with PEFT's, and with the papers' examples."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from relora.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 
 WEIGHTS = [1.0, 0.25, -1.0]
-"""With the scalings of `peft_adapters` their roots are exact in fp32, in which PEFT keeps them."""
+"""Weights whose products with the scalings of `peft_adapters` have exact roots in fp32, in which PEFT keeps them."""
 
 
 def peft_adapters(family: str, ranks: tuple[int, int, int] = (4, 4, 4)) -> peft.PeftModel:
-    """One model with the adapters a, b and c; b has a layer less in each block."""
+    """A model with three adapters, `default`, `b` and `c`; b has one layer less in each block."""
     model = in_peft(family, lora_alpha=4 * ranks[0], r=ranks[0])
     names = sorted(model.peft_config["default"].target_modules)
     for name, r in zip("bc", ranks[1:], strict=True):
@@ -121,7 +121,7 @@ def single(a: Tensor, b: Tensor | None = None, **settings: Any) -> Adapter:
 
 
 def test_ties_by_hand() -> None:
-    """Figure 1 of Yadav et al.: trim, elect, mean of those that agree."""
+    """Trimming, election of signs and means, as in figure 1 of Yadav et al."""
     one = torch.tensor([[4.0, -1.0, 0.1], [3.0, 2.0, -0.2], [0.3, -5.0, 6.0]])
     two = torch.tensor([[-3.0, -2.0, 0.1], [1.0, -4.0, 0.1], [0.2, -6.0, 0.1]])
     mixed = combine([single(one), single(two)], [1.0, 1.0], "ties_svd", density=5 / 9)

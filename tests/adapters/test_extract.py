@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 
 def tuned_folder(family: str, folder: Path, rank: int, *, norms: bool = False) -> Path:
-    """The base after training that changed its block linears by an update of some rank, and maybe all else."""
+    """The base with an update of this rank in the linear layers of its blocks and, with `norms`, changes elsewhere."""
     model: PreTrainedModel = built(family)
     inject(model, LowRankConfig(r=rank, lora_alpha=rank, rest="trained" if norms else "frozen"))
     moved(model)

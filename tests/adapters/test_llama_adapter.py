@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: PEFT's function and files, the formula by hand, one function with and without a cache, and back."""
+"""LLaMA-Adapter agrees with PEFT and with its formula, with and without a cache, and can be removed."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ IDS = torch.arange(20).view(2, 10) * 3
 
 
 def build(settings: PreTrainedConfig = LLAMA, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """Every weight and bias drawn, large enough that attention prefers some tokens to others."""
+    """A model whose random weights and biases are so large that attention is far from uniform."""
     torch.manual_seed(0)
     settings = copy.deepcopy(settings)  # a model keeps the object it is given, and writes its dtype there
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa").eval()
@@ -62,7 +62,7 @@ def build(settings: PreTrainedConfig = LLAMA, dtype: torch.dtype = torch.float64
 
 
 def open_gates(model: nn.Module) -> None:
-    """As after some training: no gate is zero."""
+    """Set all gates to values other than zero, as after some training."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in prompt_tensors(model).items():
         if name.endswith("gate"):
@@ -135,7 +135,7 @@ def by_hand(attention: Any, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tenso
 
 
 def test_what_is_added_is_the_formula(family: PreTrainedConfig) -> None:
-    """In front of the output projection of the one layer with prompts, against the same layer without."""
+    """The difference that prompts make to the input of the output projection is that of the formula."""
     model = adapted(family, layers=1)
     attention = model.get_submodule(next(iter(prompt_tensors(model))).rpartition(".")[0])
     out = attention.dense if hasattr(attention, "dense") else attention.o_proj

@@ -7,7 +7,7 @@ from relora.adapters.low_rank_approximation import nearest_low_rank, nearest_low
 
 
 def test_truncated_svd_of_a_large_matrix() -> None:
-    """By subspace iteration: as near as the exact one, on a spectrum that falls slowly."""
+    """Subspace iteration comes as near as the exact decomposition on a spectrum that falls slowly."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(side, 1030, generator=generator)).Q for side in (1040, 1060))
     matrix = (u * torch.arange(1, 1031).pow(-0.5)) @ v.T

@@ -1,4 +1,4 @@
-"""Merging into model folders: what is written is W + s·B A cast once, all else is copied, and it can be taken back."""
+"""Merging into model folders writes W + s·B A, cast once, copies everything else, and can be undone."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def built(family: str) -> PreTrainedModel:
 
 
 def base_folder(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A model in several files, with something of a tokenizer's beside."""
+    """A model in several weight files, with a tokenizer file beside them."""
     built(family).to(dtype).save_pretrained(folder, max_shard_size="30KB")
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"not to be copied")
@@ -110,7 +110,7 @@ def test_weights_are_added_to_in_fp32_and_cast_once(dtype: torch.dtype, tmp_path
 
 
 def test_files_without_the_prefix_of_the_model(tmp_path: Path) -> None:
-    """As GPT-2 is kept on the hub."""
+    """GPT-2's files on the hub have keys that do not begin with `transformer.`."""
     base = base_folder("gpt2", tmp_path / "base")
     stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors(base).items()}
     for file in base.glob("*.safetensors*"):
@@ -139,7 +139,7 @@ def test_one_side_of_a_tie_is_refused(settings: dict[str, Any], tmp_path: Path) 
 
 
 def refused(place: Path, attempt: Callable[[Path], object], *words: str) -> None:
-    """One line, and nothing is there that was not."""
+    """The message is one line, and no file has been created."""
     before = {path: path.read_bytes() if path.is_file() else b"" for path in place.rglob("*")}
     with pytest.raises(UserError) as caught:
         attempt(place / "refused")

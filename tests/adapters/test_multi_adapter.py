@@ -1,4 +1,4 @@
-"""Several adapters on one model: every row of a mixed batch is what its adapter alone would make of it."""
+"""Several adapters on one model: each row of a mixed batch has the result that its adapter gives alone."""
 
 import warnings
 from pathlib import Path
@@ -115,7 +115,7 @@ def test_on_a_half_precision_base(kind: str, tmp_path: Path) -> None:
 
 
 def test_on_low_rank_layers_with_a_coarse_base(tmp_path: Path) -> None:
-    """Of QLoRA's kind: layers whose own factors are at their start, the weights in int8."""
+    """Low-rank layers with int8 weights and untrained factors serve as the base."""
     folder = folder_of("llama", tmp_path / "a", dora=True)
     model = built("llama")
     inject(model, LowRankConfig(r=2, base="int8", master=False, rest="frozen"))
@@ -128,7 +128,7 @@ def test_on_low_rank_layers_with_a_coarse_base(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_in_full_is_switched_too(tmp_path: Path) -> None:
-    """Also one side of a tie, as PEFT does."""
+    """A tied weight may be replaced for one of its modules alone, as in PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of tied weights in general
         theirs = in_peft("tied_qwen", modules_to_save=["embed_tokens"])

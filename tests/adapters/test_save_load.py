@@ -1,4 +1,4 @@
-"""Adapters go out to PEFT and come back with the same function in float64; what does not fit is refused."""
+"""Adapters written here compute the same in PEFT, and the other way round, in float64; misfits are refused."""
 
 import json
 import struct
@@ -42,14 +42,14 @@ def built(family: str) -> PreTrainedModel:
 
 
 def trained(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    """With low-rank layers that have moved away from their start."""
+    """A model with low-rank layers whose factors have changed since their initialisation."""
     inject(model, LowRankConfig(**{"r": 4, "lora_alpha": 8, "rest": "frozen", **settings}))
     moved(model)
     return model
 
 
 def moved(model: nn.Module) -> None:
-    """Everything that trains, a little, and never twice the same."""
+    """Change every parameter that trains by small random numbers."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -397,7 +397,7 @@ def test_a_link_out_of_the_folder_is_refused(saved: Path, tmp_path: Path) -> Non
 
 
 def untouched(model: PreTrainedModel, attempt: Callable[[PreTrainedModel], object], message: str) -> None:
-    """The attempt is refused, and the model is as it was."""
+    """Loading is refused, and the model has not changed."""
     before = {name: tensor.clone() for name, tensor in exact_tensors(model).items()}
     trains = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(UserError) as caught:

@@ -145,7 +145,7 @@ def gpt2_names(layer: int) -> dict[str, str]:
 
 
 def expected(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors as llama.cpp wants them: by hand."""
+    """Arrange the folder's tensors as llama.cpp needs them, written independently of the code under test."""
     config, stored = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     kind = config["model_type"]
     block = {"gpt2": gpt2_names, "gpt_neox": neox_names}.get(kind, llama_names)
@@ -250,7 +250,7 @@ def test_shards_and_one_file_give_the_same_bytes(
 def test_a_file_of_the_model_without_its_head(
     folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """As OpenAI's GPT-2 on the hub is: its keys do not begin with `transformer.`."""
+    """GPT-2's files on the hub have keys that do not begin with `transformer.`."""
     folder = shutil.copytree(folders["gpt2"], tmp_path / "bare")
     weights = load_file(folder / "model.safetensors")
     bare = {key.removeprefix("transformer."): weight.clone() for key, weight in weights.items()}
@@ -302,7 +302,7 @@ def test_the_tokenizer_is_in_the_file(folders: dict[str, Path], tmp_path: Path) 
 
 @pytest.mark.parametrize("scaling", ["linear", "llama3"])
 def test_scaled_rotary_positions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, scaling: str) -> None:
-    """The factors of the file undo transformers' own frequencies to the plain ones."""
+    """The file's factors turn transformers' scaled frequencies into the plain ones."""
     rope = {"rope_type": scaling, "rope_theta": 1e4, "factor": 8.0}
     if scaling == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -1,4 +1,4 @@
-"""llama.cpp, given these keys, cuts text as the tokenizer does: its two SentencePiece ways are done here, too."""
+"""llama.cpp's SentencePiece algorithms, written out here, tokenize with the written keys as the tokenizer does."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def keys_of(tokenizer: PreTrainedTokenizerFast, more: int = 0) -> Keys:
 
 
 def by_scores(keys: Keys, text: str) -> list[int]:
-    """SentencePiece BPE as llama.cpp does it: join the pair of the highest score, first of equals the leftmost."""
+    """SentencePiece BPE as in llama.cpp: join the pair of the highest score, the leftmost of equals first."""
     ids = {token: number for number, token in enumerate(keys["tokens"])}
     symbols = list((" " * keys["add_space_prefix"] + text).replace(" ", "▁"))
     while True:
@@ -53,7 +53,7 @@ def by_scores(keys: Keys, text: str) -> list[int]:
 
 
 def by_best_sum(keys: Keys, text: str) -> list[int]:
-    """SentencePiece unigram as llama.cpp does it, of a text that the map of characters leaves as it is."""
+    """SentencePiece unigram as in llama.cpp, for a text that the character map does not change."""
     if keys["remove_extra_whitespaces"]:
         text = " ".join(part for part in text.split(" ") if part)
     text = ("▁" * keys["add_space_prefix"] + text).replace(" ", "▁")
@@ -132,7 +132,7 @@ def test_byte_level_bpe(name: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def byte_level(**changes: Any) -> PreTrainedTokenizerFast:
-    """Two letters, their merge, and whatever is changed of a GPT-2 tokenizer."""
+    """A GPT-2 tokenizer of two letters and their merge, with the given changes."""
     vocabulary = {"a": 0, "b": 1, "ab": 2, "<eos>": 3}
     options = {"vocab": vocabulary, "merges": [("a", "b")]} | changes.pop("model", {})
     backend = Tokenizer(models.BPE(**options))

@@ -1,4 +1,4 @@
-"""Blocks that train with less memory, or compiled: the same numbers, the same modules, few compilations."""
+"""Decoder blocks: which modules they are, and that checkpointing and compiling change neither results nor modules."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def build(settings: PreTrainedConfig = LLAMA) -> PreTrainedModel:
 
 
 def add_factors(model: nn.Module, dropout: float = 0.1, r: int = 4) -> None:
-    """As in the middle of a cycle: B is not zero."""
+    """Inject factors with a B that is not zero, as in the middle of a cycle."""
     inject(model, LowRankConfig(r=r, lora_dropout=dropout))
     for layer in low_rank_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.02, generator=torch.Generator().manual_seed(1))
@@ -88,7 +88,7 @@ def assert_close(one: Measured, other: Measured) -> None:
 
 
 def warmed(model: nn.Module) -> nn.Module:
-    """What is found out about a model at its first pass is known."""
+    """Run a first pass, in which results about the model are cached, and return the model."""
     measure(model)
     return model
 
@@ -102,7 +102,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def compilations() -> int:
-    """Of blocks; trying the compiler is one more."""
+    """Number of compilations of blocks; trying the compiler is one more."""
     return counters["stats"]["unique_graphs"] - 1
 
 
@@ -152,7 +152,7 @@ def operations(model: nn.Module) -> Counter[str]:
 
 
 def test_what_is_computed_again() -> None:
-    """selective repeats no product and no attention; full repeats them but for what comes last."""
+    """`selective` repeats no product and no attention; `full` repeats all of them except the last ones."""
     model = build()
     plain = operations(warmed(model))
     attention = "_scaled_dot_product_flash_attention_for_cpu"
@@ -175,7 +175,7 @@ def test_a_product_of_weights_is_not_kept() -> None:
 
 
 def test_attention_that_drops_within_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs: were its result kept, what drops after it would draw otherwise the second time."""
+    """On GPUs, attention draws dropout inside one operator; if its result were kept, later dropout would differ."""
     drops = torch.library.custom_op("tests::drops", _dropped, mutates_args=())
     drops.register_autograd(
         lambda ctx, grad: (2 * grad * (ctx.saved_tensors[0] != 0), None),
@@ -198,14 +198,14 @@ def _dropped(x: Tensor, dropout_p: float) -> Tensor:
 
 
 class Dropping(nn.Module):
-    """A block whose attention drops, and what comes after it, too."""
+    """A block with dropout in the attention and after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(torch.ops.tests.drops(x, 0.5).exp(), 0.5)
 
 
 def test_evaluation_and_the_end_meet_plain_blocks() -> None:
-    """Eval mode computes as written, and afterwards no module holds anything of ours."""
+    """Eval mode runs the block's own forward pass, and after the context no module has a replaced one."""
     model = build()
     names, attributes = list(model.state_dict()), [set(vars(module)) for module in model.modules()]
     kinds = [type(module) for module in model.modules()]
@@ -322,7 +322,7 @@ def test_a_model_without_lists_has_no_blocks() -> None:
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_compilation_a_phase(kind: Checkpointing) -> None:
-    """Not one a block, a restart, an evaluation, or a return to the full-rank phase."""
+    """Blocks, restarts, evaluations and a return to the full-rank phase cause no further compilation."""
     model = build()
     factors = build()
     add_factors(factors, dropout=0.0)
@@ -373,7 +373,7 @@ def test_the_real_compiler_gives_the_same_to_a_few_digits() -> None:
 
 
 class ScaledProduct(torch.autograd.Function):
-    """What a low-rank layer's kernel is: x kept once, weights by reference, the factors' product formed on the way."""
+    """A function like the low-rank layer's kernel: it saves x, refers to weights and forms W + s B A twice."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -388,7 +388,7 @@ class ScaledProduct(torch.autograd.Function):
 
 
 class Kernelled(nn.Module):
-    """A residual block around it."""
+    """A residual block around `ScaledProduct`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ def reopened(result: RunResult) -> PreTrainedModel:
 
 
 def perplexity(model: PreTrainedModel, config: RunConfig) -> float:
-    """On the run's own held-out tokens."""
+    """Perplexity of the model on the run's held-out tokens."""
     held_out = HeldOut(PreparedFolder.open(config.data.validation), 32, config.evaluate.tokens, 4)
     return evaluate(model, held_out).perplexity
 

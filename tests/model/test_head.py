@@ -1,4 +1,4 @@
-"""What enters the head is found without its product, in any family, and a model is as it was afterwards."""
+"""The head's input is found without computing logits, in any architecture, and the model does not change."""
 
 import gc
 import weakref
@@ -164,7 +164,7 @@ def with_two_layers(model: LlamaForCausalLM) -> None:
 def test_a_head_that_is_more_than_its_weight_is_seen(
     llama: LlamaForCausalLM, change: Callable[[LlamaForCausalLM], None], reason: str, known: bool
 ) -> None:
-    """Also where it becomes so later."""
+    """A head that gets a forward pass of its own after the first pass is recognised, too."""
     if known:
         assert head_input(llama, IDS) is not None
     change(llama)

@@ -1,4 +1,4 @@
-"""Models are drawn reproducibly, opened whatever their family, checked against data, and saved as plain folders."""
+"""Models are initialised reproducibly, opened whatever their architecture, and checked against data."""
 
 import json
 from pathlib import Path

@@ -12,7 +12,7 @@ PUBLISHED = {"llama-60m": 58.2, "llama-130m": 134.2, "llama-250m": 247.5, "llama
 
 
 def matrix_parameters(preset: str) -> int:
-    """Without the vectors of the norms, which are under 0.1 %."""
+    """Number of parameters in matrices; the vectors of the norms are less than 0.1 % of all."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**preset_settings(preset)))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)

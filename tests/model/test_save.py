@@ -1,4 +1,4 @@
-"""Models saved as plain folders: whole or not at all, in one dtype, with nothing of ours in them."""
+"""Models are saved as plain folders, whole or not at all, in one dtype, and open without this package."""
 
 import json
 import os
