@@ -176,7 +176,7 @@ def test_some_ranks_of_a_layer_with_a_trained_scale_are_refused() -> None:
     """The scale would return to its start under ranks that do not restart, and the function would change."""
     model, optimizer, x = trained(trainable_scaling=True)
     before = model(x).detach()
-    with pytest.raises(UserError, match="stagger: ranks.*use stagger: layers"):
+    with pytest.raises(UserError, match=r"stagger: ranks.*use stagger: layers"):
         restart(model, optimizer, RestartConfig(stagger="ranks", turns=2), cycle=1)
     assert torch.equal(model(x), before)
 
