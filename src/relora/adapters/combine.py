@@ -64,7 +64,8 @@ class _WeightedSum:
             key: names the tensors (layer, A or B), to key the random draws.
         """
         kept = torch.stack([self._prune(tensor, number, *key) for number, tensor in tensors.items()])
-        by_adapter = kept.new_tensor([weights[number] for number in tensors]).view(-1, *[1] * (kept.dim() - 1))
+        by_adapter = kept.new_tensor([weights[number] for number in tensors])
+        by_adapter = by_adapter.view(-1, *(1 for _ in kept.shape[1:]))  # broadcast over the entries of each tensor
         if not self.elect:
             return (kept * by_adapter).sum(0)
         sign = torch.where(kept.sum(0) >= 0, 1.0, -1.0)

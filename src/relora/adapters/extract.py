@@ -81,7 +81,8 @@ def extract_adapter(
         if energy:
             factors, shares[path] = nearest_low_rank(difference, r, keyed_generator(seed, "extract", path))
             layers[path] = factors
-            kept, total = kept + shares[path] * energy, total + energy
+            kept += shares[path] * energy
+            total += energy
     if not layers:
         raise UserError(f"{tuned}: its linear layers are those of {base}; there is nothing to extract")
     adapter = Adapter(
