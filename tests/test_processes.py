@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def test_results_come_back_in_order(capfd: pytest.CaptureFixture[str]) -> None:
-    """Also from a thread that is not the main one, where signals cannot be handled."""
+    """The caller is a thread other than the main one, where signals cannot be handled."""
     before = os.environ.get("OMP_NUM_THREADS")
     told: dict[int, int] = {}
     found: list[tuple[int, int, int]] = []
@@ -128,7 +128,7 @@ def test_an_error_stops_the_other_processes(tmp_path: Path) -> None:
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_processes_end_with_their_parent(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    """A caller that is stopped waits for its processes; of one that is killed the processes stop by themselves."""
+    """A caller that is stopped waits for its processes; the processes of a caller that is killed stop by themselves."""
     source = f"""
         import sys
         from pathlib import Path

@@ -46,7 +46,7 @@ def test_the_best_rate_of_each_method_counts(config: FinetuneConfig) -> None:
     best = compare_finetuning(config, {"full": [1e-2], "lora": [1e-5, 2e-2]}, answers=2)
     assert [one.method for one in best] == ["full", "lora"]
     full, lora = best
-    assert lora.lr == 2e-2  # the other hardly moves
+    assert lora.lr == 2e-2  # the run with the lower rate hardly learns
     assert full.trainable_parameters > 10 * lora.trainable_parameters
     assert full.result_bytes > 10 * lora.result_bytes and full.checkpoint_bytes > 10 * lora.checkpoint_bytes
     assert full.tokens == lora.tokens and full.peak_memory_bytes > 0 < full.seconds
@@ -67,7 +67,7 @@ def test_the_best_rate_of_each_method_counts(config: FinetuneConfig) -> None:
 
 
 def test_a_comparison_that_is_stopped_leaves_a_checkpoint(config: FinetuneConfig, tmp_path: Path) -> None:
-    """SIGTERM reaches the comparison alone, as from a scheduler; the run under way must hear of it."""
+    """SIGTERM reaches the comparison alone, as from a scheduler, and must be passed on to the run under way."""
     schedule = config.schedule.model_copy(update={"total_steps": 5000})
     (tmp_path / "config.yaml").write_text(to_yaml(config.model_copy(update={"schedule": schedule})))
     run = Path(config.output_dir) / "lora-0.001"

@@ -30,7 +30,7 @@ TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes"}
 
 
 def written(prepared: Path, folder: Path, **changes: object) -> Path:
-    """A configuration in a file: 16 steps, warm start 4, restarts before steps 8 and 12."""
+    """Write a configuration: 16 steps, warm start of 4, restarts before steps 8 and 12."""
     path = folder / "config.yaml"
     tree = {
         "output_dir": str(folder / "compared"),
@@ -59,7 +59,7 @@ def written(prepared: Path, folder: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """(the configuration of a comparison that was made, its standard output, its standard error)."""
+    """Make a comparison; return its configuration, its standard output and its standard error."""
     path = written(prepared, tmp_path_factory.mktemp("compare"))
     ended = call("compare", path, *COMMAND)
     assert ended.status == 0, ended.err
@@ -87,7 +87,7 @@ def test_rates_are_tuned_and_repeated_over_seeds(compared: tuple[Path, str, str]
     # three runs of 4 steps and two of 16, with 64 tokens a step
     assert full["tuning_tokens"] == (3 * 4 + 2 * 16) * 64
     assert relora["tuning_tokens"] == 0 and relora["rate"] == 0.01
-    # what the factors do not train goes at the best rate of full rank
+    # everything except the factors trains at the best rate of full rank
     assert [(one["lr"], one["lowrank_lr"], one["seed"]) for one in relora["outcomes"]] == [
         (4e-3, 0.01, 0),
         (4e-3, 0.01, 1),
@@ -109,12 +109,12 @@ def test_a_rate_that_diverges_is_one_that_lost(compared: tuple[Path, str, str]) 
 
 def test_memory_is_counted_by_kind(compared: tuple[Path, str, str]) -> None:
     full, relora = ({**one["outcomes"][0], **one["outcomes"][0]["memory"]} for one in record(compared[0])["results"])
-    buffers = full["weights"] - 4 * full["parameters"]  # of the rotary embedding
+    buffers = full["weights"] - 4 * full["parameters"]  # the rotary embedding has some
     assert 0 <= buffers < 1000 and full["factors"] == 0
     for one in (full, relora):
         assert one["weights"] == 4 * one["parameters"] + buffers
         assert one["gradients"] == 4 * one["trainable_parameters"]
-        assert one["moments"] == pytest.approx(8 * one["trainable_parameters"], rel=0.01)  # and a step for each tensor
+        assert one["moments"] == pytest.approx(8 * one["trainable_parameters"], rel=0.01)  # and a step count
         assert one["peak_memory_bytes"] > 50e6
     # 4 attention layers of 32 x 32 and 3 of 32 x 64 in each of two blocks
     assert relora["factors"] == 4 * 2 * 4 * (4 * 64 + 3 * 96)
@@ -146,7 +146,7 @@ def test_a_table_a_spreadsheet_and_a_page(compared: tuple[Path, str, str]) -> No
 
 
 def test_seconds_are_those_of_training_steps(compared: tuple[Path, str, str]) -> None:
-    """Evaluations took time as well, and are not among them."""
+    """Evaluations took time as well, and are not counted."""
     for result in record(compared[0])["results"]:
         for outcome in result["outcomes"]:
             history = read_history(Path(outcome["folder"]))
@@ -164,7 +164,7 @@ def test_runs_leave_their_records_and_little_else(compared: tuple[Path, str, str
 
 
 def test_what_is_done_is_not_done_again(compared: tuple[Path, str, str]) -> None:
-    """Of a comparison that lost one run only this is made again, to the same figures."""
+    """A comparison that lost one run makes this run again, to the same figures, and no other."""
     path = compared[0]
     before = record(path)
     lost = Path(before["results"][1]["outcomes"][1]["folder"])
@@ -186,7 +186,7 @@ def without_times(tree: Any) -> Any:
 
 
 def test_a_comparison_that_is_stopped_goes_on(prepared: Path, tmp_path: Path) -> None:
-    """SIGKILL, then SIGTERM in the middle of a run: it stops with a checkpoint. Then the same loss as without."""
+    """At SIGKILL and SIGTERM the run stops with a checkpoint; continued, it ends at the loss of a run in one piece."""
     changes = {
         "schedule": {"total_steps": 600, "warmup_steps": 2},
         "evaluate": {"every_steps": 200, "tokens": 400},
@@ -195,7 +195,7 @@ def test_a_comparison_that_is_stopped_goes_on(prepared: Path, tmp_path: Path) ->
     path = written(prepared, tmp_path, **changes)
     assert stopped_at(path, signal.SIGKILL, 100) == -signal.SIGKILL
     [run] = (tmp_path / "compared" / "runs").iterdir()
-    wait_for(lambda: is_free(run))  # nobody told its process
+    wait_for(lambda: is_free(run))  # its process ends by itself
     first = newest_step(run)
     assert stopped_at(path, signal.SIGTERM, first + 100) == 143
     assert 100 <= first < newest_step(run) < 600 and not (run / "outcome.json").exists()
@@ -208,7 +208,7 @@ def test_a_comparison_that_is_stopped_goes_on(prepared: Path, tmp_path: Path) ->
 
 
 def stopped_at(path: Path, number: signal.Signals, step: int) -> int:
-    """The exit status of a comparison of one method that gets a signal when its run has taken so many steps."""
+    """Send a signal to a comparison of one method when its run has taken so many steps; return its exit status."""
     command = [sys.executable, "-c", "from relora.cli import main; main()", "compare", str(path), "--methods", "full"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         metrics = "compared/runs/*/metrics.jsonl"
@@ -225,7 +225,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def is_free(run: Path) -> bool:
-    """Whether no process holds the run folder."""
+    """Return whether no process holds the run folder."""
     descriptor = os.open(run, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -283,11 +283,11 @@ def test_a_run_is_known_by_what_decides_its_numbers(prepared: Path, tmp_path: Pa
     assert folder() == folder("output_dir=elsewhere", "log.every_steps=3", "checkpoint.keep_last=5")
     for change in ("lowrank.r=2", "optimizer.eps=1e-6", "data.sequence_length=8", "evaluate.tokens=100", "seed=1"):
         assert folder(change) != folder(), change
-    # full rank has no use for what belongs to factors, and so is shared by comparisons that differ in it
+    # full rank ignores settings of factors, so comparisons that differ in these share their full-rank runs
     full = folder("method=full")
     assert full == folder("method=full", "lowrank.r=2", "warm_start.steps=1", "restart.every_steps=9", "variant=paper")
     assert full != folder("method=full", "optimizer.lr=1e-4")
-    # the tokens count, wherever they lie
+    # the tokens count, not their path
     (tmp_path / "moved").symlink_to(prepared)
     assert folder(f"data.train={tmp_path / 'moved' / 'train'}") == folder()
     assert folder(f"data.train={prepared / 'validation'}") != folder()
@@ -311,17 +311,17 @@ def test_an_outcome_that_was_damaged_is_named(prepared: Path, tmp_path: Path) ->
     warmup=st.integers(0, 30),
     length=st.sampled_from([0.25, 0.5, 0.63]),
     stagger=st.sampled_from(["none", "layers"]),
-    climb=st.none() | st.integers(0, 30),
+    switch_warmup=st.none() | st.integers(0, 30),
 )
 def test_a_shortened_run_has_the_same_shape(
-    total: int, warm_start: float, every: float, warmup: int, length: float, stagger: str, climb: int | None
+    total: int, warm_start: float, every: float, warmup: int, length: float, stagger: str, switch_warmup: int | None
 ) -> None:
     period = max(8, round(every * total))
     tree = {
         "output_dir": "x",
         "model": {"preset": "llama-9m"},
         "data": {"train": "x", "validation": "x"},
-        "lowrank": {"warmup_steps": climb},
+        "lowrank": {"warmup_steps": switch_warmup},
         "warm_start": {"steps": round(warm_start * total)},
         "restart": {
             "every_steps": period,
@@ -346,7 +346,7 @@ def test_a_shortened_run_has_the_same_shape(
 
 
 def applied(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """As the command line applies them."""
+    """Return the tree with overrides applied as the command line applies them."""
     tree = json.loads(json.dumps(tree))
     for override in overrides:
         key, _, value = override.partition("=")

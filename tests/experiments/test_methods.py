@@ -1,4 +1,4 @@
-"""Names of methods: what each overrides, and the control's shape."""
+"""Names of pretraining methods: the overrides of each, and the shape of the control."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_every_name_gives_a_configuration(config: Path) -> None:
     assert {name for name, one in settled.items() if one.lowrank.residual.scale} == {"residual", "residual-scratch"}
     assert settled["galore"].optimizer.name == "galore" and settled["galore"].optimizer.projection.rank == 8
     assert settled["lora"].warm_start.steps == 0 and settled["lora-warm"].warm_start.auto
-    # a variant is all of that variant, whatever the configuration gives to its own
+    # a variant sets every key that it stands for, even those that the configuration gives
     for name, variant in (("relora", "default"), ("relora-paper", "paper")):
         restart = settled[name].restart.model_dump()
         assert settled[name].variant == variant and restart["every_steps"] == 1500
@@ -124,7 +124,7 @@ def test_control_wants_a_preset(config: Path) -> None:
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_the_comparisons_that_come_with_the_package(path: Path) -> None:
-    """Their commands parse, their methods give configurations, and the runs they name are their own."""
+    """The commands in their comments parse, name the file itself and its data, and ask for methods that are valid."""
     config = load_config(path)
     prepare, *compares = shown(path)
     assert prepare[0] == "prepare" and compares

@@ -1,4 +1,4 @@
-"""Successive halving without a single run: losses are a function of the rate."""
+"""Successive halving without training: losses are a function of the rate."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ GRID = [1e-3, 2e-3, 4e-3, 8e-3]
 
 
 def play(search: Search, loss: Callable[[Trial], float]) -> tuple[Choice, list[list[Trial]]]:
-    """The choice, and what was asked for round by round."""
+    """Run a search; return its choice and the trials of each round."""
     rounds: list[list[Trial]] = []
 
     def score(pairs: list[tuple[str, Trial]]) -> list[float]:
@@ -25,7 +25,7 @@ def play(search: Search, loss: Callable[[Trial], float]) -> tuple[Choice, list[l
 
 
 def valley(best: float) -> Callable[[Trial], float]:
-    """Losses with one lowest point, the same at every length."""
+    """Return losses with one minimum, the same for runs of every length."""
     return lambda trial: abs(math.log(trial.rate / best))
 
 
@@ -40,7 +40,7 @@ def test_the_best_rate_within_the_grid_is_found(best: float, off: float) -> None
 
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=16, unique=True), st.data())
 def test_the_best_of_a_round_stays_to_the_end(rates: list[float], data: st.DataObject) -> None:
-    """And of fixed losses the lowest of all that were tried wins; every round has half the rates, the last ones two."""
+    """The lowest loss of all wins; every round has half the rates of the one before, and the last round has two."""
     losses: dict[float, float] = {}
 
     def loss(trial: Trial) -> float:
@@ -56,19 +56,19 @@ def test_the_best_of_a_round_stays_to_the_end(rates: list[float], data: st.DataO
     at_full_length = [trial for trial in asked if trial.length == 1.0]
     assert choice.rate in {trial.rate for trial in at_full_length}
     assert len(at_full_length) <= min(2, len(rates)) + MOST_BEYOND
-    assert max(Counter(asked).values()) == 1  # nothing twice
+    assert max(Counter(asked).values()) == 1  # no run is asked for twice
 
 
 @given(st.integers(1, 64), st.sampled_from([1e-4, 1e-2]), st.sampled_from([1.7, 2.0]))
 def test_the_budget_is_that_of_the_number_of_rates(count: int, low: float, factor: float) -> None:
-    """However the losses lie: without steps beyond the edge two searches of as many rates cost the same."""
+    """Without rates beyond the edge, the cost depends on the number of rates alone, not on their losses."""
     grid = [low * factor**n for n in range(count)]
     spent = []
     for loss in (valley(grid[0]), valley(grid[-1]), lambda trial: math.nan):
         _, rounds = play(halving(grid, most_beyond=0), loss)
         spent.append(sum(trial.length for trials in rounds for trial in trials))
     assert len(set(spent)) == 1
-    assert spent[0] <= count  # of full runs
+    assert spent[0] <= count  # as many full-length runs
 
 
 def test_rounds_grow_from_a_quarter_to_the_whole_run() -> None:
@@ -81,7 +81,7 @@ def test_an_optimum_at_the_edge_is_no_optimum(best: float, beyond: list[float]) 
     choice, rounds = play(halving(GRID), valley(best))
     assert [trials[0].rate for trials in rounds[1:3]] == pytest.approx(beyond)
     assert choice.rate == pytest.approx(best) and not choice.at_edge
-    # what lies farther than two steps away is not reached, and that is said
+    # an optimum more than two steps away is not reached, and the choice says so
     choice, _ = play(halving(GRID), valley(100.0 if best > 1e-3 else 1e-9))
     assert choice.at_edge
 

@@ -1,4 +1,4 @@
-"""The table of a comparison: means, spreads, ratios, and what stands there for a run that diverged."""
+"""The tables of comparisons: means, spreads, ratios, and the cells of runs that diverged."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from relora.train.memory import HeldBytes
 
 
 def outcome(folder: Path, loss: float | None, *, seed: int = 0, lowrank_lr: float | None = None) -> PretrainingOutcome:
-    """Of a run whose perplexity is 100 times its loss; its folder has the metrics of one evaluation."""
+    """Return the outcome of a run whose perplexity is 100 times its loss; its folder has one evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "kind": "evaluation",
@@ -77,7 +77,7 @@ def test_cells(comparison: Comparison) -> None:
         "seconds": "10",
         "tuned on": "1,200",
     }
-    assert relora[2:5] == ["1.050", "0.002", "0.004 (edge)"]  # the edge is that of the rate that was searched
+    assert relora[2:5] == ["1.050", "0.002", "0.004 (edge)"]  # the mark stands at the rate that was tuned
     assert bad[1:3] == ["diverged (1 of 2)", "-"]
 
 
@@ -118,6 +118,6 @@ def test_files_and_terminal(comparison: Comparison, capsys: pytest.CaptureFixtur
     text = (comparison.folder / "comparison.md").read_text()
     assert "| relora | 220.50 ± 14.85 | 1.050 |" in text and "over 2 seeds" in text
     page = (comparison.folder / "comparison.html").read_text()
-    # of the rates tried: full's, in order, since the others tried one
+    # the chart of rates has those of full, in order; the other methods tried a single rate
     assert '"x":[0.002,0.004],"y":[2.0,4.0]' in page
     assert (comparison.folder / "comparison.csv").read_text() == as_csv(comparison)

@@ -1,4 +1,4 @@
-"""The diagnosis is JSON, its figures are of this machine, and what it warns of is what the figures say."""
+"""The diagnosis can be written as JSON, describes this machine, and its warnings agree with its figures."""
 
 import json
 from dataclasses import asdict

@@ -62,7 +62,7 @@ def low_rank_config(**settings: object) -> LowRankConfig:
 
 
 def real_peak(low_rank: LowRankConfig | None, checkpointing: Checkpointing, of: StepShape) -> int:
-    """The most bytes of tensors that live in real passes of a real model, weights and moments included."""
+    """Return the peak bytes of tensors in real passes of a real model, weights and moments included."""
     model = build_model("llama-9m", TINY, seed=0)
     preparing(low_rank)(model)
     model.train()
@@ -148,11 +148,11 @@ def test_a_restart_takes_no_more_than_one_layer_in_addition() -> None:
 
 def test_a_snapshot_is_all_that_a_checkpoint_holds() -> None:
     figures = simulated(low_rank_config())
-    assert figures.snapshot == pytest.approx(4 * (3 * figures.trained + figures.frozen), rel=0.01)  # and buffers
+    assert figures.snapshot == pytest.approx(4 * (3 * figures.trained + figures.frozen), rel=0.01)  # and the buffers
 
 
 def test_a_residual_takes_one_more_gradient_a_weight_and_no_moments() -> None:
-    """And the time of the steps in which it is due, in which there is a product more."""
+    """The time is the mean over steps with and without gradients of frozen weights, which take one more product."""
     plain, always, seldom = (
         simulated(low_rank_config(residual=residual), of=shape(64), hidden_size=512, intermediate_size=1024)
         for residual in (Residual(), Residual(scale=1.0), Residual(scale=1.0, every_steps=5))
@@ -161,19 +161,19 @@ def test_a_residual_takes_one_more_gradient_a_weight_and_no_moments() -> None:
         assert getattr(plain, name) == getattr(always, name) == getattr(seldom, name)
     assert seldom.memory == always.memory and always.memory["moments"] == plain.memory["moments"]
     assert always.memory["gradients"] - plain.memory.get("gradients", 0) <= 4 * plain.frozen
-    two_parts = shape(64, micro_batches=2)  # the second meets the whole gradient of the first
+    two_parts = shape(64, micro_batches=2)  # all gradients of the first are in memory during the second
     plain_two, always_two = (
         simulated(low_rank_config(residual=residual), of=two_parts, hidden_size=512, intermediate_size=1024)
         for residual in (Residual(), Residual(scale=1.0))
     )
     assert always_two.memory["gradients"] - plain_two.memory["gradients"] == 4 * plain.frozen
-    assert 1.2 * plain.seconds < always.seconds < 1.6 * plain.seconds  # 1.5 of the products of layers
+    assert 1.2 * plain.seconds < always.seconds < 1.6 * plain.seconds  # 1.5 times the products of the layers
     assert seldom.seconds - plain.seconds == pytest.approx((always.seconds - plain.seconds) / 5)
 
 
 def test_time_is_that_of_the_micro_batches() -> None:
     one, four = (simulated(None, of=shape(micro_batches=n)).seconds for n in (1, 4))
-    assert 2 < four / one < 4  # the update is done once
+    assert 2 < four / one < 4  # there is one update in both
 
 
 def simulated_experts(checkpointing: Checkpointing, *, low_rank: bool, in_list: bool) -> StepFigures:

@@ -1,4 +1,4 @@
-"""The plan says what the run will do and refuses what the run would refuse, without weights and without a file."""
+"""The timetable is that of the run, and what the run would refuse is refused; no weights, no files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ Configure = Callable[..., RunConfig]
 
 @pytest.fixture
 def configure(prepared: Path, tmp_path: Path) -> Configure:
-    """Fourteen steps: warm start 4, restarts before steps 8 and 12; overrides by section."""
+    """Return a function that builds a configuration: 14 steps, warm start of 4, restarts before steps 8 and 12."""
 
     def build(**overrides: object) -> RunConfig:
         tree: dict[str, object] = {
@@ -43,20 +43,22 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
     return build
 
 
-def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> None:
+def test_the_timetable_is_that_of_the_run(configure: Configure, tmp_path: Path) -> None:
     config = configure()
-    plan = timetable_of(config)
+    timetable = timetable_of(config)
     model, schedule = gather_pretraining(config).model, schedule_of(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = inject(model, lowrank_of(config))
-    warm_start, low_rank = plan.phases
+    warm_start, low_rank = timetable.phases
     assert (warm_start.name, warm_start.first_step, warm_start.steps) == ("warm_start", 0, 4)
     assert (warm_start.trainable_parameters, warm_start.frozen_parameters) == (parameters, 0)
     assert (low_rank.name, low_rank.first_step, low_rank.steps) == ("low_rank", 4, 10)
     assert (low_rank.trainable_parameters, low_rank.frozen_parameters) == (report.trainable, report.frozen)
-    assert plan.restarts == list(schedule.restarts) == [8, 12]
-    assert plan.batch_tokens == 4 * 32 and plan.total_tokens == 14 * 4 * 32 == sum(p.tokens for p in plan.phases)
-    assert plan.epochs == pytest.approx(14 * 4 / gather_pretraining(config).batches.epoch_sequences)
+    assert timetable.restarts == list(schedule.restarts) == [8, 12]
+    assert timetable.batch_tokens == 4 * 32 and timetable.total_tokens == 14 * 4 * 32 == sum(
+        p.tokens for p in timetable.phases
+    )
+    assert timetable.epochs == pytest.approx(14 * 4 / gather_pretraining(config).batches.epoch_sequences)
     assert not (tmp_path / "run").exists()
 
 
@@ -74,20 +76,20 @@ def test_the_plan_is_that_of_the_run(configure: Configure, tmp_path: Path) -> No
 def test_phases_and_restarts_of_each_method(
     configure: Configure, overrides: dict[str, object], phases: list[str], restarts: list[int]
 ) -> None:
-    plan = timetable_of(configure(**overrides))
-    assert [phase.name for phase in plan.phases] == phases and plan.restarts == restarts
-    assert plan.total_steps == 14 and sum(phase.steps for phase in plan.phases) == 14
+    timetable = timetable_of(configure(**overrides))
+    assert [phase.name for phase in timetable.phases] == phases and timetable.restarts == restarts
+    assert timetable.total_steps == 14 and sum(phase.steps for phase in timetable.phases) == 14
 
 
-def test_the_largest_preset_is_planned_without_its_memory(configure: Configure) -> None:
+def test_the_largest_preset_needs_no_memory(configure: Configure) -> None:
     """7 billion weights would be 27 GB; the meta device holds shapes only."""
     shape = {"vocab_size": 32100, "hidden_size": None, "intermediate_size": None}
-    plan = timetable_of(configure(model={"preset": "llama-7b", **shape}, lowrank={"r": 128}))
-    assert plan.phases[0].trainable_parameters > 6_700_000_000
-    assert plan.phases[1].trainable_parameters < plan.phases[0].trainable_parameters / 10
+    timetable = timetable_of(configure(model={"preset": "llama-7b", **shape}, lowrank={"r": 128}))
+    assert timetable.phases[0].trainable_parameters > 6_700_000_000
+    assert timetable.phases[1].trainable_parameters < timetable.phases[0].trainable_parameters / 10
 
 
-def test_print_plan(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_person_reads_a_table(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     print_timetable(timetable_of(configure()))
     printed = capsys.readouterr().out
     assert "relora: 14 steps of 128 tokens" in printed and "warm start" in printed
@@ -120,9 +122,13 @@ def test_refuses_what_the_run_would_refuse(configure: Configure, overrides: dict
 
 def test_what_the_run_decides_is_said_to_be_the_most(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     auto = {"auto": True, "steps": 6, "window_steps": 1}
-    plan = timetable_of(configure(warm_start=auto))
-    assert (plan.phases[0].steps, plan.restarts, plan.most_restarts) == (6, [10], 2)  # from step 4 on: 8, 12
-    print_timetable(plan)
+    timetable = timetable_of(configure(warm_start=auto))
+    assert (timetable.phases[0].steps, timetable.restarts, timetable.most_restarts) == (
+        6,
+        [10],
+        2,
+    )  # from step 4 on: 8, 12
+    print_timetable(timetable)
     assert "restarts: 1 to 2, counted from the end of the warm start" in capsys.readouterr().out
     print_timetable(timetable_of(configure(warm_start=auto, restart={"adaptive": True})))
     printed = capsys.readouterr().out
