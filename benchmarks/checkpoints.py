@@ -38,7 +38,8 @@ from relora.recipes.pretraining_inputs import gather_pretraining
 from relora.recipes.resume import Start
 from relora.report.console import Console
 from relora.report.reporter import Reporter
-from relora.train.checkpoint import FROZEN, Checkpoints, SavedState, Tensors
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import FROZEN, SavedState, Tensors
 from relora.train.loop import train
 from relora.train.run import Run, restore
 from relora.train.step import Batch

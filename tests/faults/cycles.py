@@ -17,7 +17,8 @@ import torch
 from tests.faults.disk import Calls
 from tests.faults.tiny import Outcome, TinyRun, tally
 
-from relora.train.checkpoint import Checkpoints, SavedState
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import SavedState
 
 KEEP = 2
 MERGED_EVERY = 7

@@ -9,7 +9,8 @@ from relora.config import RunConfig, parse_config, parse_finetune_config, to_yam
 from relora.errors import UserError
 from relora.recipes.from_settings import schedule_of
 from relora.recipes.resume import ALLOWED, FREE, changes_since, check_settings, covered_by, flat_settings, newest
-from relora.train.checkpoint import Checkpoints, SavedState
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import SavedState
 
 Configure = Callable[..., RunConfig]
 

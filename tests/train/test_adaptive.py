@@ -27,7 +27,8 @@ from relora.lowrank.restart import effective_rank
 from relora.measure import Evaluation
 from relora.report.history import read_history
 from relora.train.adaptive import captured_share, decide, energies, normalised_update
-from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import Checkpoint, SavedState
 from relora.train.run import Adaptive, CycleEnd, WarmStartEnd
 from relora.train.schedule import Schedule
 from relora.train.state import Decisions, LossWindow, TrainState

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 from relora.errors import RunStopped, UserError
 from relora.train import checkpoint as module
-from relora.train.checkpoint import FROZEN, Checkpoints, SavedState
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import FROZEN, SavedState, digest_of
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
 FROZEN_WEIGHTS = {"w": torch.arange(4.0)}
@@ -278,7 +280,7 @@ def test_wrong_content_under_right_checksums_is_refused(
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
     manifest = json.loads((folder / "manifest.json").read_text())
     if file != "manifest.json":
-        manifest["files"][file] = module.asdict(module._digest(folder / file))
+        manifest["files"][file] = asdict(digest_of(folder / file))
     unsigned = json.dumps(manifest | {"sha256": None}, sort_keys=True)
     manifest["sha256"] = hashlib.sha256(unsigned.encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -22,7 +22,8 @@ from relora.lowrank.calibrate import from_json, to_json
 from relora.lowrank.costs import Rates
 from relora.recipes.from_settings import adaptive_of
 from relora.runs.settings import is_run
-from relora.train.checkpoint import Checkpoint, Checkpoints
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import Checkpoint
 from relora.train.schedule import Schedule
 from relora.train.state import numeric_environment
 
