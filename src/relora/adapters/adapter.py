@@ -39,11 +39,14 @@ class Factors:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Factors and, with DoRA, the magnitude."""
+        """The tensors of the update: A, B and, with DoRA, the magnitude."""
         return (self.lora_A, self.lora_B) if self.magnitude is None else (self.lora_A, self.lora_B, self.magnitude)
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return s·B A [out, in], in `dtype` or the factors' dtype, whichever is more precise."""
+        """Return s·B A [out, in], in `dtype` or the factors' dtype, whichever is more precise.
+
+        DoRA's magnitude is not part of it.
+        """
         dtype = torch.promote_types(dtype, self.lora_A.dtype)
         return (self.scaling * self.lora_B.to(dtype)) @ self.lora_A.to(dtype)
 
@@ -54,7 +57,11 @@ class Factors:
         return sums if self.magnitude is None else sums.mul_(self.row_scale(sums)[:, None])
 
     def row_scale(self, sums: Tensor) -> Tensor:
-        """Return DoRA's factor m / |W + s B A| [out] of each row; `sums` is W + s B A [out, in]."""
+        """Return DoRA's factor m / |W + s B A| [out] of each row.
+
+        Args:
+            sums: the sums W + s B A [out, in]; a row of zeros counts with the smallest positive norm (see `row_norms`).
+        """
         assert self.magnitude is not None
         return self.magnitude.to(sums.dtype) / row_norms(sums)
 
@@ -95,13 +102,14 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of entries of all its tensors."""
+        """Number of entries of all its tensors; a tied weight counts once under each of its names."""
         return sum(tensor.numel() for tensor in self.tensors)
 
     def alphas(self) -> dict[str, float]:
         """Return lora_alpha of every layer by its path: the scaling times r, or times sqrt(r) with rsLoRA.
 
-        The values are rounded to 12 digits, so that the rounding error of the quotient that gave the scaling is gone.
+        The scaling was computed as a quotient, so the product is off by a rounding error. It is rounded away: to 12
+        significant digits, and a whole number is returned as an `int`.
         """
         exact = {
             path: factors.scaling * (math.sqrt(factors.r) if self.rslora else factors.r)

@@ -7,7 +7,7 @@ Refused, each with a `UserError` of one line:
 - a pipe or a device in place of a file, from which a reader would wait for ever
 - a file, a safetensors header or a nesting that is larger than in any genuine model or configuration
 - keys with which a configuration names code to import or a kernel to download
-- in YAML: tags, aliases that multiply ("bombs"), and a key that occurs twice in one section
+- in YAML: tags other than its own, aliases that multiply ("bombs"), and a key that occurs twice in one section
 """
 
 import contextlib
@@ -56,7 +56,7 @@ _IGNORED_PATHS = ("tokenizer_file", "special_tokens_map_file")
 
 
 def regular_file(file: Path, most_bytes: int | None = None) -> Path:
-    """Return `file` after checking that it is a regular file of at most `most_bytes` bytes.
+    """Return `file` after checking that it, or what it links to, is a regular file of at most `most_bytes` bytes.
 
     Raises:
         OSError: it does not exist, or its status cannot be read.
@@ -71,7 +71,7 @@ def regular_file(file: Path, most_bytes: int | None = None) -> Path:
 
 
 def no_address(name: str) -> str:
-    """Return a path or a hub id after checking that it is not a web address.
+    """Return a path or a hub id after checking that it is not a web address, that is, that it does not contain `://`.
 
     Raises:
         ValueError: it is a web address, from which this package never fetches anything. The message does not repeat
@@ -87,7 +87,8 @@ def read_json(file: Path, most_bytes: int = 4 * MB) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        UserError: it is not a regular file, has more than `most_bytes` bytes, or is not valid JSON.
+        UserError: it is not a regular file, has more than `most_bytes` bytes, is not valid JSON, or is nested so deeply
+            that the parser gives up.
     """
     data = regular_file(file, most_bytes).read_bytes()
     try:
@@ -102,9 +103,11 @@ def inside(folder: Path, name: object) -> Path:
     """Return the path of the file that an index or a manifest in `folder` names.
 
     Such an index names files of its own folder only, so every name with a path separator is refused, not only `..`.
+    The file need not exist.
 
     Raises:
-        UserError: `name` is not the name of a file directly in `folder`, or it is a link that leads out of it.
+        UserError: `name` is not a plain name (a text without separators and control characters), or it is the name of a
+            pipe, a device, or a link that leads out of `folder`.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
         raise UserError(f"{folder}: names {short_repr(name)}, which is not a file of this folder")
@@ -114,6 +117,8 @@ def inside(folder: Path, name: object) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Check that everything in a folder, at any depth, is a file, a folder, or a link that stays inside.
+
+    A link of a hub snapshot may also lead into the `blobs` folder of its repository.
 
     Through a link that leads out, a file of the user's machine could get into a model that the user publishes, or be
     overwritten.
@@ -145,7 +150,9 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None
         trust_remote_code: allow configurations to name code that is in the folder.
 
     Raises:
-        UserError: transformers would open files outside the folder, run code, or read a file that is too large.
+        UserError: transformers would open files outside the folder, run code, or read a file that is too large or
+            damaged; the folder holds an adapter; or its weights are quantized.
+        OSError: the folder does not exist.
     """
     check_folder(folder)
     for file in folder.iterdir():
@@ -168,7 +175,8 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None
 def remote_code(folder: Path) -> list[str]:
     """Return the code files that transformers runs with this folder if it is told to trust remote code, sorted.
 
-    Each is `name.py` for a file of the folder, or `owner/name--name.py` for a file of another repository of the hub.
+    They are those that `auto_map` names, and `custom_generate/generate.py`; not the files that these import. Each is
+    `name.py` for a file of the folder, or `owner/name--name.py` for a file of another repository of the hub.
     """
     named = set()
     for name in ("config.json", "tokenizer_config.json"):
@@ -198,7 +206,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the value of a YAML text: mappings, lists and plain values.
+    """Return the value of a YAML text: mappings, lists, and the plain values that `yaml.safe_load` knows (dates, too).
 
     Three things are refused that `yaml.safe_load` accepts: a key that occurs twice in a section (YAML would take the
     last), more than `DEPTH` levels, and an alias of a section or a list, with which a short text can expand without
@@ -299,10 +307,14 @@ def _check_index(file: Path) -> None:
 def _check_keys(tree: dict[str, Any], file: Path, trusted: bool) -> None:
     """Raise `UserError` for a key of a configuration that names code, quantized weights or files elsewhere.
 
+    Code: `auto_map` (but at the top of config.json), `trust_remote_code`, and an implementation of attention or experts
+    that is not part of transformers. Files: `transformers_weights` and, in tokenizer_config.json, keys that end in
+    `_file` or `_files`.
+
     Args:
         tree: content of the configuration.
         file: its path; the rules for config.json and tokenizer_config.json differ.
-        trusted: the user trusts code that is in the folder.
+        trusted: the user trusts code that is in the folder, so `auto_map` and `trust_remote_code` are allowed.
     """
     for path, key, value in _items(tree):
         mapped = key == "auto_map" and (path or file.name != "config.json")
@@ -325,7 +337,8 @@ def _check_keys(tree: dict[str, Any], file: Path, trusted: bool) -> None:
 def _items(tree: Any) -> Iterator[tuple[str, str, Any]]:
     """Yield every entry of the objects in a JSON value, at any depth.
 
-    Each is given as the dotted path of the object that holds it (empty, or with a dot at its end), key and value.
+    Each is given as the dotted path of the object that holds it (empty, or with a dot at its end), key and value. Lists
+    are searched, too, and add nothing to the path.
     """
     pending = [("", tree)]
     while pending:

@@ -113,7 +113,7 @@ def continue_prompt(
         write: receives the text in pieces as it is generated. A piece that may be the beginning of a stop string is
             held back until that is decided.
         echo: also give `write` the prompt, before the first token is generated.
-        stop: strings that end the text.
+        stop: strings that end the text; none may be empty (see `check_stop`).
         asked_to_end: called after every token; the text ends as soon as it returns true.
         trains_afterwards: whether the model is trained after this call. If it is not, the text is generated in
             inference mode, so tensors that a module keeps from this call cannot take part in autograd; that saves a
@@ -188,7 +188,10 @@ def _special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def possible_stop_chars(text: str, stop: Sequence[str]) -> int:
-    """Count the characters at the end of `text` that may be the beginning of a stop string (the longest such end)."""
+    """Count the characters at the end of `text` that may be the beginning of a stop string (the longest such end).
+
+    A stop string that is complete does not count.
+    """
     return max((size for each in stop for size in range(1, len(each)) if text.endswith(each[:size])), default=0)
 
 
@@ -196,7 +199,8 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
     """The text of one generation while it is being generated.
 
     As a stopping criterion, transformers calls it after every token: it streams the text to `write`, and ends the
-    generation at a stop string or when `asked_to_end` says so. `close` returns the finished text.
+    generation at a stop string or when `asked_to_end` says so. `close` returns the finished text. The attribute
+    `prompt` is the text of the prompt, which is not streamed.
 
     Args:
         prompt: token ids of the prompt.
@@ -248,7 +252,7 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         return torch.full((1,), done, device=input_ids.device)
 
     def close(self, ids: list[int]) -> str:
-        """Finish the text and return it; what was held back so far is written.
+        """Finish the generated text and return it, without the prompt; what was held back so far is written.
 
         Args:
             ids: the tokens of the prompt and all generated tokens.
@@ -257,10 +261,11 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         return self._update(final=True)
 
     def _may_hold_stop(self) -> bool:
-        """Whether the last tokens contain a stop string.
+        """Tell whether the last tokens may contain a stop string: if so, the whole text is decoded and searched.
 
-        This only decides whether the whole text is decoded and searched: the tokens decoded here include one before the
-        first generated token, because a decoder may strip the space that a text begins with.
+        The tokens that are decoded here reach back to at most one before the first generated token. That one belongs to
+        them because a decoder may strip the space that a text begins with; so a stop string that began in the prompt
+        is found here, too, and dismissed by the search.
         """
         if not self._stop:
             return False
@@ -269,7 +274,7 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         return any(each in tail for each in self._stop)
 
     def _update(self, *, final: bool) -> str:
-        """Decode the generated text, cut it at the first stop string, and write the part that is certain and new.
+        """Decode the generated text, cut it at the first stop string, write what is certain and new, and return all.
 
         Unless `final`, an incomplete character and a possible beginning of a stop string at the end are held back.
         """
@@ -288,13 +293,17 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         return text
 
     def _decode(self, ids: list[int]) -> str:
+        """Return the text of tokens, without special tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global random streams, from which transformers draws, inside the context; restore them afterwards."""
+    """Seed torch's global random streams inside the context, and restore them afterwards.
+
+    transformers draws from them: from that of the CPU, and from that of `device` if it is a CUDA device.
+    """
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(seed)

@@ -3,7 +3,8 @@
 `LowRankConfig` holds one setting for each choice that the method leaves open: which modules get factors, the rank r and
 the scale s of the update s·B A, how the factors start, how the frozen weights are stored and multiplied, and what
 happens to the rest of the model. `inject` applies it to a model. r and lora_alpha can differ between layers, by
-patterns in PEFT's format. Impossible combinations are refused when the object is created, before any model is loaded.
+patterns in PEFT's format. Options that exclude each other are refused when the object is created, before any model is
+loaded; r, once the layers are known (`check_target`).
 """
 
 import math
@@ -26,15 +27,18 @@ Rest = Literal["trained", "frozen"]
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """Settings of the residual steps, which frozen weights take along their gradient (see `residual`)."""
+    """Settings of the residual steps: frozen weights move along the part of their gradient that factors cannot express.
+
+    See `residual`.
+    """
 
     scale: float = 0.0
     """Learning rate of the residual steps, relative to the factors' learning rate; 0: frozen weights do not move."""
     every_steps: int = 1
-    """Interval of the residual steps: one in every step whose number is a multiple of this."""
+    """Interval of the residual steps: one in every step whose number, counted from 0, is a multiple of this."""
 
     def due(self, step: int) -> bool:
-        """Tell whether the frozen weights take a residual step at this step."""
+        """Tell whether the frozen weights take a residual step at this step; never with scale 0."""
         return self.scale > 0 and step % self.every_steps == 0
 
 
@@ -43,7 +47,8 @@ class LowRankConfig:
     """Settings of the low-rank layers that `inject` puts into a model.
 
     Raises:
-        UserError: a value is not one of those allowed, or two options exclude each other.
+        UserError: `init` or `rest` is not one of those allowed, the residual's numbers are impossible, or two options
+            exclude each other. No other value is checked here; a run's YAML is checked in `relora.config`.
     """
 
     r: int = 128
@@ -77,7 +82,7 @@ class LowRankConfig:
     frozen: Arithmetic = "native"
     """Arithmetic of the products with frozen weights, in training only."""
     residual: Residual = Residual()
-    """Full-rank path beside the factors; needs a base in fp32 or better and native products."""
+    """Full-rank path beside the factors; needs a base in fp32 or better, and is for pretraining."""
     rates: Rates | None = None
     """Rates of the device, which decide the order of the products; measured once per machine unless given."""
 
@@ -98,13 +103,21 @@ class LowRankConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def of_layer(self, path: str) -> "LowRankConfig":
-        """Return the configuration of one layer: with the r and lora_alpha of its patterns, and without patterns."""
+        """Return the configuration of one layer: with the r and lora_alpha of its patterns, and without patterns.
+
+        Raises:
+            UserError: a pattern is not a regular expression.
+        """
         r = by_pattern(self.rank_pattern, path, self.r, "lowrank.rank_pattern")
         alpha = by_pattern(self.alpha_pattern, path, self.lora_alpha, "lowrank.alpha_pattern")
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def _check_residual(self) -> None:
-        """Raise `UserError` if the residual's numbers are impossible, or another option rules it out."""
+        """Raise `UserError` if the residual's numbers are impossible, or another option rules it out.
+
+        A rounded base does, because every step would round it anew; so do a frozen rest, DoRA, and factors whose first
+        product is not zero, because they lead to an adapter, which has no place for a moved weight.
+        """
         if self.residual.scale < 0 or self.residual.every_steps < 1:
             raise UserError("lowrank.residual: scale must be 0 or more, every_steps 1 or more")
         if self.base not in ("auto", "fp32"):
@@ -117,10 +130,10 @@ class LowRankConfig:
 
 
 def check_target(config: LowRankConfig, path: str, out_features: int, in_features: int) -> None:
-    """Raise `UserError` if a weight [out, in] cannot be a target.
+    """Raise `UserError` if the weight [out, in] of the layer at `path` cannot be a target.
 
-    Its r must be between 1 and the smaller side (the update would be as large as the weight otherwise), and nf4 needs
-    an even number of inputs.
+    Its r, which `config` gives by its patterns, must be at least 1 and at most the smaller side: no matrix of this
+    shape has a higher rank. And nf4 needs an even number of inputs.
     """
     r, largest_r = config.of_layer(path).r, min(out_features, in_features)
     if not 1 <= r <= largest_r:

@@ -26,9 +26,9 @@ STABLE_GAMMA = 16.0
 def weight_gradients(model: nn.Module, loss_of_batches: Iterable[Callable[[nn.Module], Tensor]]) -> dict[str, Tensor]:
     """Compute the gradients dW [out, in] of the low-rank layers' weights by path, as the mean over the batches.
 
-    They are in main memory, in the factors' dtype.
+    They are in main memory, in the factors' dtype. A layer that no loss uses has a dW of zeros.
 
-    No weight, no `.grad` and no training mode of the model changes.
+    The model computes in the training mode that it has. No weight, no `.grad` and no training mode of it changes.
 
     Args:
         loss_of_batches: for each batch a function that computes its loss (a mean over its tokens) with the model.
@@ -61,8 +61,8 @@ def gradient_svd_(model: nn.Module, gradients: Mapping[str, Tensor], *, stable_g
         stable_gamma: gamma of the stable scale.
 
     Raises:
-        UserError: a layer was injected with another `init`, its factors are set already, it has no gradient, or its
-            smaller side is less than 2 r. No layer has changed.
+        UserError: a layer was injected with another `init`, its factors are set already, its gradient is missing, zero
+            or of another shape, or its smaller side is less than 2 r. No layer has changed.
         NonFinite: a gradient is not finite. No layer has changed.
     """
     layers = low_rank_layers(model)
@@ -76,8 +76,10 @@ def gradient_svd_(model: nn.Module, gradients: Mapping[str, Tensor], *, stable_g
 def update_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor, float]:
     """Return factors A [k, in] and B [out, k] and s, such that s·B A is the update relative to the weight at injection.
 
-    k is r. Where an initial product s·B0 A0 was subtracted from the weight, k is 2 r and the factors are [A; A0] and
-    [B, -B0]. They are copies. The rounding of a stored weight without a master is not part of the update.
+    After a merge it is the update since then: what was merged is part of the weight. k is r. Where an initial product
+    s·B0 A0 was subtracted from the weight and has not been merged, k is 2 r and the factors are [A; A0] and [B, -B0].
+    They are copies. s is the scale at injection; a trained scale is multiplied into B. DoRA's magnitude and the
+    rounding of a stored weight without a master are not part of the update.
     """
     a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
     if isinstance(layer.scaling, nn.Parameter):

@@ -23,9 +23,11 @@ class HeldBytes:
     """All parameters and buffers except the factors, as stored, with the copies that matrix products run on and the
     master copies in main memory."""
     factors: int
+    """Everything that low-rank layers train: lora_A, lora_B and, where there are such, magnitudes and scales."""
     gradients: int
+    """Gradients of all that trains: factors and parameters that train in full; with a residual, frozen weights, too."""
     moments: int
-    """All tensors of the optimizer's state."""
+    """All tensors of the optimizer's state, but for the small tables of 8-bit codes that all parameters share."""
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, residual: Residual) -> HeldBytes:

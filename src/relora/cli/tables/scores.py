@@ -12,7 +12,7 @@ from relora.evaluation.perplexity import Score
 
 
 def print_scores(scores: Sequence[Score], console: Console | None = None) -> None:
-    """Print the likelihood of texts, one source in a row."""
+    """Print loss, perplexity and bits per byte of texts, one row for each source."""
     figures = ("loss", "perplexity", "bits/byte", "word ppl.", "tokens", "window/stride")
     columns = [Column("data", overflow="fold"), *map(_figure_column, figures)]
     rows = [
@@ -55,7 +55,7 @@ def print_instruction_scores(scores: InstructionScores, console: Console | None 
 
 
 def print_task_scores(scores: Sequence[TaskScore], console: Console | None = None) -> None:
-    """Print the scores of tasks, one figure in a row; a task is named in its first row only."""
+    """Print the scores of tasks, one row for each metric of a task; a task is named in its first row only."""
     texts = [Column(name, overflow="fold") for name in ("task", "metric")]
     figures = [_figure_column(name) for name in ("value", "+-", "examples", "shots")]
     console_or_stdout(console).print(build_table([*texts, *figures], _task_rows(scores)))

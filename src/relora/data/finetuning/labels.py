@@ -1,9 +1,10 @@
 """Labels of examples for classification and regression: read from records, and turned into numbers.
 
     integers, or words (numbers among them count as words)    classes, numbered in sorted order
-    at least one number with a fraction                       numbers to be predicted (regression)
+    at least one number with a fraction, and no words         numbers to be predicted (regression)
 
-In a CSV file all values are text, so a text that spells a number is a number.
+A number with a fraction is one that is written with a decimal point or an exponent, even if it is 1.0. A text that
+spells a number is a number, whatever the kind of the file: in a CSV file all values are text.
 """
 
 import math
@@ -34,8 +35,11 @@ Label = int | float | str
 def label_of(record: Record, column: str) -> Label:
     """Return the label of a record, as a number where its value is a text that spells one.
 
+    Spaces around a text are left out. True and false are words.
+
     Raises:
-        UserError: the record lacks the column, or its value is neither a text nor a finite number.
+        UserError: the record lacks the column; its value is neither a text nor a finite number; or the text is empty,
+            or not valid Unicode.
     """
     value = column_value(record, column)
     if isinstance(value, bool):
@@ -51,7 +55,10 @@ def label_of(record: Record, column: str) -> Label:
 
 
 def _number_or_word(text: str) -> Label:
-    """Return the integer or the number with a fraction that a text spells; otherwise the text."""
+    """Return the integer or the number with a fraction that a text spells; otherwise the text.
+
+    A number that no float can hold becomes infinite, which `regression_targets` refuses.
+    """
     if _INTEGER.fullmatch(text):
         return int(text)
     return float(text) if _FRACTION.fullmatch(text) else text
@@ -63,10 +70,16 @@ def _name(label: Label) -> str:
 
 
 def class_names(labels: Sequence[Label], places: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the classes in sorted order, integers by value; none if a label is a number with a fraction.
+    """Return the names of the classes in sorted order, integers by value; empty for a regression.
+
+    It is a regression if a label is a number with a fraction, that is a float, even 1.0.
+
+    Args:
+        labels: the labels of the training data.
+        places: the place of each label, for messages.
 
     Raises:
-        UserError: all labels are equal, or words occur beside numbers with a fraction.
+        UserError: there is only one class, or words occur beside numbers with a fraction.
     """
     kinds = {type(label): place for label, place in zip(labels, places, strict=True)}
     if float in kinds:
@@ -93,7 +106,7 @@ def class_numbers(labels: Sequence[Label], names: Sequence[str], places: Sequenc
 def regression_targets(labels: Sequence[Label], places: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return the labels of a regression as numbers, [labels]; `UserError` if one is a word or too large for fp32.
 
-    A label equal to `IGNORED`, which no loss counts, is replaced by the next number in fp32.
+    A label equal to `IGNORED`, which no loss counts, is replaced by the next fp32 number towards 0.
     """
     for label, place in zip(labels, places, strict=True):
         if isinstance(label, str) or not abs(label) <= _LARGEST:
