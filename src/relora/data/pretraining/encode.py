@@ -61,10 +61,11 @@ _SPACE_NORMALIZERS = (
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents, and how many bytes of the corpus had been read when the last of them was complete."""
+    """One or more consecutive documents, and how far the corpus had been read when the last of them was complete."""
 
     texts: list[str]
     read_bytes: int
+    """Bytes of the corpus that had been read by then."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Encoded:
     train: SplitTokens
     validation: SplitTokens
     lowest_draw: int
-    """The smallest draw of its documents (see `sampling.SplitRule`)."""
+    """The smallest draw of its documents (see `sampling.SplitRule`), which tells what threshold would hold one out."""
 
 
 class Encoder:
@@ -103,7 +104,7 @@ class Encoder:
     def __init__(self, tokenizer_json: str, eos_token_id: int, dtype: TokenDtype, rule: SplitRule) -> None:
         self._tokenizer_json = tokenizer_json
         self._eos = np.array([eos_token_id], dtype=token_dtype(dtype))
-        self._rule = rule
+        self.rule = rule
         self._thread = threading.local()
         self._cached_words: dict[str, npt.NDArray[np.uint32]] = {}
         self._word_by_word = _encodes_word_by_word(json.loads(tokenizer_json))
@@ -118,12 +119,12 @@ class Encoder:
 
         No special token is added by a template or recognized in a text, so an EOS always ends a document.
         """
-        draws = [self._rule.draw(text) for text in chunk.texts]
+        draws = [self.rule.draw(text) for text in chunk.texts]
         ids: list[list[npt.NDArray[Any]]] = [[] for _ in chunk.texts]
         for numbers, texts in _batches(chunk.texts):
             for number, piece in zip(numbers, self._encode_texts(texts), strict=True):
                 ids[number].append(piece.astype(self._eos.dtype))
-        is_held_out = [draw < self._rule.threshold for draw in draws]
+        is_held_out = [draw < self.rule.threshold for draw in draws]
         return Encoded(
             train=self._split_tokens(chunk, ids, [not held_out for held_out in is_held_out]),
             validation=self._split_tokens(chunk, ids, is_held_out),
@@ -184,9 +185,9 @@ class Encoder:
 def _words(texts: list[str]) -> tuple[pyarrow.StringArray, npt.NDArray[np.int64]]:
     """Cut texts into words.
 
-    A word begins at a single space between two visible ASCII characters, and nowhere else but at the start of a text.
-    At such a space no tokenizer that `_encodes_word_by_word` accepts depends on both sides, whatever its normalizer
-    does to other characters.
+    A word begins with a single space between two visible ASCII characters, and nowhere else but at the start of a text.
+    For a tokenizer that `_encodes_word_by_word` accepts, no token and no normalization reaches across such a space,
+    whatever its normalizer does to other characters.
 
     Returns:
         The words of all texts, in order, and the number of the first word of each text, followed by the number of
@@ -225,9 +226,13 @@ def _encodes_word_by_word(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _crosses_a_space(added: Mapping[str, Any]) -> bool:
-    """Return whether an added token can contain or absorb a space between words.
+    """Return whether an added token makes the ids on one side of a space between words depend on the other side.
 
-    Special tokens cannot, because they are encoded as plain text here.
+    It does so if it contains such a space, absorbs spaces beside it, or matches between word boundaries only. Special
+    tokens cannot, because they are encoded as plain text here.
+
+    Args:
+        added: an entry of `added_tokens` in the tokenizer's JSON.
     """
     absorbs_neighbours = added["lstrip"] or added["rstrip"] or added["single_word"]
     return not added["special"] and bool(absorbs_neighbours or re.search("[!-~] [!-~]", added["content"]))
@@ -270,7 +275,7 @@ def _batches(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
 def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
     """Yield the chunks and their encodings in order, encoded by `workers` threads.
 
-    At most two chunks per worker are in memory at any time.
+    At most two chunks per worker are in memory at any time. An error in a worker is raised at that chunk's turn.
     """
     with _without_tokenizer_threads(), ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
