@@ -82,6 +82,21 @@ def deterministic(device: torch.device) -> Iterator[None]:
         memory.fill_uninitialized_memory = filled_memory
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a GPU, or of the machine for other devices; None if the system does not report it."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else main_memory()[0]
+
+
+def main_memory() -> tuple[int | None, int | None]:
+    """Return available and total bytes of main memory, which only Linux reports here; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None, None
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far: of the tensors on a CUDA device, elsewhere of this process (resident set)."""
     if device.type == "cuda":

@@ -46,6 +46,8 @@ class Evaluation:
     """Number of tokens scored; for a classifier, number of examples."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Measures of a classifier by name: accuracy, F1 and others that its task uses."""
+    whole_tokens: int | None = None
+    """Number of tokens (or examples) that there are, where those scored are a sample of them; None where all were."""
 
     @classmethod
     def of(cls, loss_sum: float, tokens: int, byte_count: float | None) -> "Evaluation":

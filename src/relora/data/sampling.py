@@ -1,6 +1,7 @@
 """Sampling whose every choice is a pure function of a key and a position: order, mixture and held-out documents.
 
     permute                    the order of an epoch: a keyed permutation of any size, computed element by element
+    keyed_sample               held-out measurements: some of many items, up to a number of tokens
     block_shares, block_slots  a mixture: how many sequences of each source a block has, and in which places
     SplitRule                  held-out data: a keyed hash of a text decides on which side it is
 
@@ -61,6 +62,29 @@ def _mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+# The sample of a held-out measurement
+
+
+def keyed_sample(sizes: Int64Array, most: int, key: int) -> Int64Array:
+    """Draw items, one after the other and none twice, as long as their sizes together do not exceed `most`.
+
+    Args:
+        sizes: size of each item; those of size 0 do not count.
+        most: bound of the sum of the sizes.
+        key: selects the order in which the items are drawn.
+
+    Returns:
+        The numbers of the drawn items in ascending order: all items if they do not exceed `most` together, and at
+        least one whose size is not 0.
+    """
+    if sizes.sum() <= most:
+        return np.arange(len(sizes))
+    order = permute(np.arange(len(sizes)), len(sizes), key)
+    sums = np.cumsum(sizes[order])
+    count = max(int(np.searchsorted(sums, most, side="right")), int(np.searchsorted(sums, 0, side="right")) + 1)
+    return np.sort(order[:count])
 
 
 # The mixture of several sources

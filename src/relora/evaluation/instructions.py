@@ -26,7 +26,7 @@ from relora.data.finetuning.records import Record, Records
 from relora.data.finetuning.templates import TemplateName
 from relora.errors import UserError
 from relora.evaluation.output_folder import check_free, save_scores
-from relora.evaluation.scored_model import check_counts, open_scored_model, scored_length
+from relora.evaluation.scored_model import BATCH, check_counts, open_scored_model, scored_length
 from relora.evaluation.text_metrics import TextScorer, TextScores
 from relora.inference.decoding import end_token_ids, without_generation_settings
 from relora.measure import evaluate, evaluating
@@ -104,7 +104,7 @@ def evaluate_instructions(
     limit: int | None = None,
     max_new_tokens: int = 256,
     sequence_length: int | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
     out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "fp32",
@@ -121,8 +121,8 @@ def evaluate_instructions(
         response_column: column of the responses.
         limit: use at most so many records, from the start.
         max_new_tokens: longest answer, in tokens.
-        sequence_length: longest example for the loss, in tokens; by default that of the run, else the model's
-            positions.
+        sequence_length: most positions of an example for the loss, one less than its tokens; by default that of the
+            run, else the model's positions.
         batch: prompts, or examples, per forward pass.
         out: a new folder for scores.json and samples.jsonl; by default nothing is written.
         trust_remote_code: run code that comes with the model.
@@ -183,11 +183,11 @@ def score_records(
     Returns:
         The scores of all records together, and a sample for every record that has a response, in order.
     """
-    examples = encode(records, tokenizer, form, sequence_length=sequence_length)
+    # A sequence of n positions takes an example of n + 1 tokens, as in training.
+    examples = encode(records, tokenizer, form, sequence_length=sequence_length + 1)
     asked = list(prompts(records, tokenizer, form))
     _check_ids(model, asked, examples.examples)
-    by_length = sorted(examples.examples, key=lambda example: example.positions)
-    held_out = HeldOutExamples(by_length, micro_sequences=batch, pad_id=0, tokens=sys.maxsize)
+    held_out = HeldOutExamples(examples.examples, micro_sequences=batch, pad_id=0)
     measured = evaluate(model, held_out if label is None else with_progress(held_out, len(held_out), label))
     begin = time.perf_counter()
     answers = answer_greedily(

@@ -21,7 +21,7 @@ from typing import Any
 
 from relora.errors import ReloraError, UserError
 from relora.evaluation.output_folder import check_free, save_scores
-from relora.evaluation.scored_model import check_counts, open_scored_model, scored_length
+from relora.evaluation.scored_model import BATCH, check_counts, open_scored_model, scored_length
 from relora.files.untrusted import check_folder, inside, read_yaml
 from relora.inference.loading import LoadedModel
 from relora.messages import first_line, short_name, short_repr
@@ -66,7 +66,7 @@ def evaluate_tasks(
     tasks_folder: str | Path | None = None,
     limit: int | None = None,
     sequence_length: int | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
     out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "fp32",

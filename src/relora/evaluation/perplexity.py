@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte of a trained language model, on prepared folders and on raw text.
 
-A prepared folder is scored as training scores its held-out data: consecutive windows of the token stream, EOS tokens
-included.
+A prepared folder is scored as a run scores its result on the held-out data: consecutive windows of the token stream,
+EOS tokens included.
 
 Raw text is scored with a sliding window, as published figures are: every token is scored once, with at least
 `sequence_length - stride` tokens of context if its document has so many before it; the first token of a document has
@@ -20,13 +20,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from relora.data.plain_text import PLAIN_TEXT_KINDS, separators_of
 from relora.data.pretraining.batches import HeldOut
 from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.shards import PreparedFolder
-from relora.data.readers import PLAIN_TEXT_KINDS, file_kind
+from relora.data.readers import file_kind
 from relora.data.tokenizer import fingerprint
 from relora.errors import UserError
-from relora.evaluation.scored_model import check_counts, open_scored_model, scored_length
+from relora.evaluation.scored_model import BATCH, check_counts, open_scored_model, scored_length
 from relora.inference.loading import LoadedModel
 from relora.measure import Evaluation, evaluate, perplexity
 from relora.model.head import IGNORED
@@ -80,7 +81,7 @@ def evaluate_model(
     tokens: int | None = None,
     device: str = "auto",
     dtype: str = "fp32",
-    batch: int = 8,
+    batch: int = BATCH,
     trust_remote_code: bool = False,
 ) -> list[Score]:
     """Score a model on every source of `data`.
@@ -181,11 +182,12 @@ def _score_text(loaded: LoadedModel, source: str, length: int, stride: int, toke
 
 def _read_text(loaded: LoadedModel, source: str, tokens: int | None) -> _Text:
     """Tokenize the first `tokens` tokens of a source, document by document."""
-    texts: Iterable[str] = Corpus([source]).documents()
-    if Path(source).is_file() and file_kind(Path(source)) in PLAIN_TEXT_KINDS:
-        texts = ["".join(texts)]  # a plain text file is one document, but a long one is read in several pieces
+    corpus = Corpus([source])
+    corpus.separators = separators_of(None, str(loaded.tokenizer.eos_token))
+    # a document of a plain text file is scored as one, but in a folder a long one is several
+    corpus.cut_long_texts = not (Path(source).is_file() and file_kind(Path(source)) in PLAIN_TEXT_KINDS)
     documents, scored, byte_count, words = [], 0, 0, 0
-    for text in texts:
+    for text in corpus.documents():
         ids = loaded.encode(text)
         targets = len(ids) - 1  # all but the start token
         taken = targets if tokens is None else min(targets, tokens - scored)

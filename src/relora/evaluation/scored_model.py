@@ -6,6 +6,10 @@ from relora.errors import UserError
 from relora.inference.loading import LoadedModel, load_model_or_run
 from relora.model.load import max_positions
 
+BATCH = 8
+"""Windows, prompts or examples in a forward pass, unless asked otherwise; a run measures its result with so many, too,
+since the sums of batches of other sizes are rounded differently."""
+
 
 def open_scored_model(
     model_or_run: str | Path, adapter: str | None, *, device: str, dtype: str, trust_remote_code: bool

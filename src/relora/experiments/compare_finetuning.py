@@ -94,7 +94,7 @@ def train_and_score(config: FinetuneConfig, answers: int) -> FinetuningOutcome:
         inputs.tokenizer,
         inputs.held_out_records[:answers],
         form_of(config),
-        sequence_length=config.data.sequence_length + 1,
+        sequence_length=config.data.sequence_length,
         max_new_tokens=config.samples.max_new_tokens,
         batch=BATCH,
         scorer=TextScorer(),

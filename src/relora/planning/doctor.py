@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from relora.device import choose_device
+from relora.device import choose_device, main_memory
 from relora.lowrank.calibrate import calibrated, rates_file
 from relora.model.load import DTYPES
 
@@ -99,7 +99,7 @@ def diagnose(folder: Path = Path(), *, calibrate: bool = False) -> Diagnosis:
         calibrate: measure the rates again and keep the new ones.
     """
     device = choose_device("auto")
-    memory_free, memory_total = _main_memory()
+    memory_free, memory_total = main_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     dtypes = _measure_dtypes(device)
     rates = calibrated(device, anew=calibrate)
@@ -212,16 +212,6 @@ def _describe_gpu(index: int) -> Gpu:
     free, total = torch.cuda.mem_get_info(index)
     major, minor = torch.cuda.get_device_capability(index)
     return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}", free, total)
-
-
-def _main_memory() -> tuple[int | None, int | None]:
-    """Return available and total bytes of main memory, which only Linux reports here; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None, None
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
 
 
 def _existing(folder: Path) -> Path:

@@ -19,17 +19,20 @@ from relora.config import FinetuneConfig
 from relora.data.finetuning.classification import encode_classes, settle_padding
 from relora.data.finetuning.instruct import encode, prompts, render_example
 from relora.data.tokenizer import load_tokenizer, save_tokenizer
+from relora.device import free_memory_bytes
 from relora.errors import UserError
 from relora.files.atomic import write_json
 from relora.inference.decoding import Sampling, continue_prompt
+from relora.inference.loading import load_model_or_run
 from relora.lowrank import merge
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
 from relora.measure import Evaluation
 from relora.model.save import save_model
 from relora.recipes.finetuning_inputs import FinetuningInputs, base_folder, gather_finetuning, read_records
-from relora.recipes.from_settings import factor_parameters, form_of, schedule_of, settled_lowrank
-from relora.recipes.job import Job, RunResult, run_job
+from relora.recipes.from_settings import factor_parameters, form_of, lowrank_of, schedule_of, settled_lowrank
+from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
 from relora.report.html import write_report
+from relora.report.reporter import Reporter
 from relora.train.optim import check_optimizer
 from relora.train.run import Run, Task
 from relora.train.step import Batch
@@ -57,7 +60,7 @@ def train_on(
     """Fine-tune on inputs that `gather_finetuning` has opened; afterwards `inputs.model` is the trained model."""
     return run_job(
         job_of(config, inputs),
-        lambda run, folder: _finish(config, inputs, run, folder),
+        lambda run, folder, position: _finish(config, inputs, run, folder, position),
         fresh=fresh,
         strict=strict,
         quiet=quiet,
@@ -118,7 +121,8 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
         return "\n\n".join(rows)
     first = list(islice(records, number))
     found = encode(first, tokenizer, form_of(config), sequence_length=data.sequence_length + 1, skip_bad=data.skip_bad)
-    return "\n\n".join([str(found), *(render_example(example, tokenizer) for example in found.examples)])
+    heading = "\n".join([str(found), *found.notes])
+    return "\n\n".join([heading, *(render_example(example, tokenizer) for example in found.examples)])
 
 
 def _leaves_model(config: FinetuneConfig) -> bool:
@@ -126,7 +130,7 @@ def _leaves_model(config: FinetuneConfig) -> bool:
     return config.task == "classification" or config.method in ("relora", "full")
 
 
-def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: Path) -> Evaluation:
+def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: Path, position: Position) -> Evaluation:
     """Write the adapter or model, answers to held-out prompts and the report; return the held-out loss."""
     model, reporter = inputs.model, run.reporter
     if _leaves_model(config):
@@ -136,16 +140,41 @@ def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: 
         left = save_adapter(model, folder / "adapter", base=str(inputs.base), overwrite=True)
     else:
         left = save_prompts(model, folder / "adapter", base=str(inputs.base), overwrite=True)
-    evaluation = run.evaluate(model, lambda: None)
+    evaluation = measure_result(run, position, lambda: _evaluate_result(config, inputs, reporter, folder))
     if inputs.asks:
         _write_answers(config, inputs, run.schedule.total_steps, folder)
     figures = {"loss": evaluation.loss, **(evaluation.scores or {"perplexity": evaluation.perplexity})}
-    reporter.message(f"held-out {', '.join(f'{name} {figure:.4g}' for name, figure in figures.items())}; {left}")
+    shown = ", ".join(f"{name} {figure:.4g}" for name, figure in figures.items())
+    unit = "examples" if inputs.is_classifier else "tokens"
+    reporter.message(f"held-out {shown} on all {evaluation.tokens:,} {unit}; {left}")
     try:
         reporter.message(f"report in {write_report(folder)}")
     except UserError as error:  # damaged metric files; the trained model does not depend on them
         reporter.warning(f"no report: {error}")
     return evaluation
+
+
+def _evaluate_result(config: FinetuneConfig, inputs: FinetuningInputs, reporter: Reporter, folder: Path) -> Evaluation:
+    """Measure the written result on all held-out examples.
+
+    A written model has the weights of `inputs.model`. An adapter is used with its base in fp32, so where the base was
+    trained on in fewer bits, or changed by the initialisation, base and adapter are opened anew. Where there is no
+    memory for that, the figure is that of the base as it was trained on, and a warning says so.
+    """
+    base_is_changed = lowrank_of(config).base not in ("auto", "fp32") or config.lowrank.init in CHANGES_BASE
+    if _leaves_model(config) or config.method != "lora" or not base_is_changed:
+        return inputs.evaluate_whole(inputs.model, reporter)
+    # A byte of nf4 codes holds two weights.
+    weights = sum(weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in inputs.model.parameters())
+    needed, free = 4 * weights, free_memory_bytes(inputs.device)
+    if free is not None and needed > free:
+        reporter.warning(
+            "the held-out figure is that of the base as it was trained on; in fp32 its weights need "
+            f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} are free: `relora evaluate --dtype bf16` takes half"
+        )
+        return inputs.evaluate_whole(inputs.model, reporter)
+    result = load_model_or_run(folder, device=str(inputs.device), trust_remote_code=config.model.trust_remote_code)
+    return inputs.evaluate_whole(result.model, reporter)
 
 
 def _write_answers(config: FinetuneConfig, inputs: FinetuningInputs, step: int, folder: Path) -> None:

@@ -22,14 +22,17 @@ from relora.data.finetuning.records import Record, Records, split
 from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.device import choose_device
 from relora.errors import UserError
-from relora.evaluation.classification import evaluate_classes
+from relora.evaluation.classification import ClassEvaluation, evaluate_classes
+from relora.evaluation.scored_model import BATCH
 from relora.files.untrusted import check_folder
 from relora.lowrank.inject import find_targets
 from relora.measure import Evaluation, evaluate, perplexity, token_loss
 from relora.model.classifier import class_loss, open_classifier
 from relora.model.load import check_fit, model_folder, open_model
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
-from relora.recipes.pretraining_inputs import fingerprint_of
+from relora.recipes.pretraining_inputs import fingerprint_of, held_out_choice, marked_as_sample
+from relora.recipes.resume import HELD_OUT
+from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
 from relora.runs.settings import is_run
 from relora.train.step import Loss
@@ -52,7 +55,7 @@ class FinetuningInputs:
     notes: tuple[str, ...]
     """Lines for the console: counts of the examples, and what was added to the model."""
     content: dict[str, str]
-    """Fingerprints of the examples and of the base."""
+    """Fingerprints of the examples and of the base; how held-out examples are chosen."""
 
     @property
     def is_classifier(self) -> bool:
@@ -70,16 +73,32 @@ class FinetuningInputs:
         return class_loss if self.is_classifier else token_loss
 
     def evaluate(self, config: FinetuneConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
-        """Measure the held-out loss, and a classifier's scores; `each_batch` is called before each batch."""
+        """Measure held-out loss and scores of a model in training; `each_batch` is called before each batch."""
         autocast = autocast_of(config)
-        if not isinstance(self.held_out, HeldOutClasses):
-            return evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch)
-        assert isinstance(model, PreTrainedModel)  # `self.model`, whose type the loop does not know
-        found = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch)
-        figures = asdict(found)
-        loss, examples = figures.pop("loss"), figures.pop("examples")
-        scores = {name: figure for name, figure in figures.items() if figure is not None}
-        return Evaluation(loss, perplexity(loss), None, examples, scores)
+        if isinstance(self.held_out, HeldOutClasses):
+            assert isinstance(model, PreTrainedModel)  # `self.model`, whose type the loop does not know
+            scored = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch)
+            return marked_as_sample(_with_scores(scored), self.held_out.whole_targets)
+        found = evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch)
+        return marked_as_sample(found, self.held_out.whole_targets)
+
+    def evaluate_whole(self, model: PreTrainedModel, reporter: Reporter) -> Evaluation:
+        """Measure the finished model on all held-out examples: the figure that an evaluation of the result gives."""
+        held_out = self.held_out
+        if isinstance(held_out, HeldOutClasses):
+            classes = HeldOutClasses(held_out.examples, sequences=BATCH)
+            size = f"{classes.targets:,} examples"
+            return _with_scores(evaluate_classes(model, reporter.measuring(classes, len(classes), size)))
+        batches = HeldOutExamples(held_out.whole, micro_sequences=BATCH, pad_id=0)
+        return evaluate(model, reporter.measuring(batches, len(batches), f"{batches.targets:,} tokens"))
+
+
+def _with_scores(found: ClassEvaluation) -> Evaluation:
+    """Return what was measured of a classifier as a run reports it."""
+    figures = asdict(found)
+    loss, examples = figures.pop("loss"), figures.pop("examples")
+    scores = {name: figure for name, figure in figures.items() if figure is not None}
+    return Evaluation(loss, perplexity(loss), None, examples, scores)
 
 
 def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
@@ -119,6 +138,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         find_targets(model, lowrank_of(config))
     content = {
         "data": fingerprint_of(batches.content.encode(), _content(held_out).encode()),
+        HELD_OUT: held_out_choice(held_out.targets, held_out.whole_targets),
         "model": fingerprint_of((base / "config.json").read_bytes()),
         "base": fingerprint_of(*(_file_digest(file) for file in sorted(base.glob("*.safetensors")))),
     }
@@ -171,8 +191,10 @@ def _instructions(
         micro_sequences=config.batch.micro_sequences,
         pad_id=tokenizer.eos_token_id,
         tokens=config.evaluate.tokens,
+        seed=config.seed,
     )
-    notes = [f"train: {encoded}", f"held out: {encoded_held_out.counts}"]
+    notes = [f"train: {encoded}", *encoded.notes, f"held out: {encoded_held_out.counts}"]
+    notes += [f"held out: {note}" for note in encoded_held_out.notes if note not in encoded.notes]
     return batches, held_out_examples, encoded.layout.name, notes
 
 
@@ -194,7 +216,13 @@ def _classes(
     cut = f", {examples.cut:,} cut" if examples.cut else ""
     note = f"train: {len(examples):,} examples of {kinds}{cut}; held out: {len(held_out_examples):,}"
     batches = ClassBatches(examples, sequences=config.batch.sequences, seed=config.seed)
-    return batches, HeldOutClasses(held_out_examples, sequences=config.batch.micro_sequences), [note]
+    held_out_classes = HeldOutClasses(
+        held_out_examples,
+        sequences=config.batch.micro_sequences,
+        tokens=config.evaluate.tokens,
+        seed=config.seed,
+    )
+    return batches, held_out_classes, [note]
 
 
 def _content(held_out: HeldOutExamples | HeldOutClasses) -> str:

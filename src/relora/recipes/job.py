@@ -4,6 +4,7 @@ Pretraining and fine-tuning differ in the `Job` that they gather and in what the
 and refused before anything is written stands in `resume`.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
 from relora.train.memory import HeldBytes, held_bytes
 from relora.train.projected_optimizers import PROJECTED_OPTIMIZERS, projected_matrices
-from relora.train.run import Run, Task, restore
+from relora.train.run import Run, Task, held_out_figures, restore
 from relora.train.schedule import Schedule
 
 SYNC_EVERY_STEPS = 16
@@ -48,7 +49,7 @@ class Job:
     lowrank_of: Callable[[Rates | None], LowRankConfig]
     """Settings of the switch to low rank, by the rates that a continued run was begun with, or by measured ones."""
     content: dict[str, str]
-    """Fingerprints of the data and the model that the configuration only points at."""
+    """Fingerprints of the data and the model that the configuration only points at; how held-out tokens are chosen."""
     needed_bytes: int
     """Disk space for checkpoints and the result."""
     write_tokenizer: Callable[[Path], None]
@@ -69,9 +70,12 @@ class RunResult:
     memory: HeldBytes
     """Bytes of weights, factors, gradients and moments at the end."""
     evaluation: Evaluation
+    """Measured on the whole held-out part, as `relora evaluate` measures the result."""
 
 
-Finish = Callable[[Run, Path], Evaluation]
+Position = dict[str, str | int]
+"""Step, tokens, phase and cycle of the end of a run, for the record of its result."""
+Finish = Callable[[Run, Path, Position], Evaluation]
 """Write the result of a trained run into its folder, and return the held-out loss of what was written."""
 
 
@@ -103,10 +107,20 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
             with deterministic(job.device) if config.deterministic else nullcontext(), blocks:
                 end = train(run, restore(run, start.checkpoint))
             state, memory = end.state, held_bytes(model, end.optimizer, start.lowrank.residual)
+            position = end.position(max(state.step - 1, 0))
             del end  # frees the moments: what `finish` does takes memory, too
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            evaluation = finish(run, folder)
+            evaluation = finish(run, folder, position)
     return RunResult(folder, state.step, state.tokens, trainable, memory, evaluation)
+
+
+def measure_result(run: Run, position: Position, measure: Callable[[], Evaluation]) -> Evaluation:
+    """Measure the result of a run on the whole held-out part by `measure`, and report it."""
+    started = time.perf_counter()
+    evaluation = measure()
+    figures = held_out_figures(evaluation, time.perf_counter() - started)
+    run.reporter.final({"kind": "final", **position, **figures})
+    return evaluation
 
 
 def assemble(job: Job, start: Start, reporter: Reporter, checkpoints: Checkpoints) -> Run:

@@ -14,7 +14,7 @@ from relora.lowrank import merge
 from relora.measure import Evaluation, token_loss
 from relora.model.save import save_model
 from relora.recipes.from_settings import factor_parameters, schedule_of, settled_lowrank
-from relora.recipes.job import Job, RunResult, run_job
+from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
 from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
@@ -32,7 +32,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
     inputs = gather_pretraining(config)
     return run_job(
         job_of(config, inputs),
-        lambda run, folder: _finish(config, inputs, run, folder),
+        lambda run, folder, position: _finish(config, inputs, run, folder, position),
         fresh=fresh,
         strict=strict,
         quiet=quiet,
@@ -62,13 +62,16 @@ def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
     )
 
 
-def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path) -> Evaluation:
+def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path, position: Position) -> Evaluation:
     """Write the trained model, sampled texts and the report; return the held-out loss of the written model."""
     merge(inputs.model)
-    evaluation = run.evaluate(inputs.model, lambda: None)
     save_model(inputs.model, folder / "model", inputs.tokenizer)
+    evaluation = measure_result(run, position, lambda: inputs.evaluate_whole(inputs.model, run.reporter))
     _write_samples(config, inputs, folder)
-    run.reporter.message(f"held-out perplexity {evaluation.perplexity:.2f}; model in {folder / 'model'}")
+    run.reporter.message(
+        f"held-out perplexity {evaluation.perplexity:.2f} on all {evaluation.tokens:,} tokens; "
+        f"model in {folder / 'model'}"
+    )
     if not (folder / "metrics.jsonl").exists():
         raise RunStopped(f"{folder}: somebody removed it while the run wrote it; only what came last is there")
     try:

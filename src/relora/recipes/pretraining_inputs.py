@@ -5,7 +5,7 @@ Nothing is written here.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,10 +17,13 @@ from relora.data.pretraining.shards import PreparedFolder
 from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
+from relora.evaluation.scored_model import BATCH
 from relora.lowrank.inject import find_targets
 from relora.measure import Evaluation, evaluate
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.recipes.from_settings import autocast_of, lowrank_of
+from relora.recipes.resume import HELD_OUT, SAMPLE
+from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
 
 
@@ -35,17 +38,26 @@ class PretrainingInputs:
     held_out: HeldOut
     bytes_per_token: float
     content: dict[str, str]
-    """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`."""
+    """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`; and how
+    held-out tokens are chosen."""
 
     def evaluate(self, config: RunConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
-        """Measure the held-out loss of a model; `each_batch` is called before each batch."""
-        return evaluate(
+        """Measure the held-out loss of a model in training; `each_batch` is called before each batch."""
+        found = evaluate(
             model,
             self.held_out,
             bytes_per_token=self.bytes_per_token,
             autocast=autocast_of(config),
             each_batch=each_batch,
         )
+        return marked_as_sample(found, self.held_out.whole_targets)
+
+    def evaluate_whole(self, model: nn.Module, reporter: Reporter) -> Evaluation:
+        """Measure the finished model on the whole held-out part: the figure that `relora evaluate` gives."""
+        folder = self.held_out.folder
+        batches = HeldOut(folder, self.held_out.sequence_length, folder.tokens, BATCH)
+        shown = reporter.measuring(batches, len(batches), f"{batches.targets:,} tokens")
+        return evaluate(model, shown, bytes_per_token=self.bytes_per_token)
 
 
 def gather_pretraining(config: RunConfig) -> PretrainingInputs:
@@ -64,7 +76,10 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
     tokenizer = load_tokenizer(str(validation.tokenizer_path))
     if fingerprint(tokenizer) != validation.fingerprint:
         raise UserError(f"{validation.tokenizer_path}: not the tokenizer that wrote {validation.path}; put it back")
-    content = {"data": fingerprint_of(*(folder.content.encode() for folder in (*batches.folders, validation)))}
+    content = {
+        "data": fingerprint_of(*(folder.content.encode() for folder in (*batches.folders, validation))),
+        HELD_OUT: held_out_choice(held_out.targets, held_out.whole_targets),
+    }
     if config.model.path is not None:
         content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
     return PretrainingInputs(
@@ -79,7 +94,8 @@ def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
     check_same_tokenizer([*(folder for folder, _ in sources), validation])
     length = config.data.sequence_length
     batches = TrainBatches(sources, length, config.batch.sequences, config.seed)
-    return batches, HeldOut(validation, length, config.evaluate.tokens, config.batch.micro_sequences)
+    micro_sequences = config.batch.micro_sequences
+    return batches, HeldOut(validation, length, config.evaluate.tokens, micro_sequences, seed=config.seed)
 
 
 def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
@@ -113,6 +129,16 @@ def open_configured_model(
         eos_token_id=eos_token_id,
         trust_remote_code=trust_remote_code,
     )
+
+
+def marked_as_sample(found: Evaluation, whole: int) -> Evaluation:
+    """Return the measurement with the number of tokens there are, if it was of fewer than the `whole`."""
+    return replace(found, whole_tokens=whole) if found.tokens < whole else found
+
+
+def held_out_choice(measured: int, whole: int) -> str:
+    """Return how held-out tokens are chosen in training, as it stands in the manifest of a checkpoint."""
+    return SAMPLE if measured < whole else "whole"
 
 
 def fingerprint_of(*parts: bytes) -> str:

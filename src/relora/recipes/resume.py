@@ -56,6 +56,11 @@ FIXED = {
 }
 """Fingerprints that must stay the same though the configuration does not show them, with the start of the refusal."""
 
+HELD_OUT = "held_out"
+"""Setting that says how held-out tokens are chosen in training; checkpoints from before samples do not have it."""
+SAMPLE = "keyed sample"
+"""Its value where they are drawn from a larger held-out part."""
+
 DEFAULT_SETTINGS = {"compile": "none", "frozen": "native", "sums": "in any order"}
 """Settings of checkpoints that were written before these were recorded."""
 
@@ -91,7 +96,7 @@ def find_start(
     """Find the checkpoint to continue from in a run folder, and check that this configuration continues that run.
 
     Args:
-        content: fingerprints of the data and the model, under keys of `FIXED`.
+        content: fingerprints of the data and the model, under keys of `FIXED`, and the setting `HELD_OUT`.
         schedule_of, lowrank_of: see `relora.recipes.job.Job`.
         strict: see `relora.recipes.job.run_job`.
 
@@ -182,13 +187,16 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     Raises:
         UserError: the prepared data holds other tokens, or the model is another; or with `strict` anything differs.
     """
+    other_sample = now.get(HELD_OUT) == SAMPLE and HELD_OUT not in then
+    if other_sample and "base" in now:  # in fine-tuning the fingerprint did not cover all held-out examples
+        then = {key: value for key, value in then.items() if key != "data"}
     for key, what in FIXED.items():
         if key in now and then.get(key, now[key]) != now[key]:
             raise UserError(f"{what} than when the run began; put the old one back")
     changed = [
         f"{key} was {then.get(key, 'not noted')}, is {value}"
         for key, value in now.items()
-        if key not in FIXED and then.get(key, DEFAULT_SETTINGS.get(key)) != value
+        if key not in (*FIXED, HELD_OUT) and then.get(key, DEFAULT_SETTINGS.get(key)) != value
     ]
     lines = []
     if changed:
@@ -197,6 +205,8 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
         lines.append("the checkpoint does not say which data it was trained on; that it is the same was not checked")
     if lines and strict:
         raise UserError(f"{lines[0]}; without --strict the run goes on")
+    if other_sample:
+        lines.append("held-out figures before and after do not compare: from here on they are of a sample of the whole")
     return lines
 
 

@@ -12,10 +12,11 @@ import math
 import statistics
 import sys
 from collections import deque
-from typing import TextIO
+from collections.abc import Iterable
+from typing import TextIO, TypeVar
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, track
 from rich.table import Column
 from rich.text import Text
 
@@ -27,6 +28,8 @@ RECENT_RECORDS = 32
 
 SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman")
 """Measures of a classifier, in the order in which they are shown."""
+
+_Item = TypeVar("_Item")
 
 PHASE_NAMES = {"warm_start": "warm start", "low_rank": "low rank", "full": "full rank"}
 
@@ -103,6 +106,21 @@ class Console:
         """Print one line, marked as a warning, also if the console is quiet."""
         self._print(f"warning: {text}")
 
+    def measuring(self, batches: Iterable[_Item], total: int, size: str) -> Iterable[_Item]:
+        """Yield the batches of the measurement after the last step: under a bar on a terminal, else after one line.
+
+        The live line ends here, with its last state.
+
+        Args:
+            total: number of batches.
+            size: what is measured, for example `1,234 tokens`.
+        """
+        self.close()
+        if self._is_live:
+            return track(batches, f"held-out loss of all {size}", total, console=self._rich, transient=True)
+        self.message(f"measuring the held-out loss of the result on all {size}")
+        return batches
+
     def time_left(self, step: int) -> str:
         """Format the time left after `step` steps, e.g. `1:02:03 left`; empty before the first logged step."""
         if not self._step_seconds or self._first_step is None or step <= self._first_step:
@@ -164,17 +182,29 @@ def describe_training(record: Record) -> str:
 
 
 def describe_evaluation(record: Record) -> str:
-    """Format held-out loss, perplexity, bits per byte and the number of tokens; for a classifier, its scores."""
+    """Format held-out loss, perplexity, bits per byte and on how many tokens; for a classifier, its scores."""
+    loss, size = format_figure(record["validation_loss"]), f"{describe_size(record)}, {record['seconds']:.1f} s"
     scores = [f"{name} {format_figure(record[name])}" for name in SCORES if name in record]
     if scores:
-        examples = f"{record['validation_tokens']:,} examples, {record['seconds']:.1f} s"
-        return f"held-out loss {format_figure(record['validation_loss'])}, {', '.join(scores)} ({examples})"
+        return f"held-out loss {loss}, {', '.join(scores)} ({size})"
     return (
-        f"held-out loss {format_figure(record['validation_loss'])}, "
-        f"perplexity {format_figure(record['perplexity'], 2)}, "
-        f"{format_figure(record.get('bits_per_byte'))} bits per byte "
-        f"({record['validation_tokens']:,} tokens, {record['seconds']:.1f} s)"
+        f"held-out loss {loss}, perplexity {format_figure(record['perplexity'], 2)}, "
+        f"{format_figure(record.get('bits_per_byte'))} bits per byte ({size})"
     )
+
+
+def describe_size(record: Record) -> str:
+    """Format on what a held-out measurement was: all tokens (of a classifier: examples) or a sample of how many.
+
+    Records of earlier versions do not say it; they were of the first tokens.
+    """
+    unit = "examples" if any(name in record for name in SCORES) else "tokens"
+    measured, whole = (number(record, key) for key in ("validation_tokens", "whole_tokens"))
+    if measured is None:
+        return f"an unknown number of {unit}"
+    if whole is None:
+        return f"{measured:,} {unit}"
+    return f"sample of {measured:,} of {whole:,} {unit}" if record.get("sample") else f"all {measured:,} {unit}"
 
 
 def describe_restart(record: Record) -> str:

@@ -1,11 +1,11 @@
 """The reporter of a run: passes every record of the training loop to the metric files, the console and the trackers."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from relora.errors import UserError
 from relora.report.console import Console
@@ -20,6 +20,8 @@ from relora.report.metrics import (
 )
 from relora.report.spikes import Boundary, LossWatch, Rise, window_steps
 from relora.report.trackers import Tracker
+
+_Item = TypeVar("_Item")
 
 
 class Reporter:
@@ -64,6 +66,20 @@ class Reporter:
         self._metrics.append(record)
         self._console.evaluation(record)
         self._track(record)
+
+    def final(self, record: Record) -> None:
+        """Report the held-out measurement of the run's result; the recipe prints it together with the result."""
+        self._metrics.append(record)
+        self._track(record)
+
+    def measuring(self, batches: Iterable[_Item], total: int, size: str) -> Iterable[_Item]:
+        """Yield the batches of the final measurement, which may take long, and show its progress.
+
+        Args:
+            total: number of batches.
+            size: what is measured, for example `1,234 tokens`.
+        """
+        return self._console.measuring(batches, total, size)
 
     def decision(self, record: Record) -> None:
         """Report a decision of the run about its own timetable and the criteria it measured (see `train.adaptive`)."""
@@ -160,7 +176,7 @@ class Reporter:
                 self._watch.boundary(restarts.pop())
             if record.get("kind") in INCIDENT_KINDS:
                 self._incidents[record["kind"]] += 1
-            if record.get("kind") not in ("evaluation", "decision"):
+            if record.get("kind") not in ("evaluation", "decision", "final"):
                 self._watch.record(record)
         for restart in reversed(restarts):
             self._watch.boundary(restart)

@@ -26,7 +26,7 @@ from relora.lowrank.restart import set_initial_directions_
 from relora.train.adaptive import decide
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import recover, resolve_pending
-from relora.train.run import Progress, Run, next_loss, save, save_due
+from relora.train.run import Progress, Run, held_out_figures, next_loss, save, save_due
 from relora.train.signals import Signals
 from relora.train.step import StepOutcome, train_step
 
@@ -170,12 +170,7 @@ def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -
         {
             "kind": "evaluation",
             **progress.position(max(state.step - 1, 0)),
-            "validation_loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "validation_tokens": result.tokens,
-            **result.scores,
-            "seconds": time.perf_counter() - started,
+            **held_out_figures(result, time.perf_counter() - started),
         }
     )
 

@@ -7,7 +7,7 @@ the step does not determine: weights, moments, and what the run has decided or m
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from relora.lowrank.restart import RestartConfig
 from relora.measure import Evaluation
 from relora.report.reporter import Reporter
 from relora.seeding import keyed_seed
-from relora.train.checkpoint import Checkpoint, Checkpoints, SavedState
+from relora.train.checkpoint import Checkpoints
+from relora.train.checkpoint_format import Checkpoint, SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
 from relora.train.schedule import Schedule
 from relora.train.state import Decisions, LossWindow, TrainState
@@ -231,6 +232,20 @@ def next_loss(run: Run, progress: Progress, model: nn.Module) -> Tensor:
     with torch.autocast(device.type, dtype=run.autocast, enabled=run.autocast is not None):
         total, valid = run.loss(model, *micro_batch)
     return total / valid
+
+
+def held_out_figures(result: Evaluation, seconds: float) -> dict[str, Any]:
+    """Figures of a held-out measurement as they stand in metrics.jsonl; `seconds` is what it took."""
+    return {
+        "validation_loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "validation_tokens": result.tokens,
+        "sample": result.whole_tokens is not None,
+        "whole_tokens": result.tokens if result.whole_tokens is None else result.whole_tokens,
+        **result.scores,
+        "seconds": seconds,
+    }
 
 
 def save_due(run: Run, step: int) -> bool:

@@ -31,7 +31,7 @@ import torch
 from relora.data.finetuning.labels import Label, class_names, class_numbers, label_of, regression_targets
 from relora.data.finetuning.records import Record, check_unicode, column_value
 from relora.data.readers import column_names
-from relora.data.sampling import Int64Array, permute
+from relora.data.sampling import Int64Array, keyed_sample, permute
 from relora.errors import UserError
 from relora.messages import short_name
 from relora.seeding import keyed_seed
@@ -168,19 +168,41 @@ class ClassBatches:
 
 
 class HeldOutClasses:
-    """Held-out examples as batches: all of them, in their order, `sequences` at a time."""
+    """Held-out examples as batches, the same ones in every evaluation, in their order: all, or a sample of them.
 
-    def __init__(self, examples: ClassExamples, *, sequences: int) -> None:
+    Args:
+        examples: the held-out examples.
+        sequences: examples per batch.
+        tokens: most ids of a sample (`sampling.keyed_sample`), unless a single example has more; by default all
+            examples are used.
+        seed: the run's seed, which keys the sample.
+    """
+
+    def __init__(self, examples: ClassExamples, *, sequences: int, tokens: int | None = None, seed: int = 0) -> None:
         self.examples = examples
         self.sequences = sequences
+        lengths = np.diff(examples.bounds)
+        self._drawn = np.arange(len(lengths))
+        if tokens is not None:
+            self._drawn = keyed_sample(lengths, tokens, keyed_seed(seed, "held out"))
+
+    @property
+    def targets(self) -> int:
+        """Number of examples, over all batches."""
+        return len(self._drawn)
+
+    @property
+    def whole_targets(self) -> int:
+        """Number of all held-out examples."""
+        return len(self.examples)
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self.examples) // self.sequences)
+        return -(-self.targets // self.sequences)
 
     def __iter__(self) -> Iterator[ClassBatch]:
-        for start in range(0, len(self.examples), self.sequences):
-            yield self.examples.take(np.arange(start, min(start + self.sequences, len(self.examples))))
+        for start in range(0, self.targets, self.sequences):
+            yield self.examples.take(self._drawn[start : start + self.sequences])
 
 
 def settle_padding(tokenizer: "PreTrainedTokenizerFast") -> int:

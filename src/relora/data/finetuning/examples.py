@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from relora.data.finetuning.packing import pack
-from relora.data.sampling import Int64Array, permute
+from relora.data.sampling import Int64Array, keyed_sample, permute
 from relora.errors import UserError
 from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
@@ -147,7 +147,7 @@ class ExampleBatches:
 
 
 class HeldOutExamples:
-    """The first held-out examples, the same ones in every evaluation, as batches.
+    """Held-out examples as batches, the same ones in every evaluation: all, or a sample of them.
 
     Iterating yields `(input_ids, labels)` of `micro_sequences` rows, the longest examples first, so that there is
     little padding; the last batch may have fewer rows.
@@ -156,27 +156,41 @@ class HeldOutExamples:
         examples: the held-out examples.
         micro_sequences: examples per batch.
         pad_id: the id for padding.
-        tokens: so many examples are used, from the first on, that they have at least this many scored tokens together.
+        tokens: most scored tokens of a sample (`sampling.keyed_sample`), unless a single example has more; by default
+            all examples are used.
+        seed: the run's seed, which keys the sample.
 
     Raises:
         UserError: there is no example.
     """
 
-    def __init__(self, examples: Sequence[Example], *, micro_sequences: int, pad_id: int, tokens: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        micro_sequences: int,
+        pad_id: int,
+        tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
         if not examples:
             raise UserError("evaluation needs at least one example, here is none")
-        ends = np.cumsum([example.targets for example in examples])
-        first = examples[: int(np.searchsorted(ends, tokens)) + 1]
-        self.examples = sorted(first, key=lambda example: -example.positions)
-        self.targets = int(ends[len(first) - 1])
+        self.whole = sorted(examples, key=lambda example: -example.positions)
+        """All held-out examples, the longest first."""
+        sizes = np.array([example.targets for example in self.whole], dtype=np.int64)
+        self.whole_targets = int(sizes.sum())
+        """Number of scored tokens of all held-out examples."""
+        drawn = np.arange(len(sizes)) if tokens is None else keyed_sample(sizes, tokens, keyed_seed(seed, "held out"))
+        self.examples = [self.whole[number] for number in drawn.tolist()]
+        self.targets = int(sizes[drawn].sum())
         """Number of scored tokens, over all batches."""
         self._micro_sequences = micro_sequences
         self._pad_id = pad_id
 
     @property
     def content(self) -> str:
-        """A fingerprint of the examples, as far as a model sees them."""
-        return fingerprint(self.examples)
+        """A fingerprint of all held-out examples, as far as a model sees them."""
+        return fingerprint(self.whole)
 
     def __len__(self) -> int:
         """Number of batches."""

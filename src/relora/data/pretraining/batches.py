@@ -135,52 +135,74 @@ class TrainBatches:
 
 
 class HeldOut:
-    """The first `tokens` tokens of a held-out folder as batches, in order, the same ones in every evaluation.
+    """Windows of a held-out folder as batches, in the order of the text, the same ones in every evaluation.
 
-    Iterating yields batches of `micro_sequences` windows; the last batch may have fewer. Every token but the first is
-    a target exactly once: a last short window is padded, with the label `IGNORED`, which no loss counts.
+    Without a seed they cover the first `tokens` tokens of the folder: every token but the first is a target exactly
+    once. With a seed they are a sample of the whole folder: so many of its windows that they have at most `tokens`
+    targets together, drawn by the seed; all windows, if those have no more. Which ones depends on the seed and on the
+    number of windows and tokens, not on the size of the batches.
+
+    Iterating yields batches of `micro_sequences` windows; the last batch may have fewer. A short window is padded, with
+    the label `IGNORED`, which no loss counts.
 
     Args:
         folder: the prepared folder.
         sequence_length: S, tokens per window.
         tokens: how many tokens to use; all of a folder that has fewer.
         micro_sequences: windows per batch.
+        seed: the run's seed, for a sample; None for the first tokens.
 
     Raises:
         UserError: there are fewer than 2 tokens.
     """
 
-    def __init__(self, folder: PreparedFolder, sequence_length: int, tokens: int, micro_sequences: int) -> None:
+    def __init__(
+        self,
+        folder: PreparedFolder,
+        sequence_length: int,
+        tokens: int,
+        micro_sequences: int,
+        *,
+        seed: int | None = None,
+    ) -> None:
         self.folder = folder
-        self.tokens = min(tokens, folder.tokens)
         self.sequence_length = sequence_length
         self.micro_sequences = micro_sequences
-        if self.tokens < 2:
-            raise UserError(
-                f"{folder.path}: evaluation needs at least 2 tokens, here are {self.tokens}; prepare more text"
-            )
-
-    @property
-    def targets(self) -> int:
+        used = min(tokens, folder.tokens)
+        if used < 2:
+            raise UserError(f"{folder.path}: evaluation needs at least 2 tokens, here are {used}; prepare more text")
+        self.whole_targets = folder.tokens - 1
+        """Number of target tokens in the folder."""
+        self._end = folder.tokens if seed is not None else used
+        self._most = sequence_length
+        self._windows: Sequence[int] = range(-(-(self._end - 1) // sequence_length))
+        if seed is not None and self.whole_targets > tokens:
+            self._most = min(sequence_length, tokens)
+            drawn = np.arange(max(1, tokens // sequence_length))
+            self._windows = sorted(permute(drawn, len(self._windows), keyed_seed(seed, "held out")).tolist())
+        last = self._targets_of(self._windows[-1])  # the only one that may be short
+        self.targets = (len(self._windows) - 1) * self._most + last
         """Number of target tokens, over all batches."""
-        return self.tokens - 1
 
     def __len__(self) -> int:
         """Number of batches."""
-        windows = -(-self.targets // self.sequence_length)
-        return -(-windows // self.micro_sequences)
+        return -(-len(self._windows) // self.micro_sequences)
 
     def __iter__(self) -> Iterator[Batch]:
         length = self.sequence_length
-        batch_targets = length * self.micro_sequences
-        for start in range(0, self.targets, batch_targets):
-            stream = self.folder.window(start, min(batch_targets + 1, self.tokens - start))
-            targets = len(stream) - 1
-            size = -(-targets // length) * length
-            inputs = np.full(size, self.folder.index.eos_token_id, dtype=np.int64)
-            labels = np.full(size, IGNORED, dtype=np.int64)
-            inputs[:targets], labels[:targets] = stream[:-1], stream[1:]
-            yield Batch(torch.from_numpy(inputs).view(-1, length), torch.from_numpy(labels).view(-1, length))
+        for first in range(0, len(self._windows), self.micro_sequences):
+            windows = self._windows[first : first + self.micro_sequences]
+            inputs = np.full((len(windows), length), self.folder.index.eos_token_id, dtype=np.int64)
+            labels = np.full((len(windows), length), IGNORED, dtype=np.int64)
+            for row, window in enumerate(windows):
+                targets = self._targets_of(window)
+                stream = self.folder.window(window * length, targets + 1)
+                inputs[row, :targets], labels[row, :targets] = stream[:-1], stream[1:]
+            yield Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+
+    def _targets_of(self, window: int) -> int:
+        """Return the number of target tokens of a window, given by its number in the folder."""
+        return min(self._most, self._end - 1 - window * self.sequence_length)
 
 
 def check_same_tokenizer(folders: Sequence[PreparedFolder]) -> None:
