@@ -6,8 +6,9 @@ turns are left out of the prompt, the oldest first; the system prompt and the qu
 out stay in the history, so that they are saved, but they never return to the prompt, even if they would fit again: the
 answers given in the meantime were written without them.
 
-`ChatPrompt` encodes the messages of such a prompt as token ids, in the same way as the model's training examples were
-encoded: with the tokenizer's chat template, or with the template of the run that fine-tuned the model.
+`ChatPrompt` encodes the messages of such a prompt as token ids, by the code that encodes training examples: with the
+tokenizer's chat template, or with the template of the run that fine-tuned the model. Control tokens that a user types
+are ordinary text. A chat template that states the date is given that of today, in training a fixed one.
 
 The price: nothing is cached between turns. Every prompt is encoded and run through the model from its first token, so
 the time until an answer begins grows with the length of the conversation.
@@ -15,17 +16,14 @@ the time until an answer begins grows with the length of the conversation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from relora.data.finetuning.instruct import PartEncoder
-from relora.data.finetuning.layouts import BadRecord, Layout
-from relora.data.finetuning.layouts import Message as TrainingMessage
-from relora.data.finetuning.templates import find_template
+from relora.data.finetuning.layouts import Layout
+from relora.data.finetuning.messages import BadRecord
+from relora.data.finetuning.messages import Message as TrainingMessage
+from relora.data.finetuning.writing import find_writer
 from relora.errors import UserError
-from relora.messages import first_line
 
 Message = dict[str, str]
 """A message in the form that chat templates take: `role` (system, user or assistant) and `content`."""
@@ -34,9 +32,6 @@ Encode = Callable[[list[Message]], list[int]]
 """Maps messages, the last of which is the user's, to the token ids of the prompt that the model answers."""
 
 _LAYOUT = Layout("chat", "messages")
-
-_PLACEHOLDER_ANSWER = TrainingMessage("assistant", "x")
-"""Takes the place of the answer that is still to be generated: the templates of training write complete examples."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +98,8 @@ class Conversation:
 class ChatPrompt:
     """Encodes messages as the token ids of the prompt that the model answers.
 
-    The templates `alpaca` and `plain` are written and encoded by the code that encodes the training examples; `auto`
-    means the tokenizer's chat template where it has one and `alpaca` otherwise, as in training. In all other cases the
-    tokenizer's chat template is used.
+    `auto` means the tokenizer's chat template where it has one and `alpaca` otherwise, as in training. For a model that
+    no run of ours fine-tuned, the tokenizer's chat template is used.
 
     Args:
         template: `data.template` of the run that fine-tuned the model; None for any other model.
@@ -115,16 +109,14 @@ class ChatPrompt:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._template = None  # stays None where the tokenizer's chat template is used
-        if template in ("alpaca", "plain") or (template == "auto" and not tokenizer.chat_template):
-            self._template = find_template(template, _LAYOUT, tokenizer)  # type: ignore[arg-type]  # one of its names
-            self._encoder = PartEncoder(tokenizer, is_chat=False)
-        elif not tokenizer.chat_template:
+        is_ours = template in ("alpaca", "plain") or (template == "auto" and not tokenizer.chat_template)
+        if not is_ours and not tokenizer.chat_template:
             raise UserError(
                 "the model's tokenizer has no chat template, and no run of ours fine-tuned it with one; "
                 "`relora generate` (without --chat) continues plain text"
             )
+        name = template if is_ours else "chat"
+        self._writer = find_writer(name, _LAYOUT, tokenizer, today=True)  # type: ignore[arg-type]  # one of its names
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of the prompt that ends with the last message, which must be the user's.
@@ -133,19 +125,6 @@ class ChatPrompt:
             UserError: the template refuses the messages, for example a system prompt that it does not support.
         """
         try:
-            if self._template is None:
-                ids: Any = self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, return_dict=False
-                )
-                return list(ids)
-            conversation = tuple(TrainingMessage(message["role"], message["content"]) for message in messages)
-            example = self._template.parts((*conversation, _PLACEHOLDER_ANSWER))
-            (encoded_parts,) = self._encoder.encode([example])
-            before_the_answer = encoded_parts[:-1]
-            return list(chain.from_iterable(part.ids for part in before_the_answer))
-        except UserError:
-            raise
+            return self._writer.prompt([TrainingMessage(one["role"], one["content"]) for one in messages])
         except BadRecord as error:
             raise UserError(str(error)) from None
-        except Exception as error:  # a chat template is a program of its author's and may raise anything
-            raise UserError(f"the chat template refuses this conversation: {first_line(str(error))}") from None

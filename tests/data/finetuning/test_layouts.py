@@ -3,15 +3,21 @@ from typing import Any
 import pytest
 from tests.data.tongues import records
 
-from relora.data.finetuning.layouts import LONGEST_TEXT, MOST_MESSAGES, BadRecord, Message, find_layout
+from relora.data.finetuning.layouts import LONGEST_TEXT, Conversation, find_layout
+from relora.data.finetuning.messages import MOST_MESSAGES, BadRecord
 from relora.errors import UserError
 
 ASKED = {"role": "user", "content": "Why?"}
 ANSWERED = {"role": "assistant", "content": "So."}
 
 
-def read(fields: dict[str, Any], **options: Any) -> list[Message]:
-    return list(find_layout(records(fields)[0], **options).conversation(fields))
+def conversation_of(fields: dict[str, Any], **options: Any) -> Conversation:
+    return find_layout(records(fields)[0], **options).conversation(fields)
+
+
+def read(fields: dict[str, Any], **options: Any) -> list[tuple[str, str, str]]:
+    messages = conversation_of(fields, **options).messages
+    return [(message.role, message.content, message.input) for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_columns_that_do_not_fit_are_named(options: dict[str, Any], message: str
         ({"messages": [{"role": "user"}]}, "message 1 of `messages` has neither role and content nor from and value"),
         ({"messages": [ASKED, {"role": "judge", "content": "x"}]}, "message 2 of `messages` is from 'judge'; known"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"message 1 of `messages` is from \['user'\]"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "`content` is not text but list"),
+        ({"messages": [{"role": "user", "content": 7}]}, "message 1 of `messages`: `content` is not text but int"),
         ({"messages": [ASKED] * (MOST_MESSAGES + 1)}, "has 1,001 messages; one example has at most 1,000"),
     ],
 )

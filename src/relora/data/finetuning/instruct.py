@@ -1,12 +1,8 @@
-"""Encode records as examples: a layout reads the record, a template writes it, and the tokenizer encodes each part.
+"""Encode records as examples: a layout reads the record, a template writes it, and the tokenizer encodes it.
 
-    record -> conversation (`layouts`) -> prompts and responses (`templates`) -> tokens, of which responses are scored
+    record -> conversation (`layouts`) -> prompts and responses (`templates`, `chat_template`) -> tokens (`encoding`)
 
-Prompts and responses are encoded separately, so no token contains characters of both, and a prompt has the same ids as
-in generation. Most tokenizers encode a text in the same way at every position. Tokenizers of the SentencePiece kind put
-a space before the first word of a text; there, every part but the first is encoded behind a line end, whose ids are
-then removed. Control tokens act as such only where a chat template wrote them. (Tokenizers that do not reproduce texts
-exactly, such as T5's, which treats line ends as spaces, are not more exact here.)
+Of the tokens those of responses are scored. A conversation is one example, or several where it cannot be one.
 
 An example that does not fit into a sequence is cut so that the response is kept: of several turns, the first ones that
 fit are kept; of a single turn, the middle of the prompt is left out; only a response that alone is too long loses its
@@ -14,20 +10,25 @@ end.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import tokenizers
+import numpy.typing as npt
 
+from relora.data.finetuning.encoding import Encoded
 from relora.data.finetuning.examples import Example
-from relora.data.finetuning.layouts import MARK, BadRecord, Conversation, Layout, LayoutName, find_layout
+from relora.data.finetuning.layouts import Conversation, Layout, LayoutName, find_layout
+from relora.data.finetuning.messages import BadRecord
+from relora.data.finetuning.noticed import Noticed
 from relora.data.finetuning.records import Record
-from relora.data.finetuning.templates import Part, Template, TemplateName, find_template
+from relora.data.finetuning.templates import TemplateName
+from relora.data.finetuning.writing import Writer, Written, find_writer
 from relora.data.pretraining.encode import CHUNK_CHARS
 from relora.errors import UserError
+from relora.messages import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,16 +61,21 @@ class ExampleCounts:
     empty: int
     """Records left out because they have no response."""
     prompt_cut: int
-    """Records used without the middle of the prompt."""
+    """Examples without the middle of the prompt."""
     response_cut: int
-    """Records used without the end of the response, or without the later ones of several turns."""
+    """Examples without the end of the response, or without the later ones of several turns."""
+    unscored: int = 0
+    """Records left out because no response is scored."""
+    examples: int | None = None
+    """Number of examples, if it is not that of the records used."""
 
     def __str__(self) -> str:
-        left_out = {"with no response": self.empty, "bad": self.bad}
+        left_out = {"with no response": self.empty, "with no response that is scored": self.unscored, "bad": self.bad}
+        several = "" if self.examples is None else f" as {self.examples:,} examples"
         cut = {"in the prompt": self.prompt_cut, "in the response": self.response_cut}
         return "; ".join(
             [
-                f"{self.used:,} of {self.read:,} records used",
+                f"{self.used:,} of {self.read:,} records used{several}",
                 *(f"{number:,} left out, {why}" for why, number in left_out.items() if number),
                 *(f"{number:,} cut {where}" for where, number in cut.items() if number),
             ]
@@ -85,9 +91,17 @@ class InstructionSet:
     layout: Layout
     template: str
     """Name of the template."""
+    notes: tuple[str, ...] = ()
+    """Lines about what of the records is not used, or was changed."""
 
     def __str__(self) -> str:
         return f"{self.layout}, template {self.template}: {self.counts}"
+
+
+SEVERAL = (
+    "conversations that became several examples, because an earlier turn is written otherwise once it is history "
+    "(by the chat template, or by the tokenizer)"
+)
 
 
 class Prompt(NamedTuple):
@@ -123,25 +137,27 @@ def encode(
         raise UserError(f"sequence_length is {sequence_length}: an example needs at least 2 tokens")
     reader = _Reader(records, tokenizer, form, skip_bad)
     examples = []
-    for record, _, parts in reader.encoded():
-        parts, prompt_cut, response_cut = _fitting(parts, sequence_length)
-        reader.counts.update(prompt_cut=prompt_cut, response_cut=response_cut)
-        ids = np.fromiter(chain.from_iterable(part.ids for part in parts), dtype=np.int32)
-        part_is_scored = [part.is_response or form.loss_on == "all" for part in parts]
-        scored = np.repeat(np.array(part_is_scored), [len(part.ids) for part in parts])
-        examples.append(Example(ids, scored, record.where))
+    for record, _, encoded in reader.encoded():
+        for one in encoded:
+            kept, prompt_cut, response_cut = _fitting(one, sequence_length)
+            reader.counts.update(prompt_cut=prompt_cut, response_cut=response_cut)
+            ids = np.array(one.ids, dtype=np.int32)[kept]
+            scored = one.scored(prompts=form.loss_on == "all")[kept]
+            examples.append(Example(ids, scored, record.where))
     count = reader.counts
     counts = ExampleCounts(
         read=count["read"],
-        used=len(examples),
+        used=count["used"],
         bad=count["bad"],
         empty=count["empty"],
         prompt_cut=count["prompt_cut"],
         response_cut=count["response_cut"],
+        unscored=count["unscored"],
+        examples=None if len(examples) == count["used"] else len(examples),
     )
     if not examples:
         raise UserError(f"no example is left to use: {counts}")
-    return InstructionSet(tuple(examples), counts, reader.layout, reader.template.name)
+    return InstructionSet(tuple(examples), counts, reader.layout, reader.writer.name, reader.noticed.lines)
 
 
 def prompts(
@@ -151,7 +167,7 @@ def prompts(
     *,
     skip_bad: bool = False,
 ) -> Iterator[Prompt]:
-    """Yield the prompt before the last response of each record, and this response.
+    """Yield the prompt before the last scored response of each record, and this response.
 
     A prompt is encoded as by `encode`, with all earlier turns, and is not cut. See `encode` for arguments and errors;
     in addition, completions are refused.
@@ -159,9 +175,8 @@ def prompts(
     reader = _Reader(records, tokenizer, form, skip_bad)
     if reader.layout.name == "completion":
         raise UserError(f"{reader.layout}: completions have no prompt that a model could be asked")
-    for record, conversation, parts in reader.encoded():
-        ids = list(chain.from_iterable(part.ids for part in parts[:-1]))
-        yield Prompt(ids, conversation[-1].content, record.where)
+    for record, written, encoded in reader.encoded():
+        yield Prompt(encoded[-1].ids[: encoded[-1].asked], written.response, record.where)
 
 
 def render_example(example: Example, tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -190,17 +205,11 @@ def _printable(text: str) -> str:
     return "".join(map(escaped, text))
 
 
-class EncodedPart(NamedTuple):
-    """The ids of a part of an example."""
-
-    ids: list[int]
-    is_response: bool
-
-
 class _Reader:
     """Read records by a layout and encode them by a template; the first record decides the layout.
 
-    See `encode` for the arguments. `counts` has the numbers of records by what became of them.
+    See `encode` for the arguments. `counts` has the numbers of records by what became of them, `noticed` what is not
+    used of them.
     """
 
     def __init__(
@@ -212,43 +221,44 @@ class _Reader:
             raise UserError("there is no record to use")
         self._records = chain([first], self._records)
         self.layout = find_layout(first, form.layout, form.prompt_column, form.response_column)
-        self.template: Template = find_template(form.template, self.layout, tokenizer)
-        self._encoder = PartEncoder(tokenizer, is_chat=self.template.is_chat)
+        self.writer: Writer = find_writer(form.template, self.layout, tokenizer)
         self._skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
+        self.noticed = Noticed()
 
-    def encoded(self) -> Iterator[tuple[Record, Conversation, list[EncodedPart]]]:
-        """Yield each record that has a response, its conversation and its encoded parts.
+    def encoded(self) -> Iterator[tuple[Record, Written, list[Encoded]]]:
+        """Yield each record that has a response, what was written of it, and its examples.
 
         About `CHUNK_CHARS` characters of text are encoded at a time.
         """
-        waiting: list[tuple[Record, Conversation, list[Part]]] = []
+        waiting: list[tuple[Record, Written]] = []
         chars = 0
         for record in self._records:
             self.counts["read"] += 1
             try:
                 conversation = self.layout.conversation(record.fields)
-                parts = self.template.parts(conversation) if conversation else []
+                written = self.writer.write(conversation) if conversation.messages else None
             except BadRecord as error:
                 self._bad(f"{record.where}: {error}")
                 continue
-            if not parts:
-                self.counts["empty"] += 1
+            if written is None:
+                self.counts["unscored" if conversation.noticed else "empty"] += 1
                 continue
-            waiting.append((record, conversation, parts))
-            chars += sum(len(part.text) for part in parts)
+            self.noticed.add(record.where, *_noticed(conversation, written))
+            waiting.append((record, written))
+            chars += written.chars
             if chars >= CHUNK_CHARS:
                 yield from self._encode(waiting)
                 waiting, chars = [], 0
         yield from self._encode(waiting)
 
-    def _encode(
-        self, waiting: list[tuple[Record, Conversation, list[Part]]]
-    ) -> Iterator[tuple[Record, Conversation, list[EncodedPart]]]:
+    def _encode(self, waiting: list[tuple[Record, Written]]) -> Iterator[tuple[Record, Written, list[Encoded]]]:
         """Encode the records that have been collected."""
-        encoded = self._encoder.encode([parts for _, _, parts in waiting])
-        for (record, conversation, _), parts in zip(waiting, encoded, strict=True):
-            yield record, conversation, parts
+        for (record, written), examples in zip(waiting, self.writer.encode([one for _, one in waiting]), strict=True):
+            self.counts["used"] += 1
+            if len(examples) > 1:
+                self.noticed.add(record.where, (), [SEVERAL])
+            yield record, written, examples
 
     def _bad(self, message: str) -> None:
         """Refuse a record that cannot be used, or count it."""
@@ -257,103 +267,29 @@ class _Reader:
         self.counts["bad"] += 1
 
 
-class PartEncoder:
-    """Encode the parts of examples: the first one as the beginning of a text, the others as its continuation.
-
-    Args:
-        tokenizer: encodes the texts.
-        is_chat: whether the parts come from a chat template: control tokens in them then act as such, and the
-            tokenizer's own beginning of a text, such as BOS, is not added.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, is_chat: bool) -> None:
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = not is_chat
-        self._eos: int = tokenizer.eos_token_id
-        self._opening = [] if is_chat else _opening(tokenizer)
-        self._line_end = self._ids(["\n"])[0]
-        self._is_position_independent = self._continuation_ids(["x"]) == self._ids(["x"])
-
-    def encode(self, examples: Sequence[list[Part]]) -> list[list[EncodedPart]]:
-        """Return the ids of all parts of each example, including BOS where the tokenizer has it, and EOS."""
-        pieces: list[str] = []  # the parts of all examples, split at MARK
-        beginnings = set()  # numbers of the pieces with which an example begins
-        for parts in examples:
-            beginnings.add(len(pieces))
-            pieces += [piece for part in parts for piece in part.text.split(MARK)]
-        piece_ids = iter(self._piece_ids(pieces, beginnings))
-        return [self._encoded_parts(parts, piece_ids) for parts in examples]
-
-    def _encoded_parts(self, parts: list[Part], piece_ids: Iterator[list[int]]) -> list[EncodedPart]:
-        """Join the ids of the pieces of one example, which are next in `piece_ids`, to those of its parts."""
-        encoded = []
-        for number, part in enumerate(parts):
-            ids = list(self._opening) if number == 0 else []
-            for _ in range(part.text.count(MARK) + 1):
-                ids += next(piece_ids)
-            if part.eos:
-                ids.append(self._eos)
-            encoded.append(EncodedPart(ids, part.is_response))
-        return encoded
-
-    def _piece_ids(self, pieces: list[str], beginnings: set[int]) -> list[list[int]]:
-        """Return the ids of each piece, as the beginning of a text if its number is in `beginnings`."""
-        if self._is_position_independent:
-            return self._ids(pieces)
-        first = iter(self._ids([piece for number, piece in enumerate(pieces) if number in beginnings]))
-        later = iter(self._continuation_ids([piece for number, piece in enumerate(pieces) if number not in beginnings]))
-        return [next(first) if number in beginnings else next(later) for number in range(len(pieces))]
-
-    def _continuation_ids(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text as the continuation of another text.
-
-        Each text is encoded behind a line end, whose ids are removed. If the line end forms one token with the
-        beginning of the text, the text is encoded alone.
-        """
-        size = len(self._line_end)
-        behind_line_end = self._ids([f"\n{text}" for text in texts])
-        return [
-            ids[size:] if ids[:size] == self._line_end else self._ids([text])[0]
-            for text, ids in zip(texts, behind_line_end, strict=True)
-        ]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Return the tokenizer's ids of each text, without special tokens added."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+def _noticed(conversation: Conversation, written: Written) -> tuple[list[str], list[str]]:
+    """Return what of a record is not used, and what became of its messages."""
+    unused = [f"column `{short_name(column)}`" for column in conversation.unused]
+    return [*unused, *written.unused], [*conversation.noticed, *written.noticed]
 
 
-def _opening(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the ids that a tokenizer puts before every text, such as LLaMA's BOS."""
-    bare, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
-    ends = (end for end in range(len(whole)) if whole[end : end + len(bare)] == bare)
-    return list(whole[: next(ends, 0)])
-
-
-def _fitting(parts: list[EncodedPart], most: int) -> tuple[list[EncodedPart], bool, bool]:
+def _fitting(example: Encoded, most: int) -> tuple[npt.NDArray[np.int64], bool, bool]:
     """Cut an example to at most `most` tokens, as the module says.
 
     Returns:
-        The parts, whether a prompt was cut, and whether a response was cut or left out.
+        The numbers of the tokens that are kept, whether a prompt was cut, and whether a response was cut or left out.
     """
-    length = kept = 0
-    for number, part in enumerate(parts, start=1):
-        length += len(part.ids)
-        if part.is_response and length <= most:
-            kept = number
-    if kept:
-        return parts[:kept], False, kept < len(parts)
-    first_response = next(number for number, part in enumerate(parts) if part.is_response)
-    prompt = list(chain.from_iterable(part.ids for part in parts[:first_response]))
-    response = parts[first_response].ids
-    prompt_room, response_cut = most - len(response), False
+    ends = [end for _, end in example.responses if end <= most]
+    if ends:
+        return np.arange(ends[-1]), False, ends[-1] < example.responses[-1][1]
+    start, end = example.responses[0]
+    room, response_cut = most - (end - start), False
     # One token of the prompt has to be kept, because the first token of an example is not scored.
-    if prompt_room < min(1, len(prompt)):
-        prompt_room, response_cut = min(len(prompt), most // 2), True
-    prompt_cut = prompt_room < len(prompt)
-    if prompt_cut:
-        tail = prompt_room // 2
-        prompt = prompt[: prompt_room - tail] + prompt[len(prompt) - tail :]
-    fitting = [EncodedPart(prompt, False), EncodedPart(response[: most - len(prompt)], True)]
-    return fitting, prompt_cut, response_cut or first_response + 1 < len(parts)
+    if room < min(1, start):
+        room, response_cut = min(start, most // 2), True
+    head = np.arange(start)
+    if prompt_cut := room < start:
+        tail = room // 2
+        head = np.concatenate([head[: room - tail], head[start - tail :]])
+    response = np.arange(start, min(end, start + most - len(head)))
+    return np.concatenate([head, response]), prompt_cut, response_cut or len(example.responses) > 1

@@ -7,59 +7,55 @@
     completion  text, which is a response without a prompt
 
 Except in completions, a column `system` or `system_prompt` gives the first message of the conversation, the system
-message, if the messages have none.
+message, if the messages have none, and a column `tools` (or `functions`) describes the tools that may be called. In the
+layouts with a prompt and a response, either may also be a list of messages, as in TRL; the responses in the prompt are
+then seen and not scored. Other columns with a value are returned as not used.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from relora.data.finetuning.messages import (
+    BadRecord,
+    Message,
+    checked_text,
+    nested_texts,
+    read_messages,
+    read_tools,
+)
 from relora.data.finetuning.records import Record
 from relora.data.readers import column_names
 from relora.errors import UserError
-from relora.messages import short_name, short_repr
+from relora.messages import short_name
 
 LayoutName = Literal["alpaca", "dolly", "chat", "columns", "completion"]
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",  # ShareGPT's name
-    "assistant": "assistant",
-    "gpt": "assistant",  # ShareGPT's name
-    "tool": "tool",
-}
-"""Roles in records -> roles of `Message`."""
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """Columns that may hold a system message; the first one that has a text is used."""
 
-MOST_MESSAGES = 1000
-"""Most messages of a conversation."""
+HISTORY = "history"
+"""Column of the earlier turns in alpaca's layout, pairs of prompt and response (LLaMA-Factory)."""
 
 LONGEST_TEXT = 1 << 20
 """Most characters of a conversation: far more than any context, and few enough for their tokens to fit into memory."""
 
-MARK = "\ufdd0"
-"""A code point that Unicode reserves as no character. Texts that contain it are refused, so templates can use it to
-mark where a text has to be split."""
+PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("prompt", "completion", "label"))
+"""Columns by which preference data is told: pairs (DPO, reward models), and single judged responses (KTO)."""
 
 
-class BadRecord(Exception):
-    """A record cannot be used; the message says why, but not which record it is."""
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a record up to its last response that is scored, and what became of the rest of the record."""
 
-
-class Message(NamedTuple):
-    """One message of a conversation."""
-
-    role: str
-    """One of the values of `ROLES`."""
-    content: str
-    input: str = ""
-    """Text that an instruction is about, such as Alpaca's column `input`."""
-
-
-Conversation = tuple[Message, ...]
+    messages: tuple[Message, ...]
+    """Empty if no response can be scored."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Descriptions of the tools that may be called; only chat templates can write them."""
+    unused: tuple[str, ...] = ()
+    """Columns with a value that is not used."""
+    noticed: tuple[str, ...] = ()
+    """What of the messages was left out, one entry for each message."""
 
 
 @dataclass(frozen=True)
@@ -84,28 +80,52 @@ class Layout:
         return {self.response} if self.prompt is None else {self.prompt, self.response}
 
     def conversation(self, fields: Mapping[str, Any]) -> Conversation:
-        """Return the messages of a record up to its last response that can be used; none if it has no such response.
+        """Return the messages of a record up to its last response that is scored; none if it has no such response.
 
         Raises:
             BadRecord: a column is missing, its value is not what the layout says, or the texts are too long.
         """
         if missing := sorted(self.needed - fields.keys()):
             raise BadRecord(f"no column `{short_name(missing[0])}`; there are {column_names(fields)}")
-        messages = _messages(fields, self.response) if self.name == "chat" else self._one_turn(fields)
-        if self.name != "completion" and not any(message.role == "system" for message in messages):
-            system = next((text for column in SYSTEM_COLUMNS if (text := _text(fields, column))), None)
-            messages = messages if system is None else [Message("system", system), *messages]
-        if (length := sum(len(message.content) + len(message.input) for message in messages)) > LONGEST_TEXT:
-            raise BadRecord(f"has {length:,} characters; one example has at most {LONGEST_TEXT:,}")
-        return _up_to_last_response(messages)
+        messages = self._messages(fields)
+        used = {column for column in (self.prompt, self.input, self.response) if column is not None}
+        tools: tuple[Mapping[str, Any], ...] = ()
+        if self.name == "alpaca":
+            used.add(HISTORY)
+        if self.name != "completion":
+            tools = read_tools(fields)
+            used.add("tools" if fields.get("tools") else "functions")
+        if self.name != "completion" and not any(message.role in ("system", "developer") for message in messages):
+            column = next((column for column in SYSTEM_COLUMNS if checked_text(fields.get(column), column)), None)
+            if column is not None:
+                used.add(column)
+                messages = [Message("system", fields[column]), *messages]
+        chars = sum(len(message.content) + len(message.input) for message in messages)
+        chars += sum(map(len, nested_texts([[message.extra for message in messages], tools], -4)))
+        if chars > LONGEST_TEXT:
+            raise BadRecord(f"has {chars:,} characters; one example has at most {LONGEST_TEXT:,}")
+        unused = (key for key, value in fields.items() if key not in used and value not in (None, "", [], {}))
+        kept, noticed = _up_to_last_response(messages)
+        return Conversation(kept, tools, tuple(unused), noticed)
 
-    def _one_turn(self, fields: Mapping[str, Any]) -> list[Message]:
-        """Return the prompt, unless the layout has none, and the response."""
-        response = Message("assistant", _text(fields, self.response))
+    def _messages(self, fields: Mapping[str, Any]) -> list[Message]:
+        """Return all messages of a record, without those of columns that may give a system message."""
+        if self.name == "chat":
+            return read_messages(fields[self.response], self.response)
+        response = fields[self.response]
+        answers = (
+            read_messages(response, self.response)
+            if isinstance(response, list)
+            else [Message("assistant", checked_text(response, short_name(self.response)))]
+        )
         if self.prompt is None:
-            return [response]
-        about = "" if self.input is None else _text(fields, self.input)
-        return [Message("user", _text(fields, self.prompt), about), response]
+            return answers
+        prompt = fields[self.prompt]
+        if isinstance(prompt, list):  # what is scored is the completion, as in TRL
+            return [*read_messages(prompt, self.prompt, scored=False), *answers]
+        about = "" if self.input is None else checked_text(fields.get(self.input), short_name(self.input))
+        asked = Message("user", checked_text(prompt, short_name(self.prompt)), about)
+        return [*(_history(fields.get(HISTORY)) if self.name == "alpaca" else []), asked, *answers]
 
 
 KNOWN = (
@@ -135,10 +155,14 @@ def find_layout(
     Raises:
         UserError: no layout fits; the message names the columns that the record has.
     """
+    if response is None and name == "auto":
+        _refuse_preferences(first)
     if response is not None:
         if name not in ("auto", "columns"):
             raise UserError(f"layout {name} has columns of its own; name columns with the layout `columns` only")
-        candidates = [Layout("completion", response) if prompt is None else Layout("columns", response, prompt)]
+        is_chat = prompt is None and isinstance(first.fields.get(response), list)
+        alone = Layout("chat" if is_chat else "completion", response)
+        candidates = [alone if prompt is None else Layout("columns", response, prompt)]
     elif prompt is not None:
         raise UserError(f"column `{short_name(prompt)}` holds the prompts; name the responses' column, too")
     else:
@@ -157,53 +181,53 @@ def find_layout(
     raise UserError(f"{there}; layout {name} needs {wanted}{mend}")
 
 
-def _messages(fields: Mapping[str, Any], column: str) -> list[Message]:
-    """Read the messages in a column of the layout chat; raise `BadRecord` if it does not hold messages."""
-    value = fields[column]
-    if not isinstance(value, list):
-        raise BadRecord(f"`{column}` is not a list of messages but {type(value).__name__}")
-    if len(value) > MOST_MESSAGES:
-        raise BadRecord(f"`{column}` has {len(value):,} messages; one example has at most {MOST_MESSAGES:,}")
+def _refuse_preferences(first: Record) -> None:
+    """Raise `UserError` if a data set says which of its responses are good ones: none is trained on as if it were."""
+    for columns in PREFERENCES:
+        if not set(columns) <= first.fields.keys():
+            continue
+        if columns[-1] == "label" and not isinstance(first.fields["label"], bool):
+            continue
+        raise UserError(
+            f"{first.where}: the columns {column_names(columns)} are preference data (DPO, KTO, reward models), which "
+            "is not trained on here; to train on one column's responses, name it as data.response_column (and "
+            "data.prompt_column)"
+        )
+
+
+def _history(value: Any) -> list[Message]:
+    """Return the earlier turns of an alpaca record: a list of [prompt, response]; `BadRecord` if it is none."""
     messages = []
-    for number, entry in enumerate(value, start=1):
-        if not isinstance(entry, dict):
-            raise BadRecord(f"message {number} of `{column}` is not an object")
-        role, content = ("role", "content") if "role" in entry else ("from", "value")
-        if role not in entry or content not in entry:
-            raise BadRecord(f"message {number} of `{column}` has neither role and content nor from and value")
-        if not isinstance(entry[role], str) or entry[role] not in ROLES:
-            raise BadRecord(
-                f"message {number} of `{column}` is from {short_repr(entry[role])}; known are {', '.join(ROLES)}"
-            )
-        messages.append(Message(ROLES[entry[role]], _text(entry, content)))
+    for pair in [] if value is None else value if isinstance(value, list) else [value]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRecord(f"`{HISTORY}` is not a list of pairs of a prompt and a response")
+        prompt, response = (checked_text(text, HISTORY) for text in pair)
+        messages += [Message("user", prompt), Message("assistant", response)]
     return messages
 
 
-def _up_to_last_response(messages: list[Message]) -> Conversation:
-    """Return the messages up to the last response that stands before the first blank response.
+def _up_to_last_response(messages: list[Message]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Return the messages up to the last scored response that stands before the first blank one.
 
     Messages behind the last response have nothing to score, and messages behind a blank one answer a missing text.
+
+    Returns:
+        The messages, and for each that is left out why; without messages, whether there are responses at all.
     """
-    end = 0
+    end, blank = 0, len(messages)
     for number, message in enumerate(messages, start=1):
         if message.role == "assistant":
-            if not message.content.strip():
+            if message.is_blank:
+                blank = number - 1
                 break
-            end = number
-    return tuple(messages[:end])
-
-
-def _text(fields: Mapping[str, Any], column: str) -> str:
-    """Return the text in a column, empty if the column is missing or null; raise `BadRecord` if it is not a text."""
-    value = fields.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRecord(f"`{short_name(column)}` is not text but {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"`{short_name(column)}` holds half of a surrogate pair") from None
-    if MARK in value:
-        raise BadRecord(f"`{short_name(column)}` holds U+FDD0, which is no character")
-    return value
+            if message.is_scored:
+                end = number
+    if not end:
+        unscored = any(message.role == "assistant" for message in messages[:blank])
+        return (), ("responses, none of which is scored",) if unscored else ()
+    noticed = ["messages left out behind the last response that is scored"] * (blank - end)
+    noticed += ["messages left out because they are a blank response or stand behind one"] * (len(messages) - blank)
+    noticed += ["responses seen and not scored, as their `weight`, `train` or `loss` says"] * sum(
+        message.role == "assistant" and not message.is_scored for message in messages[:end]
+    )
+    return tuple(messages[:end]), tuple(noticed)

@@ -1,0 +1,40 @@
+"""What was noticed while records were read: how often, and in which record first.
+
+not used: column `id` (60 records), `name` in messages (4 records)
+12 turns whose text the chat template changed or left out, first in a.jsonl, line 3
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from relora.data.readers import MOST_NAMES
+
+
+class Noticed:
+    """Counts of what is not used of records, and of what became of their messages."""
+
+    def __init__(self) -> None:
+        self._unused: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, where: str, unused: Iterable[str], noticed: Iterable[str]) -> None:
+        """Count one record.
+
+        Args:
+            where: its place.
+            unused: names of what is not used of it.
+            noticed: what became of its messages, one entry for each.
+        """
+        self._unused.update(set(unused))
+        for what in noticed:
+            self._counts[what] += 1
+            self._first.setdefault(what, where)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Return one line for all that is not used, and one for each thing that was noticed."""
+        names = [f"{name} ({number:,} records)" for name, number in self._unused.most_common(MOST_NAMES)]
+        more = [f"{len(self._unused) - MOST_NAMES:,} more"] if len(self._unused) > MOST_NAMES else []
+        unused = [f"not used: {', '.join(names + more)}"] if names else []
+        return (*unused, *(f"{count:,} {what}, first in {self._first[what]}" for what, count in self._counts.items()))
