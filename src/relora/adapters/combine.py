@@ -30,6 +30,7 @@ from relora.adapters.adapter import Adapter, Factors
 from relora.adapters.contents import Summary, summarize
 from relora.adapters.low_rank_approximation import nearest_low_rank, nearest_low_rank_of_product
 from relora.adapters.peft_format import read_adapter, write_adapter
+from relora.adapters.peft_reading import misreadings_on_base, warn_of_misreadings
 from relora.errors import UserError
 from relora.seeding import keyed_generator
 
@@ -106,7 +107,9 @@ def combine_adapters(
     """
     adapters = [read_adapter(folder) for folder in folders]
     combined = combine(adapters, weights, method, r=r, density=density, seed=seed)
-    return summarize(write_adapter(combined, out), Path(out).name)
+    written = write_adapter(combined, out)
+    warn_of_misreadings(written, misreadings_on_base(combined))
+    return summarize(written, Path(out).name)
 
 
 def combine(

@@ -14,6 +14,7 @@ from relora.adapters.peft_format import (
     read_config,
     shapes,
 )
+from relora.adapters.peft_reading import misreadings_on_base
 from relora.errors import UserError
 from relora.messages import first_line, short_name
 
@@ -61,6 +62,8 @@ class Contents:
     layers: list[LayerSummary]
     full_tensors: dict[str, list[int]]
     """Shapes of the tensors that were trained in full (PEFT's `modules_to_save`), by name."""
+    misread_by_peft: list[str] | None = None
+    """What PEFT reads otherwise (see `peft_reading`); None if the base is not here, so that it cannot be told."""
 
 
 def list_adapters(folder: str | Path) -> list[Summary]:
@@ -94,7 +97,8 @@ def show_adapter(folder: str | Path) -> Contents:
         for path, factors in adapter.layers.items()
     ]
     full = {key: list(tensor.shape) for key, tensor in adapter.others.items()}
-    return Contents(summarize(folder, folder.name), layers, full)
+    found = misreadings_on_base(adapter)
+    return Contents(summarize(folder, folder.name), layers, full, None if found is None else list(map(str, found)))
 
 
 def summarize(folder: Path, name: str) -> Summary:

@@ -17,6 +17,7 @@ from relora.adapters.adapter import Adapter, Factors
 from relora.adapters.compatibility import all_tensors
 from relora.adapters.low_rank_approximation import nearest_low_rank
 from relora.adapters.peft_format import write_adapter
+from relora.adapters.peft_reading import misreadings, warn_of_misreadings
 from relora.adapters.stored_model import StoredModel
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
@@ -91,8 +92,10 @@ def extract_adapter(
         fan_in_fan_out=any(before.is_transposed(path) for path in layers),
         task_type="CAUSAL_LM",
     )
+    written = write_adapter(adapter, out)
+    warn_of_misreadings(written, misreadings(before.model, adapter))
     return Extraction(
-        out=str(write_adapter(adapter, out)),
+        out=str(written),
         r=r,
         layers=shares,
         energy_kept=kept / total,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from relora.adapters.adapter import Adapter, Factors
 from relora.adapters.compatibility import all_tensors, check_fits, check_ties
 from relora.adapters.peft_format import common_and_patterns, read_adapter, write_adapter
+from relora.adapters.peft_reading import misreadings, warn_of_misreadings
 from relora.errors import UserError
 from relora.lowrank.config import LowRankConfig
 from relora.lowrank.gradient_init import update_factors
@@ -36,6 +37,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = Non
     initialised from the weight or its gradient (`init: pissa`, `gradient-svd`) are written as an update of the original
     weight, which has twice the rank.
 
+    Layers that PEFT would read as something else are logged as a warning (see `peft_reading`).
+
     Args:
         base: folder or hub id of the base model, to be named in the adapter's configuration.
         overwrite: replace an adapter that exists in `folder`.
@@ -48,7 +51,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = Non
             exists (with `overwrite`: and is not an adapter).
         RunStopped: the disk refuses the write.
     """
-    return write_adapter(adapter_of(model, base=base), folder, overwrite=overwrite)
+    adapter = adapter_of(model, base=base)
+    written = write_adapter(adapter, folder, overwrite=overwrite)
+    warn_of_misreadings(written, misreadings(model, adapter))
+    return written
 
 
 def load_adapter(

@@ -39,7 +39,8 @@ def test_contents_are_the_row_of_the_list_the_layers_and_what_was_trained_in_ful
     text = screen.text
     assert text.splitlines()[1].startswith("french") and "norm of the update" in text
     assert "layers.0.q_proj" in text and "32 x 64" in text and "1.235" in text
-    assert text.endswith("trained in full: lm_head (512 x 32)")
+    assert "trained in full: lm_head (512 x 32)" in text
+    assert "it was not checked whether PEFT reads it" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -96,3 +97,10 @@ def test_an_extraction_says_what_it_leaves_out(count: int, names: str) -> None:
 )
 def test_sizes_are_in_powers_of_1000(size: int, text: str) -> None:
     assert format_decimal_bytes(size) == text
+
+
+def test_contents_say_what_peft_reads_otherwise() -> None:
+    for found in ([], ["PEFT 0.21 loads the adapter without them: model.layers.0.mlp.down_proj"]):
+        screen = Screen(width=40)
+        print_contents(Contents(FRENCH, [], {}, found), screen)
+        assert [line for line in screen.text.splitlines() if "PEFT" in line] == [f"warning: {one}" for one in found]

@@ -69,6 +69,10 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     console.print(build_table(columns, rows))
     for name, shape in contents.full_tensors.items():
         console.print(f"trained in full: {name} ({' x '.join(map(str, shape))})")
+    if contents.misread_by_peft is None:
+        console.out("its base is not a folder here, so it was not checked whether PEFT reads it as it was trained")
+    for misreading in contents.misread_by_peft or ():
+        console.out(f"warning: {misreading}")
 
 
 def print_merge(report: MergeReport, console: Console | None = None) -> None:
