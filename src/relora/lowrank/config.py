@@ -87,9 +87,16 @@ class LowRankConfig:
     """Rates of the device, which decide the order of the products; measured once per machine unless given."""
 
     def __post_init__(self) -> None:
-        for key, value, valid in (("init", self.init, get_args(Init)), ("rest", self.rest, get_args(Rest))):
-            if value not in valid:
-                raise UserError(f"lowrank.{key}: {short_repr(value)} is none of {', '.join(valid)}")
+        choices = (("init", Init), ("rest", Rest), ("base", Storage), ("frozen", Arithmetic))
+        for key, kind in choices:
+            if getattr(self, key) not in get_args(kind):
+                raise UserError(
+                    f"lowrank.{key}: {short_repr(getattr(self, key))} is none of {', '.join(get_args(kind))}"
+                )
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lowrank.lora_dropout: {self.lora_dropout} must be at least 0 and less than 1")
+        if not 0 < self.lora_alpha < math.inf:
+            raise UserError(f"lowrank.lora_alpha: {self.lora_alpha} must be a positive number")
         if self.trained_modules and self.rest != "frozen":
             raise UserError("lowrank.trained_modules: everything trains with lowrank.rest: trained; leave it out")
         if self.base == "nf4" and self.frozen == "int8":
