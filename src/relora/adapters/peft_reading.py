@@ -16,6 +16,7 @@ these layers, so it is said where one is saved or shown.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ PEFT_VERSION = "0.21"
 EXPERT_TARGETS: Mapping[str, Mapping[str, str]] = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
     "qwen2_moe": {
-        **{"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
     },
 }
 """Kind of conversion in transformers -> last part of a target -> the parameter that PEFT takes it for."""
@@ -57,11 +61,12 @@ class Misreading:
     reason: str
 
     def __str__(self) -> str:
-        more = f" (and {len(self.layers) - 1} more)" if len(self.layers) > 1 else ""
-        end = "refuses the adapter" if self.refused else "loads the adapter without them"
+        kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", path) for path in self.layers)
+        which = f"{len(self.layers)} layers ({', '.join(kinds)})" if len(self.layers) > 1 else self.layers[0]
+        what = "refuses the adapter over" if self.refused else "loads the adapter without"
         return (
-            f"PEFT {PEFT_VERSION} {end}: {self.reason}: {self.layers[0]}{more}; for use outside relora, merge it "
-            "(`relora adapters merge`), or train with lowrank.target_modules that leave these layers out"
+            f"PEFT {PEFT_VERSION} {what} {which}: {self.reason}; to use it outside relora, merge it (`relora adapters "
+            "merge`), or train with lowrank.target_modules that leave these layers out"
         )
 
 
@@ -150,7 +155,7 @@ def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def _conversion_kind(model_type: str) -> str:
-    """Return the model type whose conversion transformers uses for another, as PEFT looks it up; "" if there is none."""
+    """Return the type whose conversion transformers uses for a model type, as PEFT looks it up; "" if there is none."""
     if model_type == "mixtral":
         return model_type
     kinds: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
