@@ -63,7 +63,7 @@ class Contents:
     full_tensors: dict[str, list[int]]
     """Shapes of the tensors that were trained in full (PEFT's `modules_to_save`), by name."""
     misread_by_peft: list[str] | None = None
-    """What PEFT reads otherwise (see `peft_reading`); None if the base is not here, so that it cannot be told."""
+    """Lines on layers that PEFT reads otherwise (see `peft_reading`); None if the base is not here to tell by."""
 
 
 def list_adapters(folder: str | Path) -> list[Summary]:
