@@ -8,7 +8,17 @@ import pytest
 from relora.config import RunConfig, parse_config, parse_finetune_config, to_yaml
 from relora.errors import UserError
 from relora.recipes.from_settings import schedule_of
-from relora.recipes.resume import ALLOWED, FREE, changes_since, check_settings, covered_by, flat_settings, newest
+from relora.recipes.resume import (
+    ALLOWED,
+    FREE,
+    HELD_OUT,
+    SAMPLE,
+    changes_since,
+    check_settings,
+    covered_by,
+    flat_settings,
+    newest,
+)
 from relora.train.checkpoint import Checkpoints
 from relora.train.checkpoint_format import SavedState
 
@@ -200,6 +210,24 @@ def test_other_surroundings_are_said_and_strict_refuses(then: dict[str, str | in
     assert line == f"not bit for bit what an uninterrupted run gives: {key} was {then[key]}, is {NOW[key]}"
     with pytest.raises(UserError, match=f"{key} was.*without --strict"):
         check_settings(NOW | then, NOW, strict=True)
+
+
+def test_a_run_begun_before_held_out_samples_is_told_that_its_figures_do_not_compare() -> None:
+    sampled = NOW | {HELD_OUT: SAMPLE}
+    [line] = check_settings(NOW, sampled, strict=True)  # what is trained stays the same
+    assert line == "held-out figures before and after do not compare: from here on they are of a sample of the whole"
+    assert check_settings(sampled, sampled, strict=True) == []
+    assert check_settings(NOW, NOW | {HELD_OUT: "whole"}, strict=True) == []
+    assert check_settings(NOW | {HELD_OUT: "whole"}, sampled, strict=True) == []  # said of `evaluate.tokens`
+
+
+def test_fine_tuning_begun_before_held_out_samples_goes_on() -> None:
+    """Its fingerprint covered the first held-out examples only, so it cannot be compared; data is looked at after."""
+    now = NOW | {HELD_OUT: SAMPLE, "base": "b"}
+    lines = check_settings(NOW | {"data": "of the first", "base": "b"}, now, strict=False)
+    assert len(lines) == 2 and "was not checked" in lines[0] and "do not compare" in lines[1]
+    with pytest.raises(UserError, match="other tokens"):
+        check_settings(now | {"data": "others"}, now, strict=False)
 
 
 def test_other_data_is_refused_and_unknown_data_is_said() -> None:

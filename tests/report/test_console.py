@@ -60,16 +60,21 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     console.start(2000)
     console.train(train_record(10))
     console.train(train_record(400, phase="low_rank", cycle=1, lr=5e-4, lowrank_lr=1e-3))
-    console.evaluation(EVALUATION)
+    console.evaluation(EVALUATION | {"sample": True, "whole_tokens": 1_000_000})
+    console.evaluation(EVALUATION | {"sample": False, "whole_tokens": 200_000})
     console.restart(RESTART)
+    assert list(console.measuring([1, 2], 2, "1,000,000 tokens")) == [1, 2]
     console.message("done [bold]here[/bold]")
     console.close()
     assert stream.getvalue().splitlines() == [
         "step   10  warm start     loss 4.5000  lr 1.0e-03  12,346 tok/s  grad 0.500  0:16:35 left",
         "step  400  low rank, 1    loss 4.5000  lr 1.0e-03  12,346 tok/s  grad 0.500  0:13:20 left",
-        "step  400  held-out loss 3.2144, perplexity 24.89, 1.2345 bits per byte (200,000 tokens, 2.0 s)",
+        "step  400  held-out loss 3.2144, perplexity 24.89, 1.2345 bits per byte "
+        "(sample of 200,000 of 1,000,000 tokens, 2.0 s)",
+        "step  400  held-out loss 3.2144, perplexity 24.89, 1.2345 bits per byte (all 200,000 tokens, 2.0 s)",
         "step  400  restart 2: merged 28 layers, |ΔW|/|W| 0.031, effective rank 41.2, "
         "held-out loss 3.2144 -> 3.2144, 0.2 s",
+        "measuring the held-out loss of the result on all 1,000,000 tokens",
         "done [bold]here[/bold]",
     ]
 
@@ -89,6 +94,17 @@ def test_one_live_line_on_a_terminal(terminal: Terminal) -> None:
         assert part in last
 
 
+def test_the_final_measurement_has_a_bar_on_a_terminal(terminal: Terminal) -> None:
+    console = Console(stream=terminal)
+    console.start(20)
+    console.train(train_record(20))
+    assert list(console.measuring(range(3), 3, "1,000 tokens")) == [0, 1, 2]
+    console.message("held-out perplexity 5.00")
+    console.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "20/20" in shown and "held-out loss of all 1,000 tokens" in shown and "held-out perplexity 5.00\n" in shown
+
+
 def test_quiet_prints_warnings_only(terminal: Terminal) -> None:
     for stream in (io.StringIO(), terminal):
         console = Console(quiet=True, stream=stream)
@@ -97,6 +113,7 @@ def test_quiet_prints_warnings_only(terminal: Terminal) -> None:
         console.progress(11)
         console.evaluation(EVALUATION)
         console.restart(RESTART)
+        assert list(console.measuring([1], 1, "8 tokens")) == [1]
         console.message("not this")
         console.warning("but this")
         console.close()

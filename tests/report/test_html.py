@@ -3,11 +3,13 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from relora.errors import RunStopped, UserError
 from relora.report.html import script_json, write_report
+from relora.report.metrics import read_json_lines
 
 MakeRun = Callable[..., Path]
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert('2')"> $title {0} %s & "quoted" \u2028"""
@@ -47,7 +49,7 @@ def test_the_report_of_a_finished_run(tmp_path: Path, make_run: MakeRun) -> None
     path = write_report(make_run(tmp_path / "shakespeare"))
     assert path == tmp_path / "shakespeare" / "report.html"
     page = Page(path)
-    assert "Held-out perplexity 23.28 after 16,384,000 tokens in 0:11:08 of training." in page.text
+    assert "Held-out perplexity 23.28 (200,000 tokens) after 16,384,000 tokens in 0:11:08 of training." in page.text
     assert "Not finished" not in page.text
     for text in ("9,437,184", "relora", "llama-9m", "The morning was cold", "total_steps: 2000", "torch: 2.13.0"):
         assert text in page.text
@@ -60,6 +62,31 @@ def test_the_report_of_a_finished_run(tmp_path: Path, make_run: MakeRun) -> None
     assert "Not finite" not in page.text
     assert set(json.loads(page.figures)) == {"loss", "perplexity", "rate", "speed", "gradient", "spectrum"}
     assert page.tags.count("figure") == 6
+
+
+def test_figures_of_a_sample_are_labelled_and_the_headline_is_of_the_whole(tmp_path: Path, make_run: MakeRun) -> None:
+    folder = make_run(tmp_path)
+    records = read_json_lines(folder / "metrics.jsonl")
+    for record in records:
+        if record["kind"] == "evaluation":
+            record |= {"sample": True, "whole_tokens": 1_000_000}
+    last = next(record for record in reversed(records) if record["kind"] == "evaluation")
+    final = {"kind": "final", "validation_loss": 3.0, "validation_tokens": 1_000_000, "sample": False}
+
+    def written(*more: dict[str, Any]) -> Page:
+        lines = "".join(json.dumps(record) + "\n" for record in [*records, *more])
+        (folder / "metrics.jsonl").write_text(lines)
+        return Page(write_report(folder))
+
+    page = written()
+    assert "Held-out perplexity 23.28 (sample of 200,000 of 1,000,000 tokens) after" in page.text
+    assert "held-out (sample)" in page.text and "Held-out perplexity (sample)" in page.text
+    page = written(last | final)
+    assert "Held-out perplexity 20.09 (all 1,000,000 tokens) after" in page.text  # exp(3)
+    note = "Held-out figures in training are of a sample of 200,000 of 1,000,000 tokens, the same ones at every"
+    assert f"{note} measurement. The figure at the top is of the result on the whole." in page.text
+    phases = page.cells[6 * 7 - 6 : 6 * 7]
+    assert phases[4] == "23.28"  # the curve and the phases do not mix the two
 
 
 def test_it_is_one_file_that_loads_nothing(tmp_path: Path, make_run: MakeRun) -> None:

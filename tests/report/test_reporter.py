@@ -34,6 +34,7 @@ EVALUATION = {
     "validation_tokens": 100,
     "seconds": 0.1,
 }
+FINAL = EVALUATION | {"kind": "final", "sample": False, "whole_tokens": 100}
 RESTART = {
     "step": 5,
     "tokens": 5120,
@@ -70,10 +71,11 @@ def test_records_go_to_files_and_trackers(tmp_path: Path) -> None:
         reporter.train({**TRAIN, "step": 1})
         reporter.evaluation(EVALUATION)
         reporter.restart(RESTART)
-    assert read_json_lines(tmp_path / "metrics.jsonl") == [{**TRAIN, "step": 1}, EVALUATION]
+        reporter.final(FINAL)
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [{**TRAIN, "step": 1}, EVALUATION, FINAL]
     assert read_json_lines(tmp_path / "restarts.jsonl") == [RESTART]
-    assert [record["kind"] for record in tracker.records] == ["train", "evaluation", "restart"]
-    restart = tracker.records[-1]
+    assert [record["kind"] for record in tracker.records] == ["train", "evaluation", "restart", "final"]
+    restart = tracker.records[-2]
     assert (restart["relative_update"], restart["effective_rank"]) == (0.1, 3.0)
     assert "layers" not in restart
     assert tracker.is_closed
@@ -176,6 +178,7 @@ def test_an_evaluation_before_the_checkpoint_does_not_swallow_the_spike(tmp_path
     said, _ = tell(tmp_path, 1, 39)
     with Reporter(tmp_path, 60, [], Console(quiet=True)) as reporter:
         reporter.evaluation(EVALUATION | {"step": 40})
+        reporter.final(EVALUATION | {"kind": "final", "step": 40})
         checkpoint = reporter.positions()
     again, _ = tell(tmp_path, 42, 42, checkpoint)
     assert said == ""

@@ -136,6 +136,7 @@ def _fingerprint(config: RunConfig) -> str:
     A full-rank run ignores all settings of factors, so comparisons that differ in these share their full-rank runs.
     """
     tree: dict[str, Any] = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    tree["measured"] = "whole"  # earlier versions measured the first `evaluate.tokens` held-out tokens
     tree["data"] |= {
         "train": [(PreparedFolder.open(source.path).content, source.weight) for source in config.data.sources],
         "validation": PreparedFolder.open(config.data.validation).content,

@@ -27,10 +27,11 @@ FINETUNING_COLUMNS = (
 )
 MEMORY_KINDS = ("weights", "factors", "gradients", "moments")
 NOTE = (
-    "Perplexity of the final model on the held-out tokens: mean and standard deviation over {seeds} seeds. The rate is "
-    "that of what trains at full rank, and beside it that of factors; (edge): no rate beyond it was tried. Memory is "
-    "that of weights + factors + gradients + optimizer state at the end of training, the peak that of the process or "
-    "device over the whole run, warm start included. Tuned on: tokens trained to choose the rate."
+    "Perplexity of the final model on the whole held-out part: mean and standard deviation over {seeds} seeds; "
+    "curves are of at most `evaluate.tokens` tokens of it. The rate is that of what trains at full rank, and beside"
+    " it that of factors; (edge): no rate beyond it was tried. Memory is that of weights + factors + gradients + "
+    "optimizer state at the end of training, the peak that of the process or device over the whole run, warm start "
+    "included. Tuned on: tokens trained to choose the rate."
 )
 
 

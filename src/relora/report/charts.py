@@ -65,9 +65,10 @@ def _all_charts(history: History) -> Iterator[Chart]:
 
     losses = thinned([(point.tokens, point.step, point.loss) for point in history.held_out])
     perplexities = thinned([(point.tokens, point.step, point.perplexity) for point in history.held_out])
+    sample = " (sample)" if history.is_sampled else ""
     loss_lines = [
         Line("training", "--training", series("loss"), width=1.2),
-        Line("held-out", "--held-out", losses, width=2, has_markers=True),
+        Line("held-out" + sample, "--held-out", losses, width=2, has_markers=True),
     ]
     perplexity_line = Line("", "--held-out", perplexities, width=2, has_markers=True)
     from_zero = {"rangemode": "tozero"}
@@ -78,9 +79,8 @@ def _all_charts(history: History) -> Iterator[Chart]:
     spikes = _spikes(history)
     loss_axis = focused(series("loss") + losses, shown=[peak for _, _, peak in spikes])
     yield _with_incidents(history, spikes, _over_tokens(history, "loss", "Loss", ".3f", loss_lines, loss_axis))
-    yield _over_tokens(
-        history, "perplexity", "Held-out perplexity", ",.2f", [perplexity_line], focused(perplexities, log=True)
-    )
+    title, axis = f"Held-out perplexity{sample}", focused(perplexities, log=True)
+    yield _over_tokens(history, "perplexity", title, ",.2f", [perplexity_line], axis)
     yield _over_tokens(history, "rate", "Learning rate", ".1e", rate_lines, from_zero | {"exponentformat": "e"})
     speed = Line("", "--training", series("tokens_per_second"))
     yield _over_tokens(history, "speed", "Tokens per second", ",.0f", [speed], from_zero)

@@ -31,7 +31,12 @@ class HeldOut(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))  # exp(710) overflows
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), of at most 700: exp(710) overflows."""
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class History:
     name: str
     train: list[Record]
     evaluations: list[Record]
+    """Held-out measurements in training, which may be of a sample."""
+    final: Record | None
+    """Measurement of the result on the whole held-out part; None in a run that is not finished."""
     incidents: list[Record]
     """Records of skipped steps and rewinds, in order."""
     restarts: list[Record]
@@ -101,8 +109,13 @@ class History:
     @property
     def seconds(self) -> float:
         """Seconds of training steps, evaluations and restarts; pauses between two parts of a run do not count."""
-        other = sum(number(record, "seconds") or 0.0 for record in self.evaluations + self.restarts)
-        return self.step_seconds + other
+        measured = self.evaluations + ([] if self.final is None else [self.final])
+        return self.step_seconds + sum(number(record, "seconds") or 0.0 for record in measured + self.restarts)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether held-out measurements in training were of a sample."""
+        return any(record.get("sample") is True for record in self.evaluations)
 
     def setting(self, *keys: str) -> Any:
         """Return a value of the configuration, e.g. `setting("lowrank", "r")`; None where it is not given."""
@@ -124,6 +137,7 @@ def read_history(run_folder: Path) -> History:
     records: list[Record] = [record for record in read_json_lines(metrics) if has_position(record)]
     train = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    finals = [record for record in records if record.get("kind") == "final"]
     incidents = [record for record in records if record.get("kind") in INCIDENT_KINDS]
     if not train and not evaluations and not incidents:
         raise UserError(f"{metrics}: holds no records yet; wait for the first logged step")
@@ -138,6 +152,7 @@ def read_history(run_folder: Path) -> History:
         name=run_folder.resolve().name,
         train=train,
         evaluations=evaluations,
+        final=finals[-1] if finals else None,
         incidents=incidents,
         restarts=restarts,
         rises=rises(records, restarts, window_steps(config)),

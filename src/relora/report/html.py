@@ -20,8 +20,8 @@ from relora.errors import RunStopped
 from relora.files.atomic import write_text
 from relora.files.untrusted import check_folder
 from relora.report.charts import Chart, charts
-from relora.report.console import PHASE_NAMES, describe_rise, format_duration, format_figure
-from relora.report.history import HeldOut, History, Segment, read_history
+from relora.report.console import PHASE_NAMES, describe_rise, describe_size, format_duration, format_figure
+from relora.report.history import HeldOut, History, Segment, perplexity, read_history
 from relora.report.metrics import Record, mean_effective_rank, mean_relative_update, number
 from relora.report.spikes import NOISE_FACTOR, Rise
 
@@ -92,6 +92,8 @@ def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
     yield f'<section class="charts">{"".join(map(figure_html, figures))}</section>'
     if history.held_out:
         yield "<h2>Phases</h2>" + table(PHASE_COLUMNS, map(_phase_row, history.segments))
+        if history.is_sampled:
+            yield f'<p class="note">{_sample_note(history)}</p>'
     if history.restarts:
         yield "<h2>Restarts</h2>" + table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
         yield f'<p class="note">{RESTART_NOTE}</p>'
@@ -113,17 +115,33 @@ def _lead(history: History) -> str:
     """Build the sentence with the result, and a second one if the run is not finished."""
     last_step, last_tokens = history.last
     result = f"<b>{last_tokens:,} tokens</b> in {format_duration(history.seconds)} of training."
-    if history.held_out:
-        result = f"Held-out perplexity <b>{history.held_out[-1].perplexity:,.2f}</b> after {result}"
+    measured = _last_measured(history)
+    loss = number(measured, "validation_loss")
+    if loss is None and history.held_out:
+        loss = history.held_out[-1].loss
+    if loss is not None:
+        result = f"Held-out perplexity <b>{perplexity(loss):,.2f}</b> ({describe_size(measured)}) after {result}"
     total = history.setting("schedule", "total_steps")
     if isinstance(total, int) and last_step < total:
         result += f" Not finished: step {last_step:,} of {total:,}."
     return f'<p class="lead">{result}</p>'
 
 
+def _last_measured(history: History) -> Record:
+    """Return the record of the result's measurement, or of the last one in training; empty where there is none."""
+    return history.final or (history.evaluations[-1] if history.evaluations else {})
+
+
+def _sample_note(history: History) -> str:
+    """Build the note that held-out figures in training are of a sample."""
+    sample = next(record for record in reversed(history.evaluations) if record.get("sample") is True)
+    note = f"Held-out figures in training are of a {describe_size(sample)}, the same ones at every measurement."
+    return escape(note + ("" if history.final is None else " The figure at the top is of the result on the whole."))
+
+
 def _key_figures(history: History) -> str:
     """Build the list of key figures: method, model, speed, memory and others that are known."""
-    last_evaluation: Record = history.evaluations[-1] if history.evaluations else {}
+    last_evaluation = _last_measured(history)
     model = history.setting("model", "preset") or history.setting("model", "path")
     parameters = number(history.environment, "parameters")
     speeds = [speed for record in history.train if (speed := number(record, "tokens_per_second")) is not None]

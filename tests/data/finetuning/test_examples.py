@@ -196,7 +196,7 @@ def test_too_few_or_too_long_examples_are_refused() -> None:
 
 @settings(max_examples=60)
 @given(sizes=SIZES, tokens=st.integers(1, 300), sequences=st.integers(1, 5))
-def test_held_out_scores_the_first_examples_again_and_again(sizes: list[int], tokens: int, sequences: int) -> None:
+def test_held_out_scores_the_same_sample_again_and_again(sizes: list[int], tokens: int, sequences: int) -> None:
     examples = of_sizes(sizes)
     held_out = HeldOutExamples(examples, micro_sequences=sequences, pad_id=PAD, tokens=tokens)
     passes = [list(held_out), list(held_out)]
@@ -204,14 +204,28 @@ def test_held_out_scores_the_first_examples_again_and_again(sizes: list[int], to
     assert all(torch.equal(one, other) for pair in zip(*passes, strict=True) for one, other in zip(*pair, strict=True))
     assert all(len(ids) <= sequences and ids.shape == labels.shape for ids, labels in passes[0])
     found = Counter(label for _, labels in passes[0] for label in labels[labels != IGNORED].tolist())
-    count = len(held_out.examples)
-    assert found == Counter(label for one in examples[:count] for label in labels_of(one))
+    assert found == Counter(label for one in held_out.examples for label in labels_of(one))
     assert found.total() == held_out.targets
-    assert count == len(examples) or found.total() >= tokens
-    assert found.total() - len(labels_of(examples[count - 1])) < tokens
+    assert held_out.whole_targets == sum(len(labels_of(one)) for one in examples)
+    assert found.total() <= tokens or len([one for one in held_out.examples if one.targets]) == 1
+    if held_out.whole_targets <= tokens:
+        assert len(held_out.examples) == len(examples)
     widths = [ids.shape[1] for ids, _ in passes[0]]
     assert widths == sorted(widths, reverse=True)
-    assert held_out.content == HeldOutExamples(examples, micro_sequences=9, pad_id=0, tokens=tokens).content
+    other = HeldOutExamples(examples, micro_sequences=9, pad_id=0, tokens=tokens)
+    assert [one.where for one in other.examples] == [one.where for one in held_out.examples]
+    assert held_out.content == HeldOutExamples(examples, micro_sequences=9, pad_id=0).content  # of all of them
+
+
+def test_a_held_out_sample_is_drawn_from_all_examples_by_the_seed() -> None:
+    examples = of_sizes([10 + number % 7 for number in range(300)])
+
+    def numbers(seed: int) -> set[int]:
+        held_out = HeldOutExamples(examples, micro_sequences=4, pad_id=PAD, tokens=500, seed=seed)
+        return {int(one.input_ids[0]) // 100 for one in held_out.examples}
+
+    assert numbers(0) == numbers(0) != numbers(1)
+    assert min(numbers(0)) < 60 and max(numbers(0)) > 240  # the first ones alone would end before 60
 
 
 def test_held_out_needs_an_example() -> None:

@@ -150,6 +150,52 @@ def test_held_out_counts_every_token_but_the_first_once(
     assert int((~counted).sum()) < length  # filled up to a window, no further
 
 
+SAMPLES = {
+    "tokens": st.integers(2, 300),
+    "asked": st.integers(2, 400),
+    "length": st.integers(1, 20),
+    "seed": st.integers(0, 3),
+}
+
+
+@settings(max_examples=60)
+@given(**SAMPLES)
+def test_a_held_out_sample_is_of_whole_windows_and_bounded(
+    tmp_path_factory: pytest.TempPathFactory, write_folder, tokens: int, asked: int, length: int, seed: int
+) -> None:
+    """Windows are those of the whole, none twice, and the same for every batch size; a short one only if it is last."""
+    folder = write_folder(tmp_path_factory.mktemp("folder"), range(tokens))
+    sample = HeldOut(folder, length, asked, 4, seed=seed)
+    rows = [row[row != IGNORED].tolist() for batch in sample for row in batch.labels]
+    assert rows == [
+        row[row != IGNORED].tolist() for batch in HeldOut(folder, length, asked, 1, seed=seed) for row in batch.labels
+    ]
+    inputs = [row for batch in sample for row in batch.input_ids]
+    assert all(ids[: len(row)].tolist() == [label - 1 for label in row] for ids, row in zip(inputs, rows, strict=True))
+    assert sample.whole_targets == tokens - 1
+    assert sample.targets == sum(map(len, rows)) <= asked
+    assert len(sample) == -(-len(rows) // 4)
+    assert rows == sorted(rows) and all(row[0] % length == 1 % length for row in rows)
+    if tokens - 1 <= asked:
+        assert [label for row in rows for label in row] == list(range(1, tokens))
+    else:
+        assert len(rows) == max(1, asked // length)
+        assert all(len(row) == min(length, asked) for row in rows if row[-1] != tokens - 1)
+
+
+def test_a_held_out_sample_is_drawn_from_the_whole_by_the_seed(tmp_path: Path, write_folder) -> None:
+    folder = write_folder(tmp_path, range(10_000))
+
+    def starts(seed: int, asked: int = 1_000) -> list[int]:
+        return [int(row[0]) for batch in HeldOut(folder, 10, asked, 8, seed=seed) for row in batch.input_ids]
+
+    assert starts(0) == starts(0) != starts(1)
+    assert len(set(starts(0))) == 100
+    thirds = [sum(3333 * third <= start < 3333 * (third + 1) for start in starts(0)) for third in range(3)]
+    assert all(20 <= count <= 47 for count in thirds), thirds  # the first tokens alone would be in one third
+    assert set(starts(0, 500)) < set(starts(0))  # a larger sample holds the smaller one
+
+
 def test_held_out_needs_a_target(tmp_path: Path, write_folder) -> None:
     with pytest.raises(UserError, match="at least 2 tokens, here are 1"):
         HeldOut(write_folder(tmp_path, [7]), 10, 100, 2)
