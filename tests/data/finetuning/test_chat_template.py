@@ -95,7 +95,7 @@ def test_a_turn_that_is_written_otherwise_as_history_is_asked_for_as_it_was() ->
 
 def test_a_response_that_is_written_otherwise_than_it_is_asked_for_is_refused() -> None:
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    with pytest.raises(BadRecord, match="writes a response otherwise than it asks for it, so .* mend the template"):
+    with pytest.raises(BadRecord, match=r"writes a response otherwise than it asks for it, so .* mend the template"):
         turns(template, TURN)
 
 

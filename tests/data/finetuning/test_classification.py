@@ -18,12 +18,12 @@ from tests.paths import DATA
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from relora.data.finetuning.class_encoder import longest_first
 from relora.data.finetuning.classification import (
     ClassBatches,
     ClassExamples,
     HeldOutClasses,
     encode_classes,
-    longest_first,
     settle_padding,
 )
 from relora.data.finetuning.records import Record, Records
@@ -107,9 +107,7 @@ def test_columns_can_be_named(tokenizer: PreTrainedTokenizerBase) -> None:
         ({"text": "cat", "label": 1}, {"text_columns": ["text", "b"]}, r"line 2: no column `b`; .*`text`, `label`"),
         ({"text": 7, "label": 1}, {}, r"line 2: column `text` is not text but int"),
         ({"text": "\ud800", "label": 1}, {}, r"line 2: half of a surrogate pair in column `text`"),
-        ({"text": "cat", "label": None}, {}, r"line 2: column `label` is None, which is neither"),
-        ({"text": "cat", "label": " "}, {}, r"line 2: column `label` is ' ', which is neither"),
-        ({"text": "cat", "label": float("nan")}, {}, r"line 2: column `label` is nan, which is neither"),
+        ({"text": "cat", "label": [1]}, {}, r"line 2: column `label` is \[1\], which is neither"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -135,8 +133,8 @@ def test_no_records_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
 @pytest.mark.parametrize(
     ("labels", "names", "numbers"),
     [
-        ([10, 9, 10, -1], ("-1", "9", "10"), [2, 1, 2, 0]),
-        (["10", "9", " 10", "-1"], ("-1", "9", "10"), [2, 1, 2, 0]),  # of a CSV
+        ([10, 9, 10, -2], ("-2", "9", "10"), [2, 1, 2, 0]),
+        (["10", "9", " 10", "-2"], ("-2", "9", "10"), [2, 1, 2, 0]),  # of a CSV
         (["yes", "no", "yes"], ("no", "yes"), [1, 0, 1]),
         (["10", "9", "many"], ("10", "9", "many"), [0, 1, 2]),
         (["01", "+1", "1_0"], ("+1", "01", "1_0"), [1, 0, 2]),
@@ -170,7 +168,7 @@ def test_no_number_is_taken_for_the_mark_of_no_label(tokenizer: PreTrainedTokeni
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0.5, "n/a", 1.5], r"line 3: the label is a word, that of .* line 4 a number with a fraction"),
+        ([0.5, "much", 1.5], r"line 3: the label is a word, that of .* line 4 a number with a fraction"),
         ([3, 3], r"line 2: every label is '3'; give examples of another class"),
         ([0.5, 10**60], r"line 3: the label .* is no number"),
     ],
@@ -194,8 +192,8 @@ def test_a_label_that_is_not_the_training_datas_is_refused(tokenizer: PreTrained
     classes, numbers = (examples_of(labelled(labels), tokenizer) for labels in ((0, 1), (0.5, 1.5)))
     assert examples_of(labelled([1.0, "0"]), tokenizer, like=classes).labels.tolist() == [1, 0]
     assert examples_of(labelled([1, "2"]), tokenizer, like=numbers).labels.tolist() == [1.0, 2.0]
-    with pytest.raises(UserError, match=r"line 3: the label -1 is none of the training data's: `0`, `1`"):
-        examples_of(labelled([1, -1]), tokenizer, like=classes)
+    with pytest.raises(UserError, match=r"line 3: the label -2 is none of the training data's: `0`, `1`"):
+        examples_of(labelled([1, -2]), tokenizer, like=classes)
     with pytest.raises(UserError, match=r"line 2: the label 'good' is no number"):
         examples_of(labelled(["good"]), tokenizer, like=numbers)
 
@@ -342,6 +340,23 @@ def test_held_out_examples_come_in_order(many: ClassExamples) -> None:
     assert rows == ids_of(many)
 
 
+def test_a_held_out_sample_is_keyed_and_bounded(many: ClassExamples) -> None:
+    def lengths(tokens: int | None, seed: int = 0, sequences: int = 4) -> list[int]:
+        held_out = HeldOutClasses(many, sequences=sequences, tokens=tokens, seed=seed)
+        found = [length for _, _, lengths in held_out for length in lengths.tolist()]
+        assert held_out.targets == len(found) and held_out.whole_targets == 10
+        assert len(held_out) == -(-len(found) // sequences)
+        return found
+
+    everything = lengths(None)
+    assert lengths(sum(everything)) == everything
+    drawn = lengths(sum(everything) // 2)
+    assert 0 < sum(drawn) <= sum(everything) // 2 and drawn == lengths(sum(everything) // 2, sequences=1)
+    assert len({tuple(lengths(sum(everything) // 2, seed)) for seed in range(5)}) > 1
+    assert any(lengths(sum(everything) // 2, seed)[-1] == everything[-1] for seed in range(5))  # not the first alone
+    assert len(lengths(1)) == 1
+
+
 def test_content_changes_with_what_a_model_sees(tokenizer: PreTrainedTokenizerBase) -> None:
     variants = [
         CATS,
@@ -350,7 +365,7 @@ def test_content_changes_with_what_a_model_sees(tokenizer: PreTrainedTokenizerBa
         [{**CATS[0], "label": 0}, *CATS[1:]],
         [{**CATS[0], "sentence": "the cat"}, *CATS[1:]],
         [{**row, "label": f"class {row['label']}"} for row in CATS],
-        [{**row, "label": float(row["label"])} for row in CATS],
+        [{**row, "label": row["label"] + 0.5} for row in CATS],
     ]
     contents = [ClassBatches(examples_of(rows, tokenizer), sequences=2, seed=0).content for rows in variants]
     assert len(set(contents)) == len(variants)
@@ -403,3 +418,31 @@ def test_real_sets_are_read_right(name: str, texts: tuple[str, ...], counts: lis
     decoded = [tokenizer.decode(ids) for ids in ids_of(examples)]
     whole = ["\n".join(row[column] for column in texts) for row in rows]
     assert sum(one != other for one, other in zip(decoded, whole, strict=True)) == examples.cut < 10
+
+
+def test_records_without_a_label_are_left_out_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    labels = [0, -1, 1, None, -1, 1, 0]
+    rows = [
+        Record(f"c.jsonl, line {number}", {"text": "it is", "label": label, "id": number, "more": None})
+        for number, label in enumerate(labels, start=1)
+    ]
+    examples = encode_classes(rows, tokenizer, sequence_length=32)
+    assert examples.names == ("0", "1")
+    assert examples.labels.tolist() == [0, 1, 1, 0]
+    assert examples.places == tuple(f"c.jsonl, line {number}" for number in (1, 3, 6, 7))
+    assert examples.notes == (
+        "not used: column `id` (7 records)",
+        "2 records left out, without a label (-1, which is no class beside labels from 0 on), first in c.jsonl, line 2",
+        "1 records left out, without a label (null, NaN or empty), first in c.jsonl, line 4",
+    )
+    held_out = encode_classes(rows[:2], tokenizer, sequence_length=32, like=examples)
+    assert held_out.labels.tolist() == [0]
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2: no record has a label in the column `label`"):
+        encode_classes(rows[1:2], tokenizer, sequence_length=32, like=examples)
+
+
+def test_whole_numbers_of_pandas_are_classes_and_that_is_said(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Record("line", {"text": "it is", "label": label}) for label in (0.0, 1.0, None)]
+    examples = encode_classes(rows, tokenizer, sequence_length=32)
+    assert (examples.names, examples.labels.tolist()) == (("0", "1"), [0, 1])
+    assert "1 label column of whole numbers, some written as 1.0, taken as classes, first in line" in examples.notes

@@ -4,7 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relora.data.finetuning.labels import Label, class_names, class_numbers, label_of, regression_targets
+from relora.data.finetuning.labels import (
+    Label,
+    class_names,
+    class_numbers,
+    is_labelled,
+    label_of,
+    regression_targets,
+)
 from relora.data.finetuning.records import Record
 from relora.errors import UserError
 from relora.model.head import IGNORED
@@ -23,7 +30,47 @@ def test_a_label_is_what_its_value_spells(value: Any, label: Label) -> None:
     assert (found, type(found)) == (label, type(label))
 
 
-@pytest.mark.parametrize("value", [None, "", " ", [1], math.nan, math.inf])
+@pytest.mark.parametrize("value", [None, math.nan, "", " "])
+def test_a_record_may_have_no_label(value: Any) -> None:
+    assert label_of(Record("line 1", {"label": value}), "label") is None
+
+
+def test_a_dash_is_no_label_in_snli() -> None:
+    assert label_of(Record("line 1", {"gold_label": "-"}), "gold_label") is None
+    assert label_of(Record("line 1", {"label": "-"}), "label") == "-"
+
+
+@pytest.mark.parametrize(
+    ("labels", "labelled"),
+    [
+        ([0, -1, 1, None], [True, False, True, False]),
+        ([0.0, -1.0, 1.0], [True, False, True]),
+        *(([-1, 1], [True, True]), ([-1, 0], [True, True])),  # otherwise there would be only one class
+        ([0, 1, "nan", "NULL"], [True, True, False, False]),
+        (["yes", "none"], [True, True]),
+        *(([-2, -1, 0, 1], [True] * 4), (["yes", -1, "no"], [True] * 3), ([0.5, -1, 1], [True] * 3)),
+    ],
+)
+def test_minus_one_is_no_label_beside_classes_from_zero_on(labels: list[Any], labelled: list[bool]) -> None:
+    assert is_labelled(labels) == labelled
+
+
+def test_held_out_labels_are_told_by_the_classes_of_the_training_data() -> None:
+    assert is_labelled([-1, 0, None, -1], ("0", "1")) == [False, True, False, False]
+    assert is_labelled([-1, 0], ("-1", "0")) == is_labelled([-1, 0], ("no", "yes")) == [True, True]
+    assert is_labelled(["nan", 0], ("0", "1")) == [False, True]
+    assert is_labelled(["nan", "yes"], ("no", "yes")) == [True, True]
+    assert is_labelled([-1, 0.5], ()) == [True, True]  # numbers to be predicted
+
+
+def test_whole_numbers_are_classes_however_they_are_written() -> None:
+    assert class_names([0.0, 1.0, 1], ["a", "b", "c"]) == ("0", "1")
+    assert class_numbers([0.0, 1.0, 1], ("0", "1"), ["a", "b", "c"]).tolist() == [0, 1, 1]
+    assert class_names([0.0, 1.0, 1.5], ["a", "b", "c"]) == ()
+    assert class_names([0.0, 1e300], ["a", "b"]) == ()
+
+
+@pytest.mark.parametrize("value", [[1], math.inf])
 def test_what_is_no_label_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match=r"line 1: column `label` is .*, which is neither class nor number"):
         label_of(Record("line 1", {"label": value}), "label")

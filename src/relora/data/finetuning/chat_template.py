@@ -53,9 +53,9 @@ class Rendered(NamedTuple):
 
     turns: list[Turn]
     unused: tuple[str, ...]
-    """What the template does not write: the tools, keys of messages."""
+    """Names of parts that the template does not write: the tools, keys of messages."""
     noticed: tuple[str, ...]
-    """What the template changed, one entry for each turn."""
+    """Changes that the template made, one entry for each turn."""
 
 
 class ChatTemplate:

@@ -5,13 +5,7 @@ These are the tasks of GLUE (Wang et al. 2018).
     texts   columns `sentence`; `text`; `sentence1`, `sentence2`; `premise`, `hypothesis`; ... or those that are named
     labels  integers or words: classes, numbered in sorted order; numbers with a fraction: regression
 
-A text is encoded as its tokenizer encodes it by default, with special tokens, so that users of the trained model give
-it the same ids. If a pair is too long, the longer text loses tokens at its end, until both have the same length or the
-pair fits. Where the tokenizer's own template for pairs does not mark the end of the first text, the two are joined by
-a newline and encoded as one text.
-
-A classifier predicts from the hidden state of the last token, which transformers takes to be the rightmost one that is
-not padding. So padding ids at the end of a text (EOS, where the tokenizer has no padding token) are removed.
+Records without a label are left out and counted (`labels`); `class_encoder` says how texts become ids.
 
 The examples of a batch are a pure function of (seed, number), as in `pretraining.batches`. The price: the ids of all
 examples are in memory, 4 bytes per token.
@@ -20,15 +14,22 @@ examples are in memory, 4 bytes per token.
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 import torch
 
-from relora.data.finetuning.labels import Label, class_names, class_numbers, label_of, regression_targets
+from relora.data.finetuning.class_encoder import ClassEncoder
+from relora.data.finetuning.labels import (
+    Label,
+    class_names,
+    class_numbers,
+    is_labelled,
+    label_of,
+    regression_targets,
+)
+from relora.data.finetuning.noticed import Noticed, unused_columns
 from relora.data.finetuning.records import Record, check_unicode, column_value
 from relora.data.readers import column_names
 from relora.data.sampling import Int64Array, keyed_sample, permute
@@ -85,6 +86,8 @@ class ClassExamples:
     pad_token_id: int
     cut: int
     """Number of examples that were longer than a sequence."""
+    notes: tuple[str, ...] = ()
+    """Lines about records that have no label, and columns that are not used."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -239,22 +242,22 @@ def encode_classes(
         UserError: there are no records or no such columns, a text or label cannot be used, a label does not occur in
             the training examples, or all labels are equal. The message names the record.
     """
-    remaining = iter(records)
-    first = next(remaining, None)
-    if first is None:
+    records = list(records)
+    if not records:
         raise UserError("classification: there is no record to read")
-    columns = like.columns if like else _find_columns(first, text_columns, label_column)
-    encoder = _Encoder(tokenizer, sequence_length, pair=len(columns.texts) == 2)
+    columns = like.columns if like else _find_columns(records[0], text_columns, label_column)
+    noticed = Noticed()
+    for record in records:
+        noticed.add(record.where, unused_columns(record.fields, {*columns.texts, columns.label}), ())
+    labels, places, records = _labelled(records, columns, noticed, None if like is None else like.names)
+    encoder = ClassEncoder(tokenizer, sequence_length, pair=len(columns.texts) == 2)
     ids: list[npt.NDArray[np.uint32]] = []
-    labels: list[Label] = []
-    places: list[str] = []
-    chunk = [first, *islice(remaining, CHUNK_RECORDS - 1)]
-    while chunk:
+    for start in range(0, len(records), CHUNK_RECORDS):
+        chunk = records[start : start + CHUNK_RECORDS]
         ids += encoder.encode([_texts(record, columns) for record in chunk])
-        labels += [label_of(record, columns.label) for record in chunk]
-        places += [record.where for record in chunk]
-        chunk = list(islice(remaining, CHUNK_RECORDS))
     names = class_names(labels, places) if like is None else like.names
+    if names and float in map(type, labels):
+        noticed.add(places[0], (), ["label column of whole numbers, some written as 1.0, taken as classes"])
     return ClassExamples(
         ids=np.concatenate(ids),
         bounds=np.cumsum([0, *map(len, ids)], dtype=np.int64),
@@ -264,82 +267,27 @@ def encode_classes(
         places=tuple(places),
         pad_token_id=encoder.pad_token_id,
         cut=encoder.cut,
+        notes=noticed.lines,
     )
 
 
-class _Encoder:
-    """Encode texts or pairs of texts as at most `length` ids, and count those that were `cut`.
-
-    Args:
-        tokenizer: the tokenizer, after `settle_padding`.
-        length: most ids of an example.
-        pair: whether examples are pairs of texts.
-
-    Raises:
-        UserError: there is no room for text beside the special tokens.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", length: int, *, pair: bool) -> None:
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        special_tokens = self._backend.num_special_tokens_to_add(False)
-        special_tokens_of_pair = self._backend.num_special_tokens_to_add(True)
-        # Without a further special token in a pair, nothing marks the end of its first text.
-        self._joined = pair and special_tokens == special_tokens_of_pair
-        self._length = length
-        self._room = length - (special_tokens_of_pair if pair else special_tokens)
-        self.pad_token_id = int(tokenizer.pad_token_id)
-        self.cut = 0
-        if self._room < (2 if pair else 1):
-            raise UserError(
-                f"data.sequence_length ({length}) leaves no room for a text beside the special tokens; raise it"
-            )
-
-    def encode(self, texts: Sequence[tuple[str, ...]]) -> list[npt.NDArray[np.uint32]]:
-        """Return the ids of each text or pair, at least one."""
-        inputs: list[Any] = ["\n".join(parts) if self._joined or len(parts) == 1 else parts for parts in texts]
-        encodings = self._backend.encode_batch(inputs)
-        return [self._ids(encoding, len(parts[0])) for encoding, parts in zip(encodings, texts, strict=True)]
-
-    def _ids(self, encoding: tokenizers.Encoding, first_chars: int) -> npt.NDArray[np.uint32]:
-        """Return the ids of an encoding, cut to `length` and without padding ids at their end.
-
-        Args:
-            encoding: of a text or pair.
-            first_chars: characters of the first text.
-        """
-        ids = np.array(encoding.ids, dtype=np.uint32)
-        if len(ids) > self._length:
-            ids = ids[self._kept(encoding, first_chars)]
-            self.cut += 1
-        kept = np.flatnonzero(ids != self.pad_token_id)
-        if len(kept):
-            return ids[: kept[-1] + 1]
-        # The text is empty. A classifier of transformers then predicts from the first position.
-        return np.array([self.pad_token_id], dtype=np.uint32)
-
-    def _kept(self, encoding: tokenizers.Encoding, first_chars: int) -> npt.NDArray[np.bool_]:
-        """Return which ids are kept: all special tokens, and of each text the first ones that fit; [ids]."""
-        kept = np.array(encoding.special_tokens_mask, dtype=np.bool_)
-        if self._joined:  # the newline between the texts counts as part of the second
-            is_second = np.array([start >= first_chars for start, _ in encoding.offsets])
+def _labelled(
+    records: list[Record], columns: ClassColumns, noticed: Noticed, names: tuple[str, ...] | None
+) -> tuple[list[Label], list[str], list[Record]]:
+    """Return the labels, places and records of all records that have a label; `UserError` if none has."""
+    found = [(label_of(record, columns.label), record) for record in records]
+    kept = is_labelled([label for label, _ in found], names)
+    labels, labelled = [], []
+    for (label, record), is_kept in zip(found, kept, strict=True):
+        if is_kept and label is not None:
+            labels.append(label)
+            labelled.append(record)
         else:
-            is_second = np.array([text == 1 for text in encoding.sequence_ids])
-        first, second = np.flatnonzero(~kept & ~is_second), np.flatnonzero(~kept & is_second)
-        keep_first, keep_second = longest_first(len(first), len(second), self._room)
-        kept[first[:keep_first]] = kept[second[:keep_second]] = True
-        return kept
-
-
-def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of each of two texts to keep, which together have more than `room`.
-
-    Tokens are removed one by one from the longer text, as by transformers' strategy `longest_first`. Where `room` is
-    odd and both texts are cut, the longer one keeps one token more, or the second one of equally long texts.
-    """
-    shorter = min(first, second, room // 2)
-    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
+            what = "-1, which is no class beside labels from 0 on" if label == -1 else "null, NaN or empty"
+            noticed.add(record.where, (), [f"records left out, without a label ({what})"])
+    if not labels:
+        raise UserError(f"{records[0].where}: no record has a label in the column `{short_name(columns.label)}`")
+    return labels, [record.where for record in labelled], labelled
 
 
 def _find_columns(record: Record, text_columns: Sequence[str], label_column: str | None) -> ClassColumns:

@@ -28,7 +28,6 @@ from relora.data.finetuning.templates import TemplateName
 from relora.data.finetuning.writing import Writer, Written, find_writer
 from relora.data.pretraining.encode import CHUNK_CHARS
 from relora.errors import UserError
-from relora.messages import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -269,8 +268,7 @@ class _Reader:
 
 def _noticed(conversation: Conversation, written: Written) -> tuple[list[str], list[str]]:
     """Return what of a record is not used, and what became of its messages."""
-    unused = [f"column `{short_name(column)}`" for column in conversation.unused]
-    return [*unused, *written.unused], [*conversation.noticed, *written.noticed]
+    return [*conversation.unused, *written.unused], [*conversation.noticed, *written.noticed]
 
 
 def _fitting(example: Encoded, most: int) -> tuple[npt.NDArray[np.int64], bool, bool]:

@@ -1,10 +1,12 @@
 """Labels of examples for classification and regression: read from records, and turned into numbers.
 
     integers, or words (numbers among them count as words)    classes, numbered in sorted order
+    whole numbers, some of them written as 1.0                the same: pandas writes integers so where one is missing
     at least one number with a fraction, and no words         numbers to be predicted (regression)
+    null, NaN, an empty text, `nan` beside numbers            no label; so is SNLI's `-`
+    -1, if there are other whole numbers, none below 0        no label: the way of `datasets` (SNLI, GLUE's test sets)
 
-A number with a fraction is one that is written with a decimal point or an exponent, even if it is 1.0. A text that
-spells a number is a number, whatever the kind of the file: in a CSV file all values are text.
+A text that spells a number is a number, whatever the kind of the file: in a CSV file all values are text.
 """
 
 import math
@@ -25,6 +27,10 @@ _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 """Texts that are integers; a text such as 007 is a word."""
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
 """Texts that are numbers with a decimal point or an exponent."""
+MISSING = frozenset(("nan", "null", "none", "na", "n/a"))
+"""Words that say, beside numbers, that there is none."""
+_EXACT = 2.0**53
+"""Largest float below which every integer is one."""
 _LARGEST = float(np.finfo(np.float32).max)
 """Largest label of a regression."""
 
@@ -32,19 +38,23 @@ Label = int | float | str
 """A class, or a number to be predicted."""
 
 
-def label_of(record: Record, column: str) -> Label:
-    """Return the label of a record, as a number where its value is a text that spells one.
+def label_of(record: Record, column: str) -> Label | None:
+    """Return the label of a record, as a number where its value is a text that spells one; None if it has none.
 
     Spaces around a text are left out. True and false are words.
 
     Raises:
-        UserError: the record lacks the column; its value is neither a text nor a finite number; or the text is empty,
-            or not valid Unicode.
+        UserError: the record lacks the column; its value is neither a text nor a finite number; or the text is not
+            valid Unicode.
     """
     value = column_value(record, column)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str) and (not value.strip() or (column == "gold_label" and value.strip() == "-")):
+        return None
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
         check_unicode(value, record, column)
         return _number_or_word(value.strip())
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
@@ -69,10 +79,40 @@ def _name(label: Label) -> str:
     return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
+def _is_whole(label: Label) -> bool:
+    """Return whether a label is an integer, or a float that stands for one exactly."""
+    return isinstance(label, int) or (isinstance(label, float) and label.is_integer() and abs(label) <= _EXACT)
+
+
+def is_labelled(labels: Sequence[Label | None], names: Sequence[str] | None = None) -> list[bool]:
+    """Return for each label whether it is one.
+
+    Args:
+        labels: the labels of a data set.
+        names: of held-out data, the names of the training data's classes; empty for a regression.
+    """
+    if names is not None:
+        are_numbers = all(_INTEGER.fullmatch(name) for name in names)
+        from_zero = bool(names) and all(name.isdecimal() for name in names)
+    else:
+        numbers = [label for label in labels if isinstance(label, int | float)]
+        words = {label.lower() for label in labels if isinstance(label, str)}
+        are_numbers = bool(numbers) and words <= MISSING
+        others = {number for number in numbers if number != -1}
+        from_zero = are_numbers and len(others) > 1 and all(_is_whole(number) and number >= 0 for number in others)
+
+    def is_label(label: Label | None) -> bool:
+        if isinstance(label, str):
+            return not (are_numbers and label.lower() in MISSING)
+        return label is not None and not (from_zero and label == -1)
+
+    return list(map(is_label, labels))
+
+
 def class_names(labels: Sequence[Label], places: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the classes in sorted order, integers by value; empty for a regression.
 
-    It is a regression if a label is a number with a fraction, that is a float, even 1.0.
+    It is a regression if a label is a number with a fraction.
 
     Args:
         labels: the labels of the training data.
@@ -82,9 +122,9 @@ def class_names(labels: Sequence[Label], places: Sequence[str]) -> tuple[str, ..
         UserError: there is only one class, or words occur beside numbers with a fraction.
     """
     kinds = {type(label): place for label, place in zip(labels, places, strict=True)}
-    if float in kinds:
-        if str in kinds:
-            raise UserError(f"{kinds[str]}: the label is a word, that of {kinds[float]} a number with a fraction")
+    if float in kinds and str in kinds:
+        raise UserError(f"{kinds[str]}: the label is a word, that of {kinds[float]} a number with a fraction")
+    if not all(isinstance(label, str) or _is_whole(label) for label in labels):
         return ()
     names = [_name(label) for label in sorted(set(labels), key=str if str in kinds else int)]
     if len(names) == 1:

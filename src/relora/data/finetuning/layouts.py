@@ -24,6 +24,7 @@ from relora.data.finetuning.messages import (
     read_messages,
     read_tools,
 )
+from relora.data.finetuning.noticed import unused_columns
 from relora.data.finetuning.records import Record
 from relora.data.readers import column_names
 from relora.errors import UserError
@@ -53,9 +54,9 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     """Descriptions of the tools that may be called; only chat templates can write them."""
     unused: tuple[str, ...] = ()
-    """Columns with a value that is not used."""
+    """Names of columns with a value that is not used."""
     noticed: tuple[str, ...] = ()
-    """What of the messages was left out, one entry for each message."""
+    """Reasons why messages are left out or not scored, one entry for each message."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,8 @@ class Layout:
         chars += sum(map(len, nested_texts([[message.extra for message in messages], tools], -4)))
         if chars > LONGEST_TEXT:
             raise BadRecord(f"has {chars:,} characters; one example has at most {LONGEST_TEXT:,}")
-        unused = (key for key, value in fields.items() if key not in used and value not in (None, "", [], {}))
         kept, noticed = _up_to_last_response(messages)
-        return Conversation(kept, tools, tuple(unused), noticed)
+        return Conversation(kept, tools, tuple(unused_columns(fields, used)), noticed)
 
     def _messages(self, fields: Mapping[str, Any]) -> list[Message]:
         """Return all messages of a record, without those of columns that may give a system message."""

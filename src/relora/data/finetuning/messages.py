@@ -68,7 +68,7 @@ class Message:
     is_scored: bool = True
     """Whether it is scored, if it is a response."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What only chat templates can write: `tool_calls` (arguments as objects), `reasoning_content`, `name`, ..."""
+    """Parts that only chat templates can write: `tool_calls`, with objects as arguments, `reasoning_content`, ..."""
 
     @property
     def is_blank(self) -> bool:

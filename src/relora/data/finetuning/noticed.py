@@ -1,13 +1,23 @@
-"""What was noticed while records were read: how often, and in which record first.
+"""Notes about records: which of their columns and keys are not used, and what became of their messages.
 
 not used: column `id` (60 records), `name` in messages (4 records)
 12 turns whose text the chat template changed or left out, first in a.jsonl, line 3
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from relora.data.readers import MOST_NAMES
+from relora.messages import short_name
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
+
+
+def unused_columns(fields: Mapping[str, Any], used: set[str]) -> list[str]:
+    """Return the columns of a record that have a value and are not used, as messages name them."""
+    return [f"column `{short_name(key)}`" for key, value in fields.items() if key not in used and value not in EMPTY]
 
 
 class Noticed:

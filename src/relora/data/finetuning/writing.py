@@ -30,9 +30,9 @@ class Written:
     chars: int
     """Number of characters to encode."""
     unused: tuple[str, ...] = ()
-    """What of the conversation is not written."""
+    """Names of parts of the conversation that are not written."""
     noticed: tuple[str, ...] = ()
-    """What the template changed, one entry for each message."""
+    """Changes that the template made, one entry for each message."""
 
 
 class Writer(Protocol):
