@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
@@ -70,3 +71,8 @@ def parse_share(text: str) -> float:
     if not 0 <= share < 1:
         raise UserError(f"--validation {text}: give a share below 100%, e.g. 1% or 0.01")
     return share
+
+
+def unescape(text: str) -> str:
+    r"""Read `\n`, `\t`, `\f` and `\\` in the value of an option as the characters that they stand for."""
+    return re.sub(r"\\([ntf\\])", lambda found: {"n": "\n", "t": "\t", "f": "\f"}.get(found[1], found[1]), text)

@@ -18,6 +18,7 @@ from relora.cli.options import (
     print_found,
     print_json,
     refuse_several_processes,
+    unescape,
 )
 from relora.errors import UserError
 
@@ -32,6 +33,10 @@ def prepare(
     train_tokenizer: Annotated[int | None, typer.Option(help="Train a byte-level BPE of this many ids.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents held out, e.g. 1% or 0.01.")] = "1%",
     text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    document_separator: Annotated[
+        str | None,
+        typer.Option(help=r"Text between the documents of a .txt or .md file; \n, \t, \f and \\ are understood."),
+    ] = None,
     take: Annotated[int | None, typer.Option(help="At most this many documents of each source.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that tokenize; by default one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Keys the choice of held-out documents.")] = 0,
@@ -50,6 +55,7 @@ def prepare(
             train_tokenizer=train_tokenizer,
             validation=parse_share(validation),
             text_field=text_field,
+            document_separator=None if document_separator is None else unescape(document_separator),
             take=take,
             workers=workers,
             seed=seed,

@@ -1,13 +1,16 @@
 """Readers of files and datasets: each yields the records of one file or dataset in order, in bounded memory.
 
     .jsonl      one JSON value per line; blank lines are left out
-    .json       one JSON value per line, or one array of values, which is parsed as a whole
+    .json       one JSON value per line, or one array of values, or one object that holds one list of records under any
+                key; the last two are parsed as a whole
     .csv        a line of column names, then one record per row (RFC 4180)
     .tsv        the same, separated by tabs; quotation marks are ordinary characters, as in the files of GLUE
     .parquet    one record per row; not inside .gz or .zst, since it compresses its columns itself
-    .txt .md    one record per file, or several of a long file, which is cut at blank lines
+    .txt .md    see `plain_text`: one record per document, or several of a long one
     saved       a folder written by `datasets.save_to_disk`: one record per row
     hub         a dataset on the Hugging Face hub, streamed: one record per row
+
+Suffixes count in small and capital letters.
 
 A reader yields pairs `(where, value)`: the place of a record for messages, such as `a.jsonl, line 3`, and the record,
 which is a mapping of column to value in a correct file and may be any JSON value in a wrong one. A record that cannot
@@ -31,22 +34,15 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import HfApi
 
+from relora.data.plain_text import PIECE_CHARS, BadRecord, read_text
 from relora.errors import RunStopped, UserError
+from relora.files.hub import SECONDS, refusal
 from relora.messages import first_line, short_name
 
 COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 """Suffix of a compressed file -> Arrow's name of its codec."""
 
-PLAIN_TEXT_KINDS = (".txt", ".md")
-
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-WHOLE_FILE_CHARS = 128 * 1024
-"""Characters up to which a plain text file is one record."""
-
-PIECE_CHARS = 32 * 1024
-"""A longer plain text file is cut into records of `PIECE_CHARS` to 2 * `PIECE_CHARS` characters: it is more likely a
-book than a document."""
 
 LONGEST_LINE = 1 << 28
 """Most bytes of a line of a .jsonl, .json, .csv or .tsv file. Without a limit, a small compressed file with one endless
@@ -56,14 +52,14 @@ LARGEST_ARRAY = 1 << 28
 """Most bytes, decompressed, of a .json file that holds an array. The array is parsed as a whole, which takes several
 times as much memory."""
 
+MESSAGE_KEYS = frozenset(("role", "from"))
+"""Keys of the objects in a list that is a conversation, and so part of one record."""
+
 BATCH_ROWS = 256
 """Rows of a parquet file or saved dataset that are decoded at a time."""
 
 MOST_NAMES = 8
 """Most columns that a message lists."""
-
-BadRecord = Callable[[str], None]
-"""Callback that is given one line about a record that cannot be used; it raises an exception or counts the record."""
 
 Row = tuple[str, Any]
 """(place of a record, its value)."""
@@ -75,20 +71,49 @@ def read_jsonl(stream: BinaryIO, name: str, bad: BadRecord, column: str | None =
 
 
 def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
-    """Yield the values of a JSON array; of a file that does not begin with `[`, one value per line."""
+    """Yield the values of a JSON array, or of the one list of records in an object; otherwise one value per line."""
     number, line = 1, stream.readline(LONGEST_LINE)
     while line and not line.removeprefix(BYTE_ORDER_MARK).strip():
         number, line = number + 1, stream.readline(LONGEST_LINE)
-    if not line.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+    if not _begins_whole(line):
         yield from _json_lines(stream, number, line, name, bad)
         return
     data = line + stream.read(max(0, LARGEST_ARRAY + 1 - len(line)))
     if len(data) > LARGEST_ARRAY:
         bad(f"{name}: more than {LARGEST_ARRAY >> 20} MB in one piece; write it as .jsonl, one record a line")
         return
-    for _, values in _parsed_json(data, name, bad):
-        for record_number, value in enumerate(values, start=1):
-            yield f"{name}, record {record_number}", value
+    for _, value in _parsed_json(data, name, bad):
+        under = ""
+        if isinstance(value, dict):
+            lists = _lists_of_records(value)
+            if len(lists) != 1:
+                several = f"several lists of records ({column_names(lists)})" if lists else "no list of records"
+                bad(f"{name}: one JSON object with {several}; write one array of records, or one record a line")
+                return
+            under, value = f" under `{short_name(lists[0])}`", value[lists[0]]
+        for record_number, one in enumerate(value, start=1):
+            yield f"{name}, record {record_number}{under}", one
+
+
+def _begins_whole(line: bytes) -> bool:
+    """Return whether the first line of a JSON file begins one value, or holds one, that is parsed as a whole.
+
+    It does if it opens an array, or an object that ends in a later line or that is no record but holds records.
+    """
+    text = line.removeprefix(BYTE_ORDER_MARK).strip()
+    if not text.startswith(b"{"):
+        return text.startswith(b"[")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # an object that is damaged, unless it only breaks off at the end of the line
+        return text.endswith((b"{", b"[", b",", b":"))
+    return bool(_lists_of_records(value))
+
+
+def _lists_of_records(value: Mapping[str, Any]) -> list[str]:
+    """Return the keys of an object under which there are lists of objects, if these are no messages of a chat."""
+    lists = [key for key, one in value.items() if isinstance(one, list) and one and isinstance(one[0], dict)]
+    return [] if any(MESSAGE_KEYS & value[key][0].keys() for key in lists) else lists
 
 
 def _json_lines(stream: BinaryIO, number: int, line: bytes, name: str, bad: BadRecord) -> Iterator[Row]:
@@ -109,7 +134,7 @@ def _parsed_json(data: bytes, where: str, bad: BadRecord) -> Iterator[Row]:
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        bad(f"{where}: not UTF-8")
+        bad(f"{where}: not UTF-8; convert the file, e.g. with iconv")
     except json.JSONDecodeError as error:
         bad(f"{where}: not valid JSON ({error.msg}: line {error.lineno}, column {error.colno})")
     except (ValueError, RecursionError):
@@ -168,6 +193,9 @@ def _text_lines(stream: BinaryIO) -> Iterator[str]:
 
 def read_parquet(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
     """Yield the rows of a parquet file, read row group by row group; with `column`, of that column of text alone."""
+    if not stream.seekable():
+        bad(f"{name}: a compressed parquet file; decompress it first, since parquet compresses its columns itself")
+        return
     file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
     columns = file.schema_arrow.names
     if _lacks_column(columns, column, name, bad):
@@ -195,42 +223,6 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def read_text(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
-    """Yield a plain UTF-8 text as one record, or in pieces which, joined, are the whole text.
-
-    Line ends become \\n, and a byte order mark is dropped.
-    """
-    field = column or "text"
-    reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    try:
-        text = reader.read(WHOLE_FILE_CHARS + 1)
-        if len(text) <= WHOLE_FILE_CHARS:
-            yield name, {field: text}
-            return
-        number = 0
-        while text := text + reader.read(max(0, 2 * PIECE_CHARS - len(text))):
-            number += 1
-            end = _piece_end(text[: 2 * PIECE_CHARS])
-            yield f"{name}, piece {number}", {field: text[:end]}
-            text = text[end:]
-    finally:
-        reader.detach()  # closing the stream is left to the caller
-
-
-def _piece_end(text: str) -> int:
-    """Return where to end a piece: after the first blank line behind `PIECE_CHARS`, else a line end, else a space.
-
-    A text of fewer than 2 * `PIECE_CHARS` characters is the last piece, and is not cut.
-    """
-    if len(text) < 2 * PIECE_CHARS:
-        return len(text)
-    for separator in ("\n\n", "\n", " "):
-        found = text.find(separator, PIECE_CHARS)
-        if found >= 0:
-            return found + len(separator)
-    return len(text)
-
-
 Reader = Callable[[BinaryIO, str, BadRecord, str | None], Iterator[Row]]
 
 READERS: Mapping[str, Reader] = {
@@ -247,7 +239,7 @@ READERS: Mapping[str, Reader] = {
 
 def file_kind(file: Path) -> str | None:
     """Return the suffix that says how to read a file, without that of a compression; None if there is no reader."""
-    name = Path(file.name)
+    name = Path(file.name.lower())
     kind = Path(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix
     return kind if kind in READERS else None
 
@@ -257,11 +249,25 @@ def decompressed(raw: BinaryIO, file_name: str) -> BinaryIO:
 
     Reading a file that is cut short raises `OSError`.
     """
-    codec = COMPRESSIONS.get(Path(file_name).suffix)
+    codec = COMPRESSIONS.get(Path(file_name).suffix.lower())
     if codec is None:
         return raw
     # pyarrow notices that a file is cut short; the package zstandard would take the cut for the end of the file
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), codec))
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return what an `OSError` or `ArrowException` says about a file, in one line, with the remedy if it is known."""
+    if "Frame requires too much memory" in str(error):
+        return "its zstd window is larger than 128 MB (zstd --long); write it anew with `zstd -dc --long=31 | zstd`"
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def why_not_utf8(start: bytes) -> str:
+    """Return what a file is that is not UTF-8, by its first bytes, with the remedy."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16, not UTF-8 text; convert it with `iconv -f UTF-16 -t UTF-8`"
+    return "not UTF-8 text, perhaps Windows-1252; convert it, e.g. with `iconv -f WINDOWS-1252 -t UTF-8`"
 
 
 def read_saved_dataset(
@@ -300,17 +306,17 @@ def read_saved_dataset(
 
 
 def hub_revision(dataset_id: str) -> str:
-    """Return the current commit of a hub dataset; `UserError` if the hub has no dataset of that name.
+    """Return the current commit of a hub dataset; `UserError` if the hub does not give that dataset.
 
     It is asked for before the dataset is opened, because the library would try for a long time to open a wrong name.
     """
     try:
-        revision = HfApi().dataset_info(dataset_id, timeout=10).sha
+        info = HfApi().dataset_info(dataset_id, timeout=SECONDS)
+        if info.gated:  # whose description anyone may see
+            HfApi().auth_check(dataset_id, repo_type="dataset")
     except Exception as error:  # of any type: the hub's client and the network raise many
-        raise UserError(
-            f"{dataset_id}: no such file or folder, and the hub gave no dataset of that name ({one_line(error)})"
-        ) from None
-    return str(revision)
+        raise UserError(f"{dataset_id}: {refusal(error, dataset_id, 'dataset', 'file or folder')}") from None
+    return str(info.sha)
 
 
 def read_hub_dataset(dataset_id: str, config: str | None, revision: str | None) -> Iterator[Row]:

@@ -1,14 +1,12 @@
 """Sources as a user names them, resolved to files or datasets, and the one way to read all of them in order.
 
     FILE                            a kind of file that `readers` knows, also with .gz or .zst
-    FOLDER                          the readable files in it, recursively, sorted by path; not README* and hidden files
+    FOLDER                          the files in it, recursively, sorted by path; not README* and hidden files
     FOLDER from save_to_disk        a `datasets` Dataset, or the split `train` of a DatasetDict
     owner/name, owner/name:config   the split `train` of a dataset on the Hugging Face hub, streamed
 
-Each use prefers some kinds of files: documents are usually in .txt, .md, .jsonl and .parquet files, records in .json,
-.jsonl, .csv, .tsv and .parquet files. A folder that has files of the preferred kinds gives only those, because the
-other ones are usually about the data (a licence beside records, a `dataset_infos.json` beside documents); a folder
-that has none gives all readable files. A file that is named itself may be of any kind.
+`folders` says which files of a folder are read where it has several kinds; what is not read is counted and said. A file
+that is named itself may be of any kind.
 
 The order is fixed by the names, so reading can be repeated; memory is bounded as in `readers`.
 """
@@ -18,13 +16,15 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
 import pyarrow
 
+from relora.data.folders import LeftOut, dataset_files, describe, files_of
+from relora.data.plain_text import PLAIN_TEXT_KINDS, Separators, read_text
 from relora.data.readers import (
     COMPRESSIONS,
     READERS,
@@ -35,6 +35,8 @@ from relora.data.readers import (
     one_line,
     read_hub_dataset,
     read_saved_dataset,
+    why_not_utf8,
+    why_unreadable,
 )
 from relora.errors import UserError
 from relora.files.untrusted import no_address
@@ -60,6 +62,13 @@ class ResolvedSource:
     is_saved_dataset: bool = False
     revision: str = ""
     """Commit of a hub dataset."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of a folder that are not read."""
+
+    @property
+    def capitals(self) -> tuple[str, ...]:
+        """Names of the files with capital letters in the suffixes by which they are read."""
+        return tuple(file.name for file in self.files if not self.is_saved_dataset and not _is_in_small_letters(file))
 
     @property
     def bytes(self) -> int | None:
@@ -117,20 +126,16 @@ def _resolve_folder(source: str, path: Path, preferred_kinds: Sequence[str], lea
     is_saved_dataset = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     excluded = None if leave_out is None else leave_out.resolve()
     try:
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if (is_saved_dataset or _may_hold_data(file.relative_to(path)))
-            and file.is_file()
-            and (excluded is None or excluded not in file.absolute().parents)
-        ]
+        if is_saved_dataset:
+            files, left_out = dataset_files(path, excluded)
+        else:
+            files, left_out = files_of(path, preferred_kinds, excluded)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if not files:
-        raise UserError(f"{path}: no readable file in this folder; {_readable(preferred_kinds)}")
-    if not is_saved_dataset:
-        files = [file for file in files if file_kind(file) in preferred_kinds] or files
-    return _with_status(source, files, is_saved_dataset)
+        held = f" (it holds {describe(left_out, preferred_kinds)})" if left_out else ""
+        raise UserError(f"{path}: no readable file in this folder{held}; {_readable(preferred_kinds)}")
+    return replace(_with_status(source, files, is_saved_dataset), left_out=tuple(left_out))
 
 
 def _with_status(source: str, files: Sequence[Path], is_saved_dataset: bool = False) -> ResolvedSource:
@@ -143,10 +148,10 @@ def _with_status(source: str, files: Sequence[Path], is_saved_dataset: bool = Fa
     return ResolvedSource(source, tuple(files), sizes, tuple(status.st_mtime_ns for status in found), is_saved_dataset)
 
 
-def _may_hold_data(relative: Path) -> bool:
-    """Return whether a file in a folder can be read, and is neither hidden, in a hidden folder, nor a README."""
-    is_hidden = any(part.startswith(".") for part in relative.parts)
-    return not is_hidden and not relative.name.startswith("README") and file_kind(relative) is not None
+def _is_in_small_letters(file: Path) -> bool:
+    """Return whether a file's suffixes are in small letters, the only ones that version 0.1 knew."""
+    name = Path(file.name)
+    return (Path(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix) in READERS
 
 
 def _readable(preferred_kinds: Sequence[str]) -> str:
@@ -190,6 +195,12 @@ class SourceReader(ABC, Generic[Item]):
         self.sources = [resolve(source, self.preferred_kinds, leave_out) for source in sources]
         self.skipped_records = 0
         """Records that could not be used, in the last or current pass."""
+        self.separators = Separators()
+        """Texts between the documents of a plain text file."""
+        self.parted_at = 0
+        """Separators between the documents of plain text files, in the last or current pass."""
+        self.cut_long_texts = True
+        """Whether a long document of a plain text file is several items."""
         self._column = column
         self._skip_bad = skip_bad
         self._finished_bytes = 0
@@ -208,8 +219,8 @@ class SourceReader(ABC, Generic[Item]):
         return self._finished_bytes + self._dataset_bytes
 
     def start_pass(self) -> None:
-        """Set the counts of bytes read and of skipped records back to zero."""
-        self.skipped_records = self._finished_bytes = self._dataset_bytes = 0
+        """Set the counts of bytes read, skipped records and separators back to zero."""
+        self.skipped_records = self.parted_at = self._finished_bytes = self._dataset_bytes = 0
         self._open_file = None
 
     def parts(self, source: ResolvedSource) -> Iterator[Iterable[Item]]:
@@ -225,6 +236,14 @@ class SourceReader(ABC, Generic[Item]):
             assert match is not None  # `resolve` has checked it
             yield self._items(read_hub_dataset(match["id"], match["config"], source.revision))
 
+    def notes_on_folders(self) -> list[str]:
+        """Return a line for each folder that holds what is not read."""
+        return [
+            f"{source.name}: not read: {describe(source.left_out, self.preferred_kinds)}"
+            for source in self.sources
+            if source.left_out
+        ]
+
     def bad(self, message: str) -> None:
         """Raise `UserError` about a record or file that cannot be used; with `skip_bad`, count it instead."""
         if not self._skip_bad:
@@ -239,25 +258,44 @@ class SourceReader(ABC, Generic[Item]):
             elif (item := self.item_of(where, fields)) is not None:
                 yield item
 
+    def _rows(self, file: Path, stream: BinaryIO) -> Iterator[Row]:
+        """Yield the rows of a file by its reader."""
+        kind = str(file_kind(file))
+        if kind not in PLAIN_TEXT_KINDS:
+            return READERS[kind](stream, str(file), self.bad, self._column)
+        return read_text(
+            stream,
+            str(file),
+            self.bad,
+            self._column,
+            separators=self.separators,
+            note_separator=self._note_separator,
+            cut=self.cut_long_texts,
+        )
+
+    def _note_separator(self) -> None:
+        """Count a separator between two documents."""
+        self.parted_at += 1
+
     def _file(self, file: Path) -> Iterator[Item]:
         """Yield the items of a file; an error that concerns the whole file counts as one bad record."""
         is_empty = True
-        read = READERS[str(file_kind(file))]
         try:
             with file.open("rb") as raw:
                 self._open_file = raw
                 try:
-                    for item in self._items(read(decompressed(raw, file.name), str(file), self.bad, self._column)):
+                    for item in self._items(self._rows(file, decompressed(raw, file.name))):
                         is_empty = False
                         yield item
                 finally:  # also when the consumer stops in the middle of the file
                     self._open_file = None
             if is_empty:
                 self.bad(f"{file}: holds no {self.item_name}")
-        except UnicodeDecodeError as error:
-            self.bad(f"{file}: not UTF-8 text ({error.reason}); convert it, e.g. with iconv")
+        except UnicodeDecodeError:
+            with file.open("rb") as raw:
+                self.bad(f"{file}: {why_not_utf8(decompressed(raw, file.name).read(2))}")
         except (OSError, pyarrow.ArrowException) as error:
-            self.bad(f"{file}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}")
+            self.bad(f"{file}: cannot be read: {why_unreadable(error)}")
 
     def _saved_dataset(self, source: ResolvedSource) -> Iterator[Item]:
         """Yield the items of a saved dataset; its share of rows read stands for its share of bytes read."""

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from relora.data.pretraining.corpus import Corpus
-from relora.data.readers import WHOLE_FILE_CHARS
+from relora.data.plain_text import WHOLE_FILE_CHARS
 from relora.errors import UserError
 
 TEXTS = ["The first.\n\nIt has two paragraphs.", "Zweiter Text: äöü €.", "第三", "last"]

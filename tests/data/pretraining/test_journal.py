@@ -21,7 +21,6 @@ def test_a_journal_reads_back_its_last_line(tmp_path: Path) -> None:
     first.begin(HEADER)
     for documents in (3, 5):
         first.state.train.documents = documents
-        first.state.lowest_draw = (1 << 64) - documents
         first.note()
     first.close()
     again = Journal(tmp_path)

@@ -242,7 +242,9 @@ def test_one_long_text_file_gives_both_sides(tmp_path: Path) -> None:
     )
     report = prepare([str(tmp_path / "book.txt")], tmp_path / "out", train_tokenizer=300)
     assert report.validation is not None
-    assert report.validation.documents == 1
+    assert report.train.within_documents and report.validation.within_documents
+    assert 0.002 < report.validation.text_bytes / (tmp_path / "book.txt").stat().st_size < 0.02  # of 1%
+    assert "parts of them are held out" in str(report)
     pieces = _documents(tmp_path / "out/train") + _documents(tmp_path / "out/validation")
     assert Counter("".join(pieces)) == Counter((tmp_path / "book.txt").read_text())
 

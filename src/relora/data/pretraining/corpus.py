@@ -1,7 +1,8 @@
 """The documents of all sources of text, in a fixed order.
 
-A document is the text in one field of a record (`text_field`), or a plain text file, of which a long one is cut at
-blank lines into several documents. `data.sources` says which sources there are and how they are read.
+A document is the text in one field of a record (`text_field`), or a plain text file, or one of several in it with
+separators between them; a long one is cut at blank lines (see `data.plain_text`). `data.sources` says which sources
+there are and how they are read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from relora.data.plain_text import PLAIN_TEXT_KINDS, Separators, separators_of
 from relora.data.pretraining.shards import Source
-from relora.data.readers import column_names
+from relora.data.readers import column_names, file_kind
 from relora.data.sources import ResolvedSource, SourceReader
+from relora.errors import UserError
 
 
 class Corpus(SourceReader[str]):
@@ -44,6 +47,41 @@ class Corpus(SourceReader[str]):
         super().__init__(sources, column=text_field, skip_bad=skip_bad, leave_out=leave_out)
         self._text_field = text_field
         self._take = take
+        self._noticed = self.separators
+        self.separators_in_text = 0
+        """Separators that part nothing, since they stand inside a text, in the last or current pass."""
+
+    def part_at(self, given: str | None, eos: str) -> None:
+        """Set what parts the documents of a plain text file; a record of any other kind of file is one document.
+
+        Args:
+            given: the user's separator; without one, the defaults of `separators_of` do it.
+            eos: text of the tokenizer's EOS token.
+
+        Raises:
+            UserError: a separator is given that cannot be used, or no source is a plain text file.
+        """
+        self.separators = separators_of(given, eos)
+        self._noticed = Separators(tuple(dict.fromkeys([*self.separators.texts, *separators_of(None, eos).texts])))
+        if given is not None and not self._has_plain_text:
+            raise UserError(
+                f"--document-separator: parts plain text files ({', '.join(PLAIN_TEXT_KINDS)}), and the sources have "
+                "none; a record of another kind of file is one document"
+            )
+
+    def is_parted(self) -> bool:
+        """Return whether a plain text file holds a separator that parts documents, reading up to the first one."""
+        return self._has_plain_text and any(self.parted_at for _ in self.documents())
+
+    @property
+    def _has_plain_text(self) -> bool:
+        """Whether a source has a plain text file."""
+        return any(
+            file_kind(file) in PLAIN_TEXT_KINDS
+            for source in self.sources
+            if not source.is_saved_dataset
+            for file in source.files
+        )
 
     @property
     def total_bytes(self) -> int | None:
@@ -67,6 +105,7 @@ class Corpus(SourceReader[str]):
     def documents(self) -> Iterator[str]:
         """Yield all documents, in one pass; none of them is empty."""
         self.start_pass()
+        self.separators_in_text = 0
         for source in self.sources:
             yield from islice(self._source_documents(source), self._take)
 
@@ -98,6 +137,7 @@ class Corpus(SourceReader[str]):
         if not text.isascii() and not _is_unicode(text):
             self.bad(f"{where}: half of a surrogate pair in field `{field}`")
             return None
+        self.separators_in_text += self._noticed.count(text)
         return text or None
 
     def _source_documents(self, source: ResolvedSource) -> Iterator[str]:

@@ -66,6 +66,8 @@ class Chunk:
     texts: list[str]
     read_bytes: int
     """Bytes of the corpus that had been read by then."""
+    held_out: list[bool] | None = None
+    """Whether each text is held out, where the hash of the whole text does not decide."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,6 @@ class Encoded:
 
     train: SplitTokens
     validation: SplitTokens
-    lowest_draw: int
-    """The smallest draw of its documents (see `sampling.SplitRule`), which tells what threshold would hold one out."""
 
 
 class Encoder:
@@ -119,16 +119,14 @@ class Encoder:
 
         No special token is added by a template or recognized in a text, so an EOS always ends a document.
         """
-        draws = [self.rule.draw(text) for text in chunk.texts]
         ids: list[list[npt.NDArray[Any]]] = [[] for _ in chunk.texts]
         for numbers, texts in _batches(chunk.texts):
             for number, piece in zip(numbers, self._encode_texts(texts), strict=True):
                 ids[number].append(piece.astype(self._eos.dtype))
-        is_held_out = [draw < self.rule.threshold for draw in draws]
+        is_held_out = chunk.held_out or [self.rule.is_held_out(text) for text in chunk.texts]
         return Encoded(
             train=self._split_tokens(chunk, ids, [not held_out for held_out in is_held_out]),
             validation=self._split_tokens(chunk, ids, is_held_out),
-            lowest_draw=min(draws),
         )
 
     def _split_tokens(self, chunk: Chunk, ids: list[list[npt.NDArray[Any]]], chosen: list[bool]) -> SplitTokens:

@@ -65,8 +65,6 @@ class PassState:
 
     train: SplitState = field(default_factory=SplitState)
     validation: SplitState = field(default_factory=SplitState)
-    lowest_draw: Count | None = None
-    """The smallest draw of all documents so far (see `sampling.SplitRule`)."""
 
     @property
     def documents(self) -> int:
@@ -82,6 +80,8 @@ class Header:
     """A journal can only be continued by a call with the same request."""
     threshold: Count
     """The threshold below which a document is held out (see `sampling.SplitRule`)."""
+    within_documents: bool = False
+    """Whether it decides about parts of documents (see `held_out`)."""
 
 
 class Journal:

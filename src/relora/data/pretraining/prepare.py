@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from relora.data import tokenizer as tokenization
 from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.encode import CHUNK_CHARS, Chunk, Encoder, encode_all, pieces_of
+from relora.data.pretraining.held_out import runs, settle
 from relora.data.pretraining.journal import (
     TRAIN,
     VALIDATION,
@@ -38,7 +39,7 @@ from relora.data.pretraining.shards import (
     TokenDtype,
     write_index,
 )
-from relora.data.sampling import DRAWS, SplitRule
+from relora.data.sampling import SplitRule
 from relora.errors import UserError
 from relora.messages import short_repr
 
@@ -74,6 +75,7 @@ def prepare(
     train_tokenizer: int | None = None,
     validation: float = 0.01,
     text_field: str = "text",
+    document_separator: str | None = None,
     take: int | None = None,
     workers: int | None = None,
     seed: int = 0,
@@ -88,9 +90,10 @@ def prepare(
         tokenizer: folder or hub id of a tokenizer. Either this or `train_tokenizer` is given.
         train_tokenizer: vocabulary size of a tokenizer that is trained on the training documents.
         validation: share of the documents that is held out, 0 <= share < 1. A hash of its text decides about each
-            document, so the share is met on average; where it would leave a split empty, exactly one document is held
-            out.
+            document; of few documents, parts may be held out (see `held_out`).
         text_field: field of JSON records, column of tables.
+        document_separator: text that parts the documents of a plain text file wherever it stands; unless given,
+            `<|endoftext|>` and the text of the EOS token do so, in lines of their own (see `data.plain_text`).
         take: at most this many documents of each source.
         workers: threads that tokenize, one per core unless given. The result does not depend on it.
         seed: keys the choice of held-out documents.
@@ -103,9 +106,11 @@ def prepare(
         Interrupted: Ctrl-C was pressed; the same call continues.
     """
     started = time.monotonic()
-    _check_options(tokenizer, train_tokenizer, validation, text_field, take, workers)
+    _check_options(tokenizer, train_tokenizer, validation, take, workers)
+    _check_texts(text_field=text_field, document_separator=document_separator)
     corpus = Corpus(sources, text_field=text_field, take=take, skip_bad=skip_bad, leave_out=out)
     given = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
+    corpus.part_at(document_separator, tokenization.END_OF_TEXT if given is None else str(given.eos_token))
     request = Request(
         corpus.identity(),
         {
@@ -116,28 +121,28 @@ def prepare(
             "take": take,
             "seed": seed,
             "skip_bad": skip_bad,
+            "document_separator": document_separator,
         },
     )
-    if is_finished(out, request):
-        return report_on(out, started, reused=True)
-    with locked_folder(out, request) as journal:
+    if is_finished(out, request, corpus):
+        return report_on(out, started, corpus, reused=True)
+    with locked_folder(out, request, corpus) as journal:
         continued = journal.header is not None
-        if journal.header is None:
+        if not continued:
             remove_splits(out)  # a call that gave up may have been killed before it had removed them
-            journal.begin(Header(request, int(validation * DRAWS)))
-        used = given or _train_or_reopen(out, corpus, train_tokenizer, _rule(journal, seed), progress)
+            journal.begin(Header(request, *settle(corpus.documents, validation, seed)))
+        used = given or _train_or_reopen(out, corpus, train_tokenizer, journal, seed, progress)
         tokenization.save_tokenizer(used, out / TRAIN / TOKENIZER_NAME)
         _encode_splits(corpus, used, journal, seed, out, workers or os.cpu_count() or 1, progress)
         _write_indexes(out, journal, used, corpus)
         journal.remove()
-    return report_on(out, started, continued=continued)
+    return report_on(out, started, corpus, continued=continued)
 
 
 def _check_options(
     tokenizer: str | None,
     train_tokenizer: int | None,
     validation: float,
-    text_field: str,
     take: int | None,
     workers: int | None,
 ) -> None:
@@ -153,10 +158,15 @@ def _check_options(
             raise UserError(f"--{option} {number}: must be at least 1 and at most {most}")
     if train_tokenizer is not None and train_tokenizer > MOST_IDS:
         raise UserError(f"--train-tokenizer {short_repr(train_tokenizer)}: must be at most {MOST_IDS:,}")
-    try:
-        text_field.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--text-field {text_field!a}: not UTF-8") from None
+
+
+def _check_texts(**options: str | None) -> None:
+    """Raise `UserError` if the value of an option cannot be encoded; what is not UTF-8 on a command line cannot."""
+    for option, text in options.items():
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{option.replace('_', '-')} {text!a}: not UTF-8") from None
 
 
 def _rule(journal: Journal, seed: int) -> SplitRule:
@@ -169,7 +179,8 @@ def _train_or_reopen(
     out: Path,
     corpus: Corpus,
     vocab_size: int | None,
-    rule: SplitRule,
+    journal: Journal,
+    seed: int,
     progress: Callable[[PrepareProgress], None],
 ) -> "PreTrainedTokenizerFast":
     """Train a tokenizer on the training documents, or open the one that an interrupted call has trained."""
@@ -178,9 +189,17 @@ def _train_or_reopen(
         return tokenization.load_tokenizer(str(folder))
     assert vocab_size is not None  # _check_options has checked it
     progress(PrepareProgress("tokenizer"))
-    texts = (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_held_out(text))
+    texts = _training_texts(corpus, journal, _rule(journal, seed))
     pieces = (piece for text in texts for piece in pieces_of(text, TOKENIZER_PIECE_CHARS))
     return tokenization.train_tokenizer(pieces, vocab_size)
+
+
+def _training_texts(corpus: Corpus, journal: Journal, rule: SplitRule) -> Iterator[str]:
+    """Yield from every file the same share of texts that are not held out, `TOKENIZER_CHARS` in all."""
+    assert journal.header is not None  # the journal has been begun
+    if journal.header.within_documents:
+        return (text for text, is_held_out in runs(corpus.samples(TOKENIZER_CHARS), rule) if not is_held_out)
+    return (text for text in corpus.samples(TOKENIZER_CHARS) if not rule.is_held_out(text))
 
 
 def _encode_splits(
@@ -192,29 +211,14 @@ def _encode_splits(
     workers: int,
     progress: Callable[[PrepareProgress], None],
 ) -> None:
-    """Write the shards of both splits.
-
-    With few documents the draws may leave one split empty. Then a second pass writes all shards again, with the
-    threshold by which exactly one document is held out.
-    """
-    assert journal.header is not None  # the journal has been begun
-    backend, dtype = tokenizer.backend_tokenizer.to_str(), _dtype(tokenizer)
-    while True:
-        rule = _rule(journal, seed)
-        _one_pass(corpus, Encoder(backend, tokenizer.eos_token_id, dtype, rule), journal, out, workers, progress)
-        state = journal.state
-        if state.lowest_draw is None:
-            raise UserError("the sources hold no text")
-        one_document_threshold = state.lowest_draw + 1  # only the document with the lowest draw is below it
-        no_split_is_empty = state.train.documents and state.validation.documents
-        if no_split_is_empty or rule.threshold in (0, one_document_threshold):
-            break
-        journal.begin(Header(journal.header.request, one_document_threshold))
-    if not state.train.documents:
-        raise UserError(
-            f"{state.documents} document(s), too few to hold any out; "
-            "give more text, or --validation 0 and prepare a validation folder from other text"
-        )
+    """Write the shards of both splits."""
+    rule, state = _rule(journal, seed), journal.state
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, _dtype(tokenizer), rule)
+    _one_pass(corpus, encoder, journal, out, workers, progress)
+    if not state.documents:
+        raise UserError("the sources hold no text")
+    if not state.train.documents or (rule.threshold and not state.validation.documents):
+        raise UserError(f"{out}: begun by an earlier version; what was unfinished is removed, run the command again")
 
 
 def _one_pass(
@@ -232,11 +236,9 @@ def _one_pass(
         closing(SplitWriter(out / TRAIN, state.train, encoder.itemsize)) as train,
         closing(SplitWriter(out / VALIDATION, state.validation, encoder.itemsize)) as validation,
     ):
-        for chunk, encoded in encode_all(_chunks(corpus, skip=state.documents), encoder, workers):
+        for chunk, encoded in encode_all(_chunks(corpus, journal, encoder.rule), encoder, workers):
             train.append(encoded.train)
             validation.append(encoded.validation)
-            lowest = DRAWS if state.lowest_draw is None else state.lowest_draw
-            state.lowest_draw = min(encoded.lowest_draw, lowest)
             if time.monotonic() - last_note >= JOURNAL_SECONDS:
                 train.sync()
                 validation.sync()
@@ -253,18 +255,24 @@ def _one_pass(
     journal.note()
 
 
-def _chunks(corpus: Corpus, skip: int) -> Iterator[Chunk]:
-    """Yield the documents after the first `skip`, in chunks of about `CHUNK_CHARS` characters for the workers."""
+def _chunks(corpus: Corpus, journal: Journal, rule: SplitRule) -> Iterator[Chunk]:
+    """Yield the documents that are not yet encoded, in chunks of about `CHUNK_CHARS` characters for the workers."""
+    assert journal.header is not None  # the journal has been begun
+    sided: Iterator[tuple[str, bool | None]] = ((text, None) for text in corpus.documents())
+    if journal.header.within_documents:
+        sided = runs(corpus.documents(), rule)
     texts: list[str] = []
+    sides: list[bool] = []
     chars = 0
-    for text in islice(corpus.documents(), skip, None):
+    for text, side in islice(sided, journal.state.documents, None):
         texts.append(text)
+        sides += [] if side is None else [side]
         chars += len(text) + DOCUMENT_CHARS
         if chars >= CHUNK_CHARS:
-            yield Chunk(texts, corpus.read_bytes)
-            texts, chars = [], 0
+            yield Chunk(texts, corpus.read_bytes, sides or None)
+            texts, sides, chars = [], [], 0
     if texts:
-        yield Chunk(texts, corpus.read_bytes)
+        yield Chunk(texts, corpus.read_bytes, sides or None)
 
 
 def _dtype(tokenizer: "PreTrainedTokenizerFast") -> TokenDtype:
@@ -303,4 +311,7 @@ def _index(state: SplitState, journal: Journal, tokenizer: "PreTrainedTokenizerF
         shards=tuple(state.shards),
         sources=corpus.identity(),
         options=journal.header.request.options,
+        separators=corpus.parted_at,
+        separators_in_text=corpus.separators_in_text,
+        within_documents=journal.header.within_documents,
     )

@@ -75,6 +75,12 @@ class Index:
     shards: tuple[Shard, ...]
     sources: tuple[Source, ...]
     options: Options
+    separators: Count = 0
+    """Separators that part the documents of plain text files, in both splits together."""
+    separators_in_text: Count = 0
+    """Separators inside a text, which are trained as text, in both splits together."""
+    within_documents: bool = False
+    """Whether parts of documents are held out, because there are too few documents."""
 
 
 class PreparedFolder:
