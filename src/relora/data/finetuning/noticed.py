@@ -4,12 +4,16 @@ not used: column `id` (60 records), `name` in messages (4 records)
 12 turns whose text the chat template changed or left out, first in a.jsonl, line 3
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from relora.data.readers import MOST_NAMES
 from relora.messages import short_name
+
+_UNDER = re.compile(r" under `.*`$")
+"""End of the place of a record that is in a list in an object (`data.readers`)."""
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
@@ -37,7 +41,8 @@ class Noticed:
             noticed: what became of its messages, one entry for each.
         """
         self._unused.update(set(unused))
-        for what in noticed:
+        under = [f"records read from the list{found[0]} of a file"] if (found := _UNDER.search(where)) else []
+        for what in (*under, *noticed):
             self._counts[what] += 1
             self._first.setdefault(what, where)
 
