@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tests.paths import DATA
 from transformers import PreTrainedTokenizerFast
 
 from relora.data.pretraining.batches import HeldOut
 from relora.data.pretraining.shards import FORMAT_VERSION, Index, PreparedFolder, Shard, write_index
 from relora.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
-from relora.errors import UserError
+from relora.errors import NonFinite, UserError
 from relora.evaluation.perplexity import evaluate_model, sliding_windows
 from relora.measure import evaluate
 from relora.model import build_model, open_model, save_model
@@ -211,3 +213,24 @@ def test_a_trained_model_knows_stories_better_than_other_text(tmp_path: Path) ->
         DATA / "models" / "stories260K-llama-hf", [str(tmp_path / "story.txt"), str(tmp_path / "other.txt")]
     )
     assert 0.7 < story.loss < 1.8 < other.loss  # nats per token; 1.27 on TinyStories at large
+
+
+def test_a_loss_that_is_no_number_is_no_score(model_folder: Path, text_file: str, tmp_path: Path) -> None:
+    """A weight that is infinite is named at once, and what only some texts meet by the loss."""
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.inf
+    broken = Path(shutil.copytree(model_folder, tmp_path / "broken"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    line = r"broken: what the model computes is not a number: model\.layers\.1\.mlp\.down_proj\.weight holds 1 infinite"
+    with pytest.raises(NonFinite, match=line):
+        evaluate_model(broken, [text_file], tokens=20)
+    met = load_tokenizer(str(model_folder))(TEXT).input_ids[3]
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][met] = math.nan  # the first token of the vocabulary does not meet it
+    assert met > 0
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFinite, match=r"text\.txt: the model's loss is nan: model\.embed_tokens\.weight holds 0 inf"):
+        evaluate_model(broken, [text_file])
+    write_prepared(tmp_path / "prepared", load_tokenizer(str(model_folder)))
+    with pytest.raises(NonFinite, match="prepared: the model's loss is nan"):
+        evaluate_model(broken, [str(tmp_path / "prepared")])

@@ -1,6 +1,7 @@
 """Models are saved as plain folders, whole or not at all, in one dtype, and open without this package."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from tests.model.small import SMALL, is_tied, logits
 from transformers import PreTrainedTokenizerBase
 
-from relora.errors import RunStopped, UserError
+from relora.errors import NonFinite, RunStopped, UserError
 from relora.model import build_model, open_model, save_model
 
 LOAD_AND_GENERATE = """
@@ -159,3 +160,44 @@ def test_every_file_of_a_model_is_synced_before_it_is_in_place(
     aside = tmp_path / ".model.partial"
     assert {*synced} == {aside, tmp_path, *(aside / file.name for file in folder.iterdir())}
     assert synced[-1] == tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_weight_beyond_fp16_is_not_written_in_it(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The message names the weight, its largest number and what to do; bf16 and fp32 hold it."""
+    model = build_model("llama-9m", SMALL, seed=0, eos_token_id=94)
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[0] = -1e5
+    with pytest.raises(UserError, match=rf"{name} holds 100000, which float16 cannot hold .*65,504.*bf16"):
+        save_model(model, tmp_path / "half", tokenizer, torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    for dtype in (torch.bfloat16, torch.float32):
+        saved = save_model(model, tmp_path / str(dtype), tokenizer, dtype)
+        assert all(tensor.isfinite().all() for tensor in load_file(saved / "model.safetensors").values())
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[0] = 65_504
+    assert save_model(model, tmp_path / "half", tokenizer, torch.float16).is_dir()
+
+
+def test_what_is_not_a_number_is_not_written(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model("llama-9m", SMALL, seed=0, eos_token_id=94)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = math.nan
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(NonFinite, match=r"model\.norm\.weight holds 1 entries that are not numbers; nothing was"):
+            save_model(model, tmp_path / "model", tokenizer, dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_infinite_is_written_with_a_warning(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bias of minus infinity keeps a token from being chosen."""
+    model = build_model("llama-9m", SMALL, seed=0, eos_token_id=94)
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[3, 3] = -math.inf
+    saved = save_model(model, tmp_path / "model", tokenizer, torch.float16)
+    assert load_file(saved / "model.safetensors")["lm_head.weight"][3, 3] == -math.inf
+    assert "lm_head.weight holds 1 infinite entries, and is written with them" in caplog.text

@@ -26,7 +26,7 @@ from relora.data.finetuning.records import Record, Records
 from relora.data.finetuning.templates import TemplateName
 from relora.errors import UserError
 from relora.evaluation.output_folder import check_free, save_scores
-from relora.evaluation.scored_model import BATCH, check_counts, open_scored_model, scored_length
+from relora.evaluation.scored_model import BATCH, check_counts, check_loss, open_scored_model, scored_length
 from relora.evaluation.text_metrics import TextScorer, TextScores
 from relora.inference.decoding import end_token_ids, without_generation_settings
 from relora.measure import evaluate, evaluating
@@ -189,6 +189,7 @@ def score_records(
     _check_ids(model, asked, examples.examples)
     held_out = HeldOutExamples(examples.examples, micro_sequences=batch, pad_id=0)
     measured = evaluate(model, held_out if label is None else with_progress(held_out, len(held_out), label))
+    check_loss(measured.loss, model, label or "the records")
     begin = time.perf_counter()
     answers = answer_greedily(
         model,

@@ -27,7 +27,7 @@ from relora.data.pretraining.shards import PreparedFolder
 from relora.data.readers import file_kind
 from relora.data.tokenizer import fingerprint
 from relora.errors import UserError
-from relora.evaluation.scored_model import BATCH, check_counts, open_scored_model, scored_length
+from relora.evaluation.scored_model import BATCH, check_counts, check_loss, open_scored_model, scored_length
 from relora.inference.loading import LoadedModel
 from relora.measure import Evaluation, evaluate, perplexity
 from relora.model.head import IGNORED
@@ -147,6 +147,7 @@ def _score_prepared(
     else:
         batches, total = _batches([folder.window(0, count)], length, stride, batch)
     result = evaluate(loaded.model, with_progress(batches, total, source), bytes_per_token=folder.bytes_per_token)
+    check_loss(result.loss, loaded.model, source)
     return Score(
         result.loss,
         result.perplexity,
@@ -165,6 +166,7 @@ def _score_text(loaded: LoadedModel, source: str, length: int, stride: int, toke
     text = _read_text(loaded, source, tokens)
     batches, total = _batches(text.documents, length, stride, batch)
     result = evaluate(loaded.model, with_progress(batches, total, source))
+    check_loss(result.loss, loaded.model, source)
     loss_sum = result.loss * result.tokens
     whole = Evaluation.of(loss_sum, result.tokens, text.bytes)
     return Score(

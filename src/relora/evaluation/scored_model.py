@@ -1,9 +1,13 @@
 """Open the model that an evaluation scores, and check the settings that all evaluations have in common."""
 
+import math
 from pathlib import Path
 
-from relora.errors import UserError
+from transformers import PreTrainedModel
+
+from relora.errors import NonFinite, UserError
 from relora.inference.loading import LoadedModel, load_model_or_run
+from relora.model.finite import why_not_finite
 from relora.model.load import max_positions
 
 BATCH = 8
@@ -46,3 +50,13 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more")
+
+
+def check_loss(loss: float, model: PreTrainedModel, source: str) -> None:
+    """Check that a model's loss on a source is a number.
+
+    Raises:
+        NonFinite: it is infinite or NaN; the message names the first weight that is not finite.
+    """
+    if not math.isfinite(loss):
+        raise NonFinite(f"{source}: the model's loss is {loss}: {why_not_finite(model)}")

@@ -23,6 +23,8 @@ from relora.device import choose_device
 from relora.errors import UserError
 from relora.inference.conversation import ChatPrompt, Message
 from relora.messages import short_name
+from relora.model.examine import check_causal
+from relora.model.finite import check_computes
 from relora.model.load import dtype_named, max_positions, model_folder, open_model
 from relora.runs.settings import is_run, read_run_settings
 
@@ -114,6 +116,7 @@ def load_model_or_run(
     Raises:
         UserError: the run has no model yet, an adapter does not exist or belongs to another base, or `open_model`,
             `load_tokenizer` or `choose_device` refuses its part.
+        NonFinite: what the model computes is not a number.
     """
     chosen_device, weights_dtype = choose_device(device), dtype_named(dtype)
     more_adapters = [find_adapter(each) for each in adapters]
@@ -128,6 +131,8 @@ def load_model_or_run(
     for each in more_adapters:
         _warn_of_another_base(each, source.model)
         attached.load(each)
+    check_causal(model, model_or_run)
+    check_computes(model, str(model_or_run))
     return LoadedModel(model, tokenizer, length, attached, source.template)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder
 from relora.messages import first_line
+from relora.model.finite import cast_finite
 from relora.model.load import quiet_transformers
 
 
@@ -34,7 +35,9 @@ def save_model(
         The folder.
 
     Raises:
-        UserError: the model still has low-rank factors or prompts, or `folder` holds something other than a model.
+        UserError: the model still has low-rank factors or prompts, `folder` holds something other than a model, or a
+            weight is beyond the range of `dtype`.
+        NonFinite: a weight holds what is not a number.
         RunStopped: the disk is full or refuses the write.
     """
     folder = Path(folder)
@@ -47,10 +50,11 @@ def save_model(
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: exists and is not a model folder; it was left as it is")
     dtype = dtype or functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
+    cast = _cast(weights, dtype)
     try:
         with atomic_folder(folder, replace=True) as partial:
             with quiet_transformers():
-                model.save_pretrained(partial, state_dict=_cast(weights, dtype))
+                model.save_pretrained(partial, state_dict=cast)
                 tokenizer.save_pretrained(partial)
             _write_dtype(partial / "config.json", dtype)
     except Exception as error:  # any error: tokenizers has no class of its own for a full disk
@@ -66,7 +70,7 @@ def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     for name, weight in weights.items():
         identity = (weight.data_ptr(), weight.shape)
         if identity not in cast_tensors:
-            cast_tensors[identity] = weight.to(dtype) if weight.is_floating_point() else weight
+            cast_tensors[identity] = cast_finite(weight, dtype, name) if weight.is_floating_point() else weight
         cast[name] = cast_tensors[identity]
     return cast
 
