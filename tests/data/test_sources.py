@@ -151,7 +151,7 @@ def test_what_is_no_source_is_refused_by_both(tmp_path: Path, reader: Callable[[
         (tmp_path / "image.png", "not a kind of file that can be read; readable are .*, also with .gz or .zst"),
         (tmp_path / "pipe.jsonl", r"pipe\.jsonl: not a regular file"),
         (tmp_path / "circle.txt", r"circle\.txt: cannot be read: Too many levels of symbolic links"),
-        (tmp_path, r"no readable file in this folder \(it holds 1 \.png, 1 broken link, 1 pipe or device\); readable are"),
+        (tmp_path, r"no readable file in this folder \(it holds 1 \.png, 1 broken link, 1 pipe or device\); readable"),
         ("https://x.org/a.jsonl", "a web address cannot be used"),
         ("a\0b", "no such file or folder"),
         ("x" * 5000, "cannot be read: File name too long"),

@@ -6,7 +6,6 @@ other ones are usually about the data (a licence beside records, a `dataset_info
 that has none gives all readable files. Linked files are read, linked folders are not entered.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +48,7 @@ class LeftOut:
     def __str__(self) -> str:
         """Return a part of a line, such as `3 .png (1.2 MB)`."""
         size = f" ({format_size(self.bytes)})" if self.bytes else ""
-        what = {UNKNOWN: self.kind or "without a suffix", OTHER: self.kind, SPLIT: f"of split `{self.kind}`"}
+        what = {UNKNOWN: self.kind or "without a suffix", OTHER: self.kind, SPLIT: f"of split `{short_name(self.kind)}`"}
         plural = "s" if self.files > 1 and self.why in (LINK, FOLDER) else ""
         return f"{self.files:,} {what.get(self.why, self.why)}{plural}{size}"
 
@@ -89,15 +88,13 @@ def dataset_files(path: Path, excluded: Path | None) -> tuple[list[Path], list[L
         OSError: a folder cannot be listed.
     """
     files = [file for file in sorted(_walk(path, excluded)) if file.is_file()]
-    try:
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    except (OSError, ValueError, TypeError, KeyError):  # one dataset, or a folder that cannot be opened later on
-        return files, []
-    found = []
-    for split in (name for name in splits if isinstance(name, str) and name != "train"):
-        sizes = [file.stat().st_size for file in files if file.relative_to(path).parts[0] == split]
-        found.append(LeftOut(SPLIT, split, len(sizes), sum(sizes)))
-    return files, found
+    sizes: dict[str, list[int]] = {}
+    if (path / "dataset_dict.json").exists():  # a folder for each split
+        for file in files:
+            split, *inner = file.relative_to(path).parts
+            if inner and split != "train":
+                sizes.setdefault(split, []).append(file.stat().st_size)
+    return files, [LeftOut(SPLIT, split, len(each), sum(each)) for split, each in sizes.items()]
 
 
 def describe(left_out: Sequence[LeftOut], preferred_kinds: Sequence[str]) -> str:

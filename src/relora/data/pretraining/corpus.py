@@ -47,7 +47,8 @@ class Corpus(SourceReader[str]):
         super().__init__(sources, column=text_field, skip_bad=skip_bad, leave_out=leave_out)
         self._text_field = text_field
         self._take = take
-        self._noticed = self.separators
+        self.noticed = self.separators
+        """Separators that are counted where they are trained as text."""
         self.separators_in_text = 0
         """Separators that part nothing, since they stand inside a text, in the last or current pass."""
 
@@ -62,8 +63,8 @@ class Corpus(SourceReader[str]):
             UserError: a separator is given that cannot be used, or no source is a plain text file.
         """
         self.separators = separators_of(given, eos)
-        self._noticed = Separators(tuple(dict.fromkeys([*self.separators.texts, *separators_of(None, eos).texts])))
-        if given is not None and not self._has_plain_text:
+        self.noticed = Separators(tuple(dict.fromkeys([*self.separators.texts, *separators_of(None, eos).texts])))
+        if given is not None and not self.has_plain_text:
             raise UserError(
                 f"--document-separator: parts plain text files ({', '.join(PLAIN_TEXT_KINDS)}), and the sources have "
                 "none; a record of another kind of file is one document"
@@ -71,10 +72,10 @@ class Corpus(SourceReader[str]):
 
     def is_parted(self) -> bool:
         """Return whether a plain text file holds a separator that parts documents, reading up to the first one."""
-        return self._has_plain_text and any(self.parted_at for _ in self.documents())
+        return self.has_plain_text and any(self.parted_at for _ in self.documents())
 
     @property
-    def _has_plain_text(self) -> bool:
+    def has_plain_text(self) -> bool:
         """Whether a source has a plain text file."""
         return any(
             file_kind(file) in PLAIN_TEXT_KINDS
@@ -137,7 +138,7 @@ class Corpus(SourceReader[str]):
         if not text.isascii() and not _is_unicode(text):
             self.bad(f"{where}: half of a surrogate pair in field `{field}`")
             return None
-        self.separators_in_text += self._noticed.count(text)
+        self.separators_in_text += self.noticed.count(text)
         return text or None
 
     def _source_documents(self, source: ResolvedSource) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Which text is held out: whole documents, or parts of them where there are too few documents.
+"""Held-out text: whole documents, or parts of them where there are too few documents.
 
 A hash of its text decides about each document (`sampling.SplitRule`), so the share is met on average. Few documents may
 leave a split empty. Then the one document with the lowest hash is held out. Where that would be more than `MOST_EXCESS`

@@ -113,15 +113,12 @@ def report_on(
 
 def _notes(index: Index, corpus: Corpus) -> list[str]:
     """Return lines about what is not read, how documents were parted, and what is held out of a single one."""
-    names = str(corpus.separators)
     notes = corpus.notes_on_folders()
     if index.separators or index.options.get("document_separator") is not None:
-        notes.append(f"documents parted at {index.separators:,} separators ({names})")
+        notes.append(f"documents parted at {index.separators:,} separators ({corpus.separators})")
     if index.separators_in_text:
-        notes.append(
-            f"{index.separators_in_text:,} separators stand inside a text, and are trained as text; "
-            "--document-separator TEXT parts plain text files wherever TEXT stands"
-        )
+        remedy = "; --document-separator parts plain text files inside a line, too" if corpus.has_plain_text else ""
+        notes.append(f"{corpus.noticed}: {index.separators_in_text:,} times inside a text, trained as text{remedy}")
     if index.within_documents:
         notes.append("few documents: parts of them are held out, cut at blank lines")
     return notes
