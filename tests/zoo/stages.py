@@ -8,7 +8,7 @@ exception, another exit status, or numbers that differ from those of plain trans
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from relora import LowRankConfig, inject
 from relora.config import load_config
 from relora.errors import UserError
 from relora.lowrank.blocks import block_lists, is_inside
-from relora.lowrank.targets import find_targets
 from relora.measure import token_loss
 from relora.model import open_model
 from relora.model.blocks import training_blocks
@@ -110,7 +109,7 @@ class Bench:
             before = model(input_ids=ids, use_cache=False).logits
             report = inject(model, LowRankConfig(r=4, target_modules="all-linear"))
             compare(model(input_ids=ids, use_cache=False).logits, before, ABSOLUTE, "logits after injection")
-        return {"layers": len(report.targets), **coverage(self.opened())}
+        return {"layers": len(report.targets), **coverage(self.opened(), report.targets)}
 
     def train(self) -> dict[str, Any]:
         """Pretrain: a warm start, the switch and a restart; the model must have the perplexity that was reported."""
@@ -333,9 +332,14 @@ def compare(found: Tensor, expected: Tensor, tolerance: float, what: str) -> Non
         raise Difference(f"{what} differ by {difference:.2e} (largest {float(expected.abs().max()):.3g})")
 
 
-def coverage(model: nn.Module) -> dict[str, Any]:
-    """Say which share of the parameters of the blocks gets factors, and which matrices of the blocks get none."""
-    targets = {f"{name}.weight" for name in find_targets(model, LowRankConfig(r=4))}
+def coverage(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """Say which share of the parameters of the blocks gets factors, and which matrices of the blocks get none.
+
+    Args:
+        model: the model without factors.
+        paths: paths of the layers that get factors.
+    """
+    targets = {f"{path}.weight" for path in paths}
     lists = block_lists(model)
     inside = {name: parameter for name, parameter in model.named_parameters() if is_inside(name, lists)}
     inside = inside or dict(model.named_parameters())
