@@ -236,6 +236,15 @@ class SourceReader(ABC, Generic[Item]):
             assert match is not None  # `resolve` has checked it
             yield self._items(read_hub_dataset(match["id"], match["config"], source.revision))
 
+    def notes(self) -> list[str]:
+        """Return lines for the user about the last pass: files and records not read, separators between documents."""
+        notes = self.notes_on_folders()
+        if self.parted_at:
+            notes.append(f"documents parted at {self.parted_at:,} separators ({self.separators})")
+        if self.skipped_records:
+            notes.append(f"{self.skipped_records:,} records left out, which cannot be read")
+        return notes
+
     def notes_on_folders(self) -> list[str]:
         """Return a line for each folder that holds what is not read."""
         return [

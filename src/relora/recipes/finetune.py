@@ -102,7 +102,7 @@ def job_of(config: FinetuneConfig, inputs: FinetuningInputs) -> Job:
 def show_examples(config: FinetuneConfig, number: int) -> str:
     """Render the first training examples as text, as the model will see them and with what is scored."""
     tokenizer = load_tokenizer(str(base_folder(config)), trust_remote_code=config.model.trust_remote_code)
-    records, _ = read_records(config)
+    records, _, notes = read_records(config)
     data = config.data
     if config.task == "classification":
         settle_padding(tokenizer)
@@ -118,10 +118,10 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
             label = examples.labels[one].item()
             text = tokenizer.decode(examples.ids[examples.bounds[one] : examples.bounds[one + 1]].tolist())
             rows.append(f"{examples.places[one]}: {examples.names[int(label)] if examples.names else label}\n{text}")
-        return "\n\n".join(rows)
+        return "\n\n".join([*notes, *rows])
     first = list(islice(records, number))
     found = encode(first, tokenizer, form_of(config), sequence_length=data.sequence_length + 1, skip_bad=data.skip_bad)
-    heading = "\n".join([str(found), *found.notes])
+    heading = "\n".join([*notes, str(found), *found.notes])
     return "\n\n".join([heading, *(render_example(example, tokenizer) for example in found.examples)])
 
 

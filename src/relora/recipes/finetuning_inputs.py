@@ -111,7 +111,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     device = choose_device(config.device)
     base, trust = base_folder(config), config.model.trust_remote_code
     tokenizer = load_tokenizer(str(base), trust_remote_code=trust)
-    train, held_out_records = read_records(config)
+    train, held_out_records, source_notes = read_records(config)
     batches: ExampleBatches | ClassBatches
     held_out: HeldOutExamples | HeldOutClasses
     layout = None
@@ -128,6 +128,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         batches, held_out, layout, notes = _instructions(config, tokenizer, train, held_out_records)
         model = open_model(base, trust_remote_code=trust)
     check_fit(model, vocabulary_size(tokenizer), config.data.sequence_length)
+    notes = [*source_notes, *notes]
     model.to(device)
     if config.data.packing:
         check_packing(model, config.batch.micro_sequences)
@@ -162,10 +163,13 @@ def base_folder(config: FinetuneConfig) -> Path:
 def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
     """Read the records to train on, and the held-out ones."""
     data = config.data
-    train = list(Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad))
-    if data.validation is not None:
-        return train, list(Records([data.validation], skip_bad=data.skip_bad))
-    return split(train, data.validation_share, config.seed)
+    sources = Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad)
+    train = list(sources)
+    if data.validation is None:
+        return *split(train, data.validation_share, config.seed), sources.notes()
+    held_out_source = Records([data.validation], skip_bad=data.skip_bad)
+    held_out = list(held_out_source)
+    return train, held_out, [*sources.notes(), *(f"held out: {note}" for note in held_out_source.notes())]
 
 
 def _instructions(
