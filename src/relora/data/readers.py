@@ -75,9 +75,11 @@ def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = 
     number, line = 1, stream.readline(LONGEST_LINE)
     while line and not line.removeprefix(BYTE_ORDER_MARK).strip():
         number, line = number + 1, stream.readline(LONGEST_LINE)
-    if not _begins_whole(line):
-        yield from _json_lines(stream, number, line, name, bad)
+    following = None if _is_too_long(line) else stream.readline(LONGEST_LINE)
+    if not _begins_whole(line, following or b""):
+        yield from _json_lines(stream, number, line, name, bad, following)
         return
+    line += following or b""
     data = line + stream.read(max(0, LARGEST_ARRAY + 1 - len(line)))
     if len(data) > LARGEST_ARRAY:
         bad(f"{name}: more than {LARGEST_ARRAY >> 20} MB in one piece; write it as .jsonl, one record a line")
@@ -95,10 +97,10 @@ def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = 
             yield f"{name}, record {record_number}{under}", one
 
 
-def _begins_whole(line: bytes) -> bool:
-    """Return whether the first line of a JSON file begins one value, or holds one, that is parsed as a whole.
+def _begins_whole(line: bytes, following: bytes) -> bool:
+    """Return whether a JSON file is one value that is parsed as a whole, by its first two lines.
 
-    It does if it opens an array, or an object that ends in a later line or that is no record but holds records.
+    It is if it begins with an array, or with an object that ends in a later line, or is an object that holds records.
     """
     text = line.removeprefix(BYTE_ORDER_MARK).strip()
     if not text.startswith(b"{"):
@@ -107,7 +109,7 @@ def _begins_whole(line: bytes) -> bool:
         value = json.loads(text)
     except (ValueError, RecursionError):  # an object that is damaged, unless it only breaks off at the end of the line
         return text.endswith((b"{", b"[", b",", b":"))
-    return bool(_lists_of_records(value))
+    return not following.strip() and bool(_lists_of_records(value))
 
 
 def _lists_of_records(value: Mapping[str, Any]) -> list[str]:
@@ -116,8 +118,13 @@ def _lists_of_records(value: Mapping[str, Any]) -> list[str]:
     return [] if any(MESSAGE_KEYS & value[key][0].keys() for key in lists) else lists
 
 
-def _json_lines(stream: BinaryIO, number: int, line: bytes, name: str, bad: BadRecord) -> Iterator[Row]:
-    """Yield the JSON values of `line`, which is the line `number` of the file, and of the lines that follow it."""
+def _json_lines(
+    stream: BinaryIO, number: int, line: bytes, name: str, bad: BadRecord, following: bytes | None = None
+) -> Iterator[Row]:
+    """Yield the JSON values of `line`, which is the line `number` of the file, and of the lines that follow it.
+
+    `following` is the next line, if it has been read.
+    """
     while line:
         where = f"{name}, line {number}"
         if _is_too_long(line):
@@ -126,7 +133,8 @@ def _json_lines(stream: BinaryIO, number: int, line: bytes, name: str, bad: BadR
                 line = stream.readline(PIECE_CHARS)
         elif line.strip():
             yield from _parsed_json(line, where, bad)
-        number, line = number + 1, stream.readline(LONGEST_LINE)
+        number += 1
+        line, following = stream.readline(LONGEST_LINE) if following is None else following, None
 
 
 def _parsed_json(data: bytes, where: str, bad: BadRecord) -> Iterator[Row]:
