@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from relora.adapters.adapter import Adapter
 from relora.errors import UserError
-from relora.lowrank.inject import is_conv1d
+from relora.lowrank.targets import is_conv1d
 from relora.messages import short_name
 
 

@@ -21,7 +21,7 @@ from relora.adapters.peft_reading import misreadings, warn_of_misreadings
 from relora.adapters.stored_model import StoredModel
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
-from relora.lowrank.inject import find_targets
+from relora.lowrank.targets import find_targets
 from relora.report.progress import with_progress
 from relora.seeding import keyed_generator
 

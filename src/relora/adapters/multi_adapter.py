@@ -22,8 +22,8 @@ from relora.adapters.adapter import Factors
 from relora.adapters.compatibility import check_fits
 from relora.adapters.peft_format import read_adapter
 from relora.errors import UserError
-from relora.lowrank.inject import is_conv1d
 from relora.lowrank.linear import LowRankLinear
+from relora.lowrank.targets import is_conv1d
 
 Which = str | None | Sequence[str | None]
 """Selection of adapters: one name for all rows, None for the plain model, or a sequence of these, one for each row."""

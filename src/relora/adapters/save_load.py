@@ -91,7 +91,7 @@ def load_adapter(
         rest="frozen",
         trained_modules=(),
     )
-    report = inject(model, config, seed=seed)
+    report = inject(model, config, seed=seed, named_exactly=True)
     with torch.no_grad():
         for path, layer in low_rank_layers(model).items():
             factors = adapter.layers[path]

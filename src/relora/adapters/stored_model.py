@@ -24,7 +24,7 @@ from relora.adapters.compatibility import all_tensors
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder
 from relora.files.untrusted import INDEX_BYTES, check_model_folder, inside, read_json
-from relora.lowrank.inject import is_conv1d
+from relora.lowrank.targets import is_conv1d
 from relora.messages import first_line
 from relora.model.load import model_folder, open_model
 

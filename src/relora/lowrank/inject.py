@@ -7,18 +7,14 @@ plain model with no trace of the factors.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from relora.errors import UserError
-from relora.lowrank.blocks import block_lists, is_inside
-from relora.lowrank.config import LowRankConfig, check_target
+from relora.lowrank.config import LowRankConfig
 from relora.lowrank.linear import LowRankLinear
-from relora.lowrank.patterns import compile_end_pattern, compile_pattern
-from relora.lowrank.storage.nf4 import check_installed
-from relora.messages import short_repr
+from relora.lowrank.targets import choose_targets, full_rank_parameters, is_conv1d
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,8 @@ class InjectReport:
     """Parameters outside the factors that train."""
     moved: int = 0
     """Parameters among the frozen ones that take residual steps, without moments (see `residual`)."""
+    notes: tuple[str, ...] = ()
+    """Lines on what gets no factors: layers that the settings name and that were left out, and fused experts."""
 
     @property
     def trainable(self) -> int:
@@ -49,23 +47,24 @@ class InjectReport:
         )
 
 
-def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectReport:
+def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0, named_exactly: bool = False) -> InjectReport:
     """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights; the rest as `config` says.
 
     Create the optimizer afterwards, because other parameters train than before.
 
     Args:
         seed: the run's seed, which together with a layer's path keys the draw of its factors.
+        named_exactly: see `choose_targets`.
 
     Raises:
-        UserError: see `find_targets`, or the model has low-rank layers already. The model has not changed.
+        UserError: see `choose_targets`, or the model has low-rank layers already. The model has not changed.
     """
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise UserError("the model has low-rank layers already; relora.merge(model) first")
-    paths = find_targets(model, config)
-    full_rank = _full_rank_parameters(model, config, paths)
+    chosen = choose_targets(model, config, named_exactly=named_exactly)
+    full_rank = full_rank_parameters(model, config, chosen.paths)
     targets = {}
-    for name in paths:
+    for name in chosen.paths:
         module = model.get_submodule(name)
         layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=is_conv1d(module))
         layer.train(module.training)
@@ -73,7 +72,7 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0) -> InjectR
         targets[name] = (layer.out_features, layer.in_features)
     if config.rest == "frozen":
         _freeze_rest(model, full_rank)
-    return _report(model, targets, config)
+    return _report(model, targets, config, tuple(chosen.notes(config.rest)))
 
 
 def merge(model: nn.Module) -> None:
@@ -141,110 +140,6 @@ def load_exact_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def find_targets(model: nn.Module, config: LowRankConfig) -> list[str]:
-    """Find the paths of the layers that `config.target_modules` names, in model order; the model does not change.
-
-    `all-linear` takes every linear layer inside the repeated blocks (those in one of `block_lists`), or, in a model
-    without such, every linear layer that is not tied and not the output head.
-
-    Raises:
-        UserError: a pattern matches nothing, a target shares its weight with another module or is one of
-            `config.trained_modules`, r is too large for a target, or the library for the base's storage is not
-            installed.
-    """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
-    shared = _shared_weights(model)
-    if config.target_modules == "all-linear":
-        found = _linear_layers_of_blocks(model, linears, shared)
-    else:
-        found = _matching(linears, config.target_modules)
-    _check_patterns(config, found)
-    for name in found:
-        if id(linears[name].weight) in shared:
-            raise UserError(
-                f"lowrank.target_modules: {name} shares its weight with another module (tied embeddings); leave it out"
-            )
-        out_features, in_features = model.get_parameter(f"{name}.weight").shape
-        if is_conv1d(linears[name]):
-            out_features, in_features = in_features, out_features
-        check_target(config, name, out_features, in_features)
-    _full_rank_parameters(model, config, found)
-    if config.base == "nf4":
-        check_installed()
-    return found
-
-
-def _linear_layers_of_blocks(model: nn.Module, linears: dict[str, nn.Module], shared: set[int]) -> list[str]:
-    """Return the paths of the linear layers inside the blocks; in a model without blocks, of all but head and tied.
-
-    Args:
-        shared: identities of the weights that several modules hold.
-    """
-    lists = block_lists(model)
-    in_blocks = [name for name in linears if is_inside(name, lists)]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    free = [name for name, layer in linears.items() if id(layer.weight) not in shared and layer is not head]
-    if not (in_blocks or free):
-        raise UserError("lowrank.target_modules: `all-linear` matches nothing; the model has no linear layer to train")
-    return in_blocks or free
-
-
-def _matching(linears: dict[str, nn.Module], patterns: str | tuple[str, ...]) -> list[str]:
-    """Return the paths that match: one regular expression for whole paths, or any of several endings of paths."""
-    if isinstance(patterns, str):
-        expression = compile_pattern(patterns, "lowrank.target_modules")
-        found = [name for name in linears if expression.fullmatch(name)]
-        missing = [] if found else [patterns]
-    else:
-        matches = {pattern: [name for name in linears if f".{name}".endswith(f".{pattern}")] for pattern in patterns}
-        missing = [pattern for pattern, names in matches.items() if not names]
-        found = [name for name in linears if any(name in names for names in matches.values())]
-    if missing or not found:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-        what = f"{missing[0]!r} matches no linear layer" if missing else "no pattern given"
-        raise UserError(f"lowrank.target_modules: {what}; the model has {known}")
-    return found
-
-
-def _check_patterns(config: LowRankConfig, targets: list[str]) -> None:
-    """Raise `UserError` if a pattern for r or lora_alpha matches no target: it would have no effect."""
-    for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            expression = compile_end_pattern(pattern, f"lowrank.{setting}")
-            if not any(expression.match(name) for name in targets):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-                raise UserError(f"lowrank.{setting}: {short_repr(pattern)} matches no target; the targets are {known}")
-
-
-def _full_rank_parameters(model: nn.Module, config: LowRankConfig, targets: list[str]) -> set[int]:
-    """Return the identities of the parameters in `config.trained_modules`.
-
-    Identities, not names, since a tied parameter trains in every module that holds it.
-
-    Raises:
-        UserError: a pattern matches a target, or no module that has parameters.
-    """
-    found: set[int] = set()
-    for pattern in config.trained_modules:
-        expression = compile_end_pattern(pattern, "lowrank.trained_modules")
-        matched = {name: module for name, module in model.named_modules() if name and expression.match(name)}
-        for name in sorted(matched.keys() & targets):
-            raise UserError(
-                f"lowrank.trained_modules: {name} is a target of lowrank.target_modules; leave it out of one of the two"
-            )
-        parameters = {id(parameter) for module in matched.values() for parameter in module.parameters()}
-        if not parameters:
-            owners = {path.rpartition(".")[0] for path, _ in model.named_parameters()}.difference(targets, ("",))
-            raise UserError(
-                f"lowrank.trained_modules: {short_repr(pattern)} matches no module that has parameters; "
-                f"the model has {', '.join(sorted({path.rpartition('.')[2] for path in owners}))}"
-            )
-        found |= parameters
-    return found
-
-
 def _freeze_rest(model: nn.Module, trained: set[int]) -> None:
     """Freeze all parameters except the factors and those whose identities are in `trained`, which are set to train.
 
@@ -273,23 +168,9 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name not in non_persistent}
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is GPT-2's `Conv1D`, a linear layer whose weight is [in, out].
-
-    It is recognised by its name, so that this package does not need to import a model library.
-    """
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Return the identities of the weights that more than one module holds."""
-    counts = Counter(
-        id(weight) for module in model.modules() if (weight := getattr(module, "weight", None)) is not None
-    )
-    return {identity for identity, count in counts.items() if count > 1}
-
-
-def _report(model: nn.Module, targets: dict[str, tuple[int, int]], config: LowRankConfig) -> InjectReport:
+def _report(
+    model: nn.Module, targets: dict[str, tuple[int, int]], config: LowRankConfig, notes: tuple[str, ...]
+) -> InjectReport:
     """Count the parameters of an injected model by how they train."""
     layers = low_rank_layers(model).values()
     low_rank = sum(factor.numel() for layer in layers for factor in layer.factors.values())
@@ -297,4 +178,4 @@ def _report(model: nn.Module, targets: dict[str, tuple[int, int]], config: LowRa
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     frozen += sum(layer.base.shape.numel() - layer.weight.numel() for layer in layers)  # nf4 packs two in a byte
     moved = sum(math.prod(shape) for shape in targets.values()) if config.residual.scale else 0
-    return InjectReport(targets=targets, frozen=frozen, low_rank=low_rank, full_rank=trainable - low_rank, moved=moved)
+    return InjectReport(targets, frozen, low_rank, full_rank=trainable - low_rank, moved=moved, notes=notes)

@@ -18,9 +18,9 @@ from relora.lowrank import LowRankConfig
 from relora.lowrank.calibrate import calibrated
 from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates, layer_seconds
-from relora.lowrank.inject import find_targets
 from relora.lowrank.kernel import Arithmetic
 from relora.lowrank.restart import RestartConfig
+from relora.lowrank.targets import find_targets
 from relora.train.optim import OptimizerConfig
 from relora.train.projected_optimizers import ProjectionConfig
 from relora.train.run import Adaptive, CycleEnd, WarmStartEnd

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from relora.errors import NonFinite
 from relora.lowrank import low_rank_layers
 from relora.lowrank.allocation import allocate
-from relora.lowrank.inject import find_targets
 from relora.lowrank.moments import adam_direction
 from relora.lowrank.restart import effective_rank, update_spectrum
+from relora.lowrank.targets import find_targets
 from relora.train.run import CycleEnd, Progress, Run, WarmStartEnd
 from relora.train.state import LossWindow
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
-from relora.lowrank.inject import find_targets
+from relora.lowrank.targets import find_targets
 
 Layout = dict[str, tuple[torch.Size, bool]]
 """Layout of one parameter's state: by key, the shape of the tensor and whether it is floating point."""
