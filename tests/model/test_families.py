@@ -69,7 +69,7 @@ def configure(prepared: Path, tmp_path: Path) -> Configure:
                 "schedule": {"total_steps": 8, "warmup_steps": 1},
                 "optimizer": {"lr": 5e-3},
                 "batch": {"sequences": 4, "micro_sequences": 4},
-                "evaluate": {"tokens": 400},
+                "evaluate": {"tokens": 100_000},  # all there are
                 "log": {"trackers": []},
                 "samples": {"prompts": ["The"], "max_new_tokens": 4},
             }
