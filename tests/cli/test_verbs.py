@@ -104,10 +104,11 @@ def test_pretrain_prints_json_alone(config: Path) -> None:
 def test_evaluate(finished: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "raw.txt").write_text("It was a bright cold day, and the clocks were striking. " * 5)
     arguments = ["evaluate", finished, "--data", prepared / "validation", "--data", tmp_path / "raw.txt"]
-    held_out, raw = json.loads(done(*arguments, "--tokens", 199, "--json"))
-    last = [line for line in read_json_lines(finished / "metrics.jsonl") if line["kind"] == "evaluation"][-1]
-    assert held_out["perplexity"] == pytest.approx(last["perplexity"], rel=1e-4)
-    assert held_out["tokens"] == last["validation_tokens"] == 199 and raw["word_perplexity"] > 1
+    held_out, raw = json.loads(done(*arguments, "--json"))
+    final = read_json_lines(finished / "metrics.jsonl")[-1]
+    assert final["kind"] == "final" and held_out["tokens"] == final["validation_tokens"]
+    assert held_out["perplexity"] == pytest.approx(final["perplexity"], rel=1e-6)
+    assert raw["word_perplexity"] > 1 and json.loads(done(*arguments, "--tokens", 199, "--json"))[0]["tokens"] == 199
     printed = done(*arguments)
     assert "perplexity" in printed and "136" in printed
 
