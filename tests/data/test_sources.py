@@ -85,6 +85,23 @@ def test_a_file_of_records_is_read_by_both(tmp_path: Path, name: str, compressio
     assert list(Corpus([str(file)], text_field="id").documents()) == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Json", "A.CSV", "A.TSV", "A.PARQUET", "a.jsonl.GZ", "A.JSON.ZST"])
+def test_suffixes_count_in_capitals_too(tmp_path: Path, name: str) -> None:
+    kind, *compression = Path(name.lower()).suffixes
+    content = CONTENTS["array.json" if kind == ".json" else f"a{kind}"]
+    (tmp_path / name).write_bytes(COMPRESS["".join(compression)](content))
+    for source in (tmp_path / name, tmp_path):
+        assert _documents(source) == TEXTS
+        assert _fields(source) == RECORDS
+    assert Corpus([str(tmp_path)]).sources[0].capitals == (name,)
+
+
+def test_a_text_in_capitals_is_a_document_of_its_folder(tmp_path: Path) -> None:
+    for name in ("BOOK.TXT", "a.txt", "b.Md", "C.TXT.Gz"):
+        (tmp_path / name).write_bytes(gzip.compress(name.encode()) if name.endswith("Gz") else name.encode())
+    assert _documents(tmp_path) == ["BOOK.TXT", "C.TXT.Gz", "a.txt", "b.Md"]
+
+
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("kind", [".txt", ".md"])
 def test_a_plain_text_is_read_by_both(tmp_path: Path, kind: str, compression: str) -> None:
@@ -96,6 +113,100 @@ def test_a_plain_text_is_read_by_both(tmp_path: Path, kind: str, compression: st
         assert _fields(source) == [{"text": text}]
     assert [record.where for record in Records([str(file)])] == [str(file)]
     assert list(Corpus([str(file)], text_field="body").documents()) == [text]
+
+
+def test_separators_part_documents_for_both(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+    expected = [f"{TEXTS[0]}\n", f"{TEXTS[1]}\n", TEXTS[2]]
+    assert _documents(tmp_path / "a.txt") == expected
+    records = Records([str(tmp_path / "a.txt")])
+    assert [record.fields for record in records] == [{"text": text} for text in expected]
+    assert records.notes() == ["documents parted at 2 separators (`<|endoftext|>`)"]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": (tmp_path / "a.txt").read_text()}))
+    assert _documents(tmp_path / "b.jsonl") == [(tmp_path / "a.txt").read_text()]  # a record is one document
+
+
+TYPES = {
+    "string": pyarrow.string(),
+    "large": pyarrow.large_string(),
+    "view": pyarrow.string_view(),
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    "large dictionary": pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd"])
+def test_every_kind_of_text_column_of_a_parquet_file(tmp_path: Path, kind: str, codec: str) -> None:
+    column = pyarrow.array(TEXTS * 300).cast(pyarrow.large_string())
+    column = column.dictionary_encode().cast(TYPES[kind]) if "dictionary" in kind else column.cast(TYPES[kind])
+    table = pyarrow.table({"id": range(900), "text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=250, compression=codec)
+    assert _documents(tmp_path / "a.parquet") == TEXTS * 300
+
+
+@pytest.mark.parametrize(
+    ("column", "named"),
+    [
+        ([{"text": "a"}], "struct<text: string>"),
+        ([["a", "b"]], "list<element: string>"),
+        ([b"a"], "binary"),
+        ([1], "int64"),
+    ],
+)
+def test_a_parquet_column_that_is_not_text_is_refused_by_its_type(
+    tmp_path: Path, column: list[object], named: str
+) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"a\.parquet: column `text` is not text but {named}"):
+        _documents(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst"])
+def test_a_compressed_file_of_many_members_is_read_to_its_end(tmp_path: Path, kind: str) -> None:
+    compress = {".gz": gzip.compress, ".zst": COMPRESS[".zst"]}[kind]
+    lines = [json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(500)]
+    (tmp_path / f"a.jsonl{kind}").write_bytes(b"".join(map(compress, [*lines[:250], b"", *lines[250:]])))
+    assert _documents(tmp_path / f"a.jsonl{kind}") == [f"document {number}" for number in range(500)]
+
+
+def _zstd_frame(window_log: int, content: bytes) -> bytes:
+    """A zstd frame of one stored block (RFC 8878, 3.1.1) that asks for a window of 2 ** window_log bytes."""
+    block = (1 | len(content) << 3).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block + content
+
+
+def test_a_zstd_window_that_the_library_cannot_hold_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(_zstd_frame(27, b'{"text": "x"}\n'))
+    assert _documents(tmp_path / "a.jsonl.zst") == ["x"]
+    (tmp_path / "a.jsonl.zst").write_bytes(_zstd_frame(31, b'{"text": "x"}\n'))
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: cannot be read: its zstd window is .*`zstd -dc --long=31"):
+        _documents(tmp_path / "a.jsonl.zst")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.txt.gz"])
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", "UTF-16, not UTF-8 text; convert it with `iconv -f UTF-16 -t UTF-8`"),
+        ("latin-1", "not UTF-8 text, perhaps Windows-1252; convert it, e.g. with `iconv"),
+        ("utf-16-le", "NUL|not UTF-8"),
+    ],
+)
+def test_other_encodings_are_refused_with_the_remedy(tmp_path: Path, name: str, encoding: str, message: str) -> None:
+    data = "text\nein schöner Tag\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=message) as caught:
+        _documents(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path: Path, name: str) -> None:
+    content = {".txt": "x\r\ny", ".csv": "text\r\nx\r\ny\r\n", ".tsv": "text\r\nx\r\ny\r\n"}
+    lines = '{"text": "x"}\r\n{"text": "y"}\r\n'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.get(Path(name).suffix, lines).encode())
+    assert _documents(tmp_path / name) == (["x\ny"] if name == "a.txt" else ["x", "y"])
 
 
 def test_a_long_plain_text_is_cut_alike_for_both(tmp_path: Path) -> None:

@@ -266,3 +266,23 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         finetune(configure(**overrides), quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_read_of_the_sources_is_noted(configure: Configure, examples: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "TRAIN.JSONL").write_text(examples.read_text() + "\nbroken\n")
+    (folder / "licence.txt").write_text("do as you like")
+    config = configure(data__train=str(folder), data__skip_bad=True)
+    expected = [f"{folder}: not read: 1 .txt (14 bytes); ", "1 records left out, which cannot be read"]
+    for notes in (gather_finetuning(config).notes, show_examples(config, 1).splitlines()):
+        assert [note[: len(start)] for note, start in zip(notes, expected, strict=False)] == expected
+
+
+def test_separators_part_the_completions_of_a_text_file(configure: Configure, tmp_path: Path) -> None:
+    text = "".join(f"Say {word}.\n<|endoftext|>\n" for word in WORDS * 8)
+    (tmp_path / "texts.txt").write_text(text + "the end")
+    config = configure(data__train=str(tmp_path / "texts.txt"))
+    inputs = gather_finetuning(config)
+    assert inputs.notes[0] == "documents parted at 64 separators (`<|endoftext|>`)"
+    assert len(inputs.batches.examples) + len(inputs.held_out_records) == 65

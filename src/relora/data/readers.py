@@ -177,6 +177,9 @@ def _table_rows(rows: Any, name: str, bad: BadRecord, column: str | None) -> Ite
             twice = next(column for column in columns if columns.count(column) > 1)
             bad(f"{name}: column `{short_name(twice)}` is there twice")
             return
+        if any("\0" in column for column in columns):
+            bad(f"{name}: NUL characters in the column names, so it is not UTF-8 text; convert it, e.g. with iconv")
+            return
         if columns and _lacks_column(columns, column, name, bad):
             return
         for row in rows:
