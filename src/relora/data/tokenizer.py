@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tokenizers
-from huggingface_hub import snapshot_download
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from relora.errors import UserError
 from relora.files.atomic import atomic_folder
+from relora.files.hub import TOKENIZER_FILES, hub_folder
 from relora.files.untrusted import CONFIG_BYTES, check_folder, check_model_folder, no_address, read_json
 from relora.messages import short_repr
 
@@ -45,9 +45,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "PreTrained
     from transformers import AutoTokenizer  # not at the top, because it takes seconds to load
 
     try:
-        folder = Path(name) if Path(no_address(name)).is_dir() else _from_hub(name)
+        folder = Path(no_address(name))
     except ValueError as error:
         raise UserError(f"tokenizer: {error}") from None
+    if not folder.is_dir():
+        folder = hub_folder(name, "tokenizer", TOKENIZER_FILES)
     check_model_folder(folder, trust_remote_code=trust_remote_code)
     _check_class(folder)
     try:
@@ -90,14 +92,6 @@ def _may_be_tokenizer(name: object) -> bool:
         return False
     found = getattr(transformers, name, None)
     return found is None or (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase))
-
-
-def _from_hub(name: str) -> Path:
-    """Download the files of a hub tokenizer, unless they are in the cache, and return their folder."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
-    except Exception:  # of any type: the hub's client and the network raise many; most often the name is wrong
-        raise UserError(f"{name}: no such folder, and the hub gave no tokenizer of that name") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":

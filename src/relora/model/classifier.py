@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from relora.errors import UserError
 from relora.files.untrusted import CONFIG_BYTES
 from relora.messages import first_line
+from relora.model.examine import check_causal
 from relora.model.head import IGNORED
 from relora.model.load import open_model, quiet_transformers
 from relora.seeding import keyed_generator
@@ -49,11 +50,12 @@ def open_classifier(
         dtype: dtype of the weights.
 
     Raises:
-        UserError: `open_model` refuses the model; there is only one class; the names of the classes are too long for a
+        UserError: `open_model` or `check_causal` refuses the model; there is only one class; the names of the classes are too long for a
             config.json that can be opened again; the model has no row for `pad_token_id`; or transformers has no
             classifier of this kind for the architecture.
     """
     model = open_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_causal(model, path)
     rows = model.get_input_embeddings().num_embeddings
     if not 0 <= pad_token_id < rows:
         raise UserError(f"{path}: the model has {rows:,} ids, the tokenizer pads with id {pad_token_id:,}")

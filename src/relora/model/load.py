@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,19 +23,27 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from relora.errors import UserError
-from relora.files.untrusted import check_model_folder, no_address, remote_code
-from relora.messages import first_line
+from relora.files.hub import CODE_FILES, MODEL_FILES, hub_folder
+from relora.files.untrusted import (
+    INDEX_BYTES,
+    check_model_folder,
+    inside,
+    no_address,
+    read_json,
+    remote_code,
+)
+from relora.lowrank.blocks import block_lists
 from relora.model.presets import preset_settings
+from relora.model.shape import Overrides, informative_line, with_overrides
 from relora.seeding import keyed_seed
-
-Overrides = Mapping[str, int | bool]
-"""Keys of a transformers configuration that replace those of a preset or a model folder."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of weights, by their names in settings."""
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 """Endings of files with pickled weights."""
+_OTHERS = {".gguf": "GGUF", ".h5": "TensorFlow's", ".msgpack": "Flax's", ".onnx": "ONNX", ".npz": "MLX or NumPy"}
+"""Endings of files with weights for other programs, and what these files are called."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +61,7 @@ def build_model(
     Raises:
         UserError: there is no such preset, no model of this shape can be built, or it is too large for main memory.
     """
-    return _new_model(_with_overrides(LlamaConfig(**preset_settings(preset)), overrides or {}), seed, eos_token_id)
+    return _new_model(with_overrides(LlamaConfig(**preset_settings(preset)), overrides or {}), seed, eos_token_id)
 
 
 def open_model(
@@ -70,7 +76,9 @@ def open_model(
 ) -> PreTrainedModel:
     """Open the causal LM in a folder or on the hub, on the CPU.
 
-    Within `torch.device("meta")` no weights are read, and the model has shapes only.
+    Its attention is torch's `scaled_dot_product_attention` or, in a class that transformers gives none, the class's own
+    (see `relora.model.examine.attention_note`). Within `torch.device("meta")` no weights are read, and the model has
+    shapes only.
 
     Args:
         path: folder or hub id.
@@ -90,21 +98,23 @@ def open_model(
     with quiet_transformers():
         config = _read_config(folder, path, trust_remote_code)
         if from_scratch or torch.get_default_device().type == "meta":
-            return _new_model(_with_overrides(config, overrides or {}), seed, eos_token_id, trust_remote_code)
+            shaped = with_overrides(config, overrides or {})
+            model = _new_model(shaped, seed, eos_token_id, trust_remote_code)
+            _check_depth(model, overrides or {})
+            return model
         _check_weight_files(folder, path)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # `_check_report` raises for them, in one line
                 output_loading_info=True,
             )
         except Exception as error:  # any error: the folder may hold anything
-            raise UserError(f"{path}: cannot be opened as a causal LM: {_first_line(error)}") from None
+            raise UserError(f"{path}: cannot be opened as a causal LM: {informative_line(error)}") from None
     _check_report(report, path)
     return model
 
@@ -127,15 +137,7 @@ def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{path}: is a file; give the folder that holds config.json and the weights")
-    try:
-        files = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-        if trust_remote_code:
-            files.append("*.py")
-        return Path(snapshot_download(str(path), allow_patterns=files))
-    except HFValidationError:
-        raise UserError(f"{path}: no such folder (and no hub id is written like that)") from None
-    except (HfHubHTTPError, OSError):
-        raise UserError(f"{path}: no such folder, and the hub gave no model of that name") from None
+    return hub_folder(str(path), "model", (*MODEL_FILES, *CODE_FILES) if trust_remote_code else MODEL_FILES)
 
 
 def check_fit(model: PreTrainedModel, tokenizer_vocab_size: int, sequence_length: int) -> None:
@@ -207,9 +209,11 @@ def _read_config(folder: Path, path: str | Path, trust_remote_code: bool) -> Pre
                 f"{path}: needs code that comes with it ({code}), which is not run; read it, and if you trust it give "
                 "`model.trust_remote_code: true` or --trust-remote-code"
             ) from None
-        raise UserError(f"{path}: not a model that transformers knows: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a model that transformers knows: {informative_line(error)}") from None
     if not trust_remote_code and hasattr(config, "auto_map"):
         del config.auto_map  # transformers' own class is used, so a saved copy must not refer to the untrusted code
+    # each part gets the implementation that transformers prefers for it: SDPA, or its own if it has no SDPA
+    config._attn_implementation = None
     return config
 
 
@@ -224,7 +228,7 @@ def _new_model(
     if eos_token_id is not None:
         config.bos_token_id = config.eos_token_id = eos_token_id
         config.pad_token_id = None
-    settings: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             if torch.get_default_device().type != "meta":
@@ -235,9 +239,19 @@ def _new_model(
     except UserError:
         raise
     except Exception as error:  # the library has no class of its own for impossible shapes
-        raise UserError(f"model: no causal LM can be built of this shape: {_first_line(error)}") from None
+        raise UserError(f"model: no causal LM can be built of this shape: {informative_line(error)}") from None
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
     return model
+
+
+def _check_depth(model: PreTrainedModel, overrides: Overrides) -> None:
+    """Raise `UserError` if the number of layers was given and the architecture did not take it."""
+    wanted, found = overrides.get("num_hidden_layers"), [len(model.get_submodule(path)) for path in block_lists(model)]
+    if wanted is not None and found and wanted not in found:
+        raise UserError(
+            f"model.num_hidden_layers: a {model.config.model_type} model does not take the number of its layers from "
+            "it; change the key that it has in its config.json"
+        )
 
 
 def _check_memory(shapes: PreTrainedModel) -> None:
@@ -253,74 +267,27 @@ def _check_memory(shapes: PreTrainedModel) -> None:
         raise UserError(f"model: its weights take {sizes}")
 
 
-def _with_overrides(config: PreTrainedConfig, overrides: Overrides) -> PreTrainedConfig:
-    """Return a copy of the configuration with other values for some keys, and the values that follow from them.
-
-    Raises:
-        UserError: the configuration has no such key, or the shape is impossible.
-    """
-    if not overrides:
-        return config
-    # the architecture's own names of keys -> the common ones; GPT-2 calls hidden_size n_embd
-    common_names = {own_name: common_name for common_name, own_name in config.attribute_map.items()}
-    old = {common_names.get(key, key): value for key, value in config.to_dict().items()}
-    for key in overrides:
-        if key not in old:
-            raise UserError(f"model.{key}: a {config.model_type} model has no such key")
-    new = {**old, **overrides}
-    if new.get("num_hidden_layers") != old.get("num_hidden_layers"):
-        new.pop("layer_types", None)  # has one entry per layer; without it, transformers makes a new one
-    if "num_attention_heads" in old:
-        _adjust_heads(old, new, overrides)
-    try:
-        return type(config)(**new)
-    except Exception as error:  # the library has no class of its own for impossible shapes
-        raise UserError(f"model: this shape cannot be: {_first_line(error)}") from None
-
-
-def _adjust_heads(old: dict[str, Any], new: dict[str, Any], overrides: Overrides) -> None:
-    """Adjust the number of key-value heads and the size of a head in `new` to its hidden size and number of heads.
-
-    If the old configuration has as many key-value heads as heads, or heads that divide its hidden size, so has the new
-    one.
+def _check_weight_files(folder: Path, path: str | Path) -> None:
+    """Raise `UserError` if a model folder has no safetensors, or lacks one that its index names.
 
     Args:
-        old: keys of the configuration before the overrides.
-        new: keys after the overrides; changed in place.
-
-    Raises:
-        UserError: a number of the new shape is not a multiple of another, as it must be.
+        path: the model's name for messages.
     """
-    hidden, heads = new["hidden_size"], new["num_attention_heads"]
-    if old.get("num_key_value_heads") == old["num_attention_heads"] and "num_key_value_heads" not in overrides:
-        new["num_key_value_heads"] = heads
-    groups = new.get("num_key_value_heads") or heads
-    if heads % groups:
-        raise UserError(
-            f"model.num_attention_heads ({heads}) is not a multiple of model.num_key_value_heads ({groups})"
-        )
-    if old.get("head_dim") not in (None, old["hidden_size"] // old["num_attention_heads"]):
-        return  # the architecture has heads of a size that does not depend on the hidden size
-    if hidden % heads:
-        raise UserError(f"model.hidden_size ({hidden}) is not a multiple of model.num_attention_heads ({heads})")
-    if "rope_parameters" in old and hidden // heads % 2:
-        raise UserError(
-            f"model.hidden_size ({hidden}) over model.num_attention_heads ({heads}) must be even: "
-            "rotary position embeddings turn pairs of numbers"
-        )
-    if "head_dim" in old:
-        new["head_dim"] = hidden // heads
-
-
-def _check_weight_files(folder: Path, path: str | Path) -> None:
-    """Raise `UserError` if a model folder has no safetensors; `path` is the model's name for the message."""
     if any(folder.glob("*.safetensors")):
+        index = folder / "model.safetensors.index.json"
+        if index.is_file() and not (folder / "model.safetensors").is_file():
+            for name in sorted(set(read_json(index, INDEX_BYTES)["weight_map"].values())):
+                if not inside(folder, name).is_file():
+                    raise UserError(f"{path}: has no {name}, which {index.name} names; download or copy it again")
         return
-    if any(file.suffix in _PICKLED for file in folder.iterdir()):
+    endings = {file.suffix for file in folder.iterdir()}
+    if endings & _PICKLED:
         raise UserError(
             f"{path}: its weights are pickled and could run code when opened; if you trust them, convert them "
             f"with `AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained('NEW_FOLDER')`"
         )
+    for ending in sorted(endings & _OTHERS.keys()):
+        raise UserError(f"{path}: its weights are {_OTHERS[ending]} files; give the model in safetensors")
     raise UserError(f"{path}: has no weights (no .safetensors file)")
 
 
@@ -338,9 +305,3 @@ def _check_report(report: Mapping[str, Any], path: str | Path) -> None:
     for key in sorted(report["unexpected_keys"]):
         if "lora_" in key:
             raise UserError(f"{path}: holds low-rank factors (`{key}`); merge them and save it again")
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the informative line of a library's message: the second one if the first only names the validator."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return first_line(lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0])

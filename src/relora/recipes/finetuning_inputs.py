@@ -25,9 +25,10 @@ from relora.errors import UserError
 from relora.evaluation.classification import ClassEvaluation, evaluate_classes
 from relora.evaluation.scored_model import BATCH
 from relora.files.untrusted import check_folder
-from relora.lowrank.inject import find_targets
+from relora.lowrank.targets import find_targets
 from relora.measure import Evaluation, evaluate, perplexity, token_loss
 from relora.model.classifier import class_loss, open_classifier
+from relora.model.examine import attention_note, check_causal, leave_out_unused
 from relora.model.load import check_fit, model_folder, open_model
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
 from relora.recipes.pretraining_inputs import fingerprint_of, held_out_choice, marked_as_sample
@@ -127,9 +128,15 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     else:
         batches, held_out, layout, notes = _instructions(config, tokenizer, train, held_out_records)
         model = open_model(base, trust_remote_code=trust)
-    check_fit(model, vocabulary_size(tokenizer), config.data.sequence_length)
     notes = [*source_notes, *notes]
+    check_fit(model, vocabulary_size(tokenizer), config.data.sequence_length)
     model.to(device)
+    if config.task != "classification":
+        check_causal(model, base)
+    if note := attention_note(model):
+        notes = [*notes, note]
+    if config.method == "full" and (note := leave_out_unused(model, config.data.sequence_length)):
+        notes = [*notes, note]
     if config.data.packing:
         check_packing(model, config.batch.micro_sequences)
     if config.method == "llama-adapter":
@@ -160,8 +167,8 @@ def base_folder(config: FinetuneConfig) -> Path:
     return model_folder(folder / "model")
 
 
-def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
-    """Read the records to train on, and the held-out ones."""
+def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record], list[str]]:
+    """Read the records to train on and the held-out ones; the third part is lines about what was not read."""
     data = config.data
     sources = Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad)
     train = list(sources)
@@ -226,7 +233,8 @@ def _classes(
         tokens=config.evaluate.tokens,
         seed=config.seed,
     )
-    return batches, held_out_classes, [note]
+    held_out_notes = [f"held out: {one}" for one in held_out_examples.notes if one not in examples.notes]
+    return batches, held_out_classes, [note, *examples.notes, *held_out_notes]
 
 
 def _content(held_out: HeldOutExamples | HeldOutClasses) -> str:

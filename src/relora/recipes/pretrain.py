@@ -59,6 +59,7 @@ def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
         # A checkpoint holds weights, m and v in fp32 at most; while one is written there is one more than is kept.
         needed_bytes=trained * 12 * (config.checkpoint.keep_last + 1) + parameters * 4,
         write_tokenizer=lambda folder: copy_tokenizer(inputs.held_out.folder.tokenizer_path, folder),
+        notes=inputs.notes,
     )
 
 

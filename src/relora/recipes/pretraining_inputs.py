@@ -18,8 +18,10 @@ from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.evaluation.scored_model import BATCH
-from relora.lowrank.inject import find_targets
+from relora.lowrank.targets import find_targets
+from relora.lowrank.usage import usage_of
 from relora.measure import Evaluation, evaluate
+from relora.model.examine import attention_note, check_causal, leave_out_unused
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.recipes.from_settings import autocast_of, lowrank_of
 from relora.recipes.resume import HELD_OUT, SAMPLE
@@ -40,6 +42,8 @@ class PretrainingInputs:
     content: dict[str, str]
     """Fingerprints of what the configuration only points at: the tokens of `data`, the shape of `model.path`; and how
     held-out tokens are chosen."""
+    notes: tuple[str, ...] = ()
+    """Lines for the console: what is peculiar to the model."""
 
     def evaluate(self, config: RunConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
         """Measure the held-out loss of a model in training; `each_batch` is called before each batch."""
@@ -82,8 +86,19 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
     }
     if config.model.path is not None:
         content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
+    model.to(device)
+    if config.model.path is not None:
+        check_causal(model, config.model.path)
+    notes = [attention_note(model), leave_out_unused(model, config.data.sequence_length)]
     return PretrainingInputs(
-        device, model.to(device), tokenizer, batches, held_out, validation.bytes_per_token, content
+        device,
+        model,
+        tokenizer,
+        batches,
+        held_out,
+        validation.bytes_per_token,
+        content,
+        tuple(note for note in notes if note),
     )
 
 
@@ -104,6 +119,7 @@ def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrai
         config, eos_token_id=validation.index.eos_token_id, trust_remote_code=config.model.trust_remote_code
     )
     check_fit(model, validation.vocab_size, config.data.sequence_length)
+    usage_of(model, config.data.sequence_length)  # kept for every later look at what the model uses
     if config.method != "full":
         find_targets(model, lowrank_of(config))
     return model

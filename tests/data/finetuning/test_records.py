@@ -92,7 +92,7 @@ def test_a_saved_dataset(tmp_path: Path, in_splits: bool) -> None:
 
 def test_a_name_that_the_hub_does_not_know_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="no such file or folder, and the hub gave no dataset of that name"):
+    with pytest.raises(UserError, match="no such file or folder; the hub was not asked"):
         Records(["relora-tests/no-such-dataset"])
 
 
