@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	$(BIN)/relora generate runs/quickstart --prompt "The old house" --max-new-tokens 80 --temperature 0.7
 	@echo
 	@echo "Open runs/quickstart/report.html in a browser. Then try:"
-	@echo "  $(BIN)/relora evaluate runs/quickstart --data prepared/quickstart/validation"
+	@echo "  $(BIN)/relora evaluate runs/quickstart --data prepared/quickstart/validation   # the perplexity the run ended with"
 	@echo "  $(BIN)/relora pretrain configs/quickstart.yaml method=lora output_dir=runs/lora"
 	@echo "  $(BIN)/relora prepare YOUR_TEXTS/ --out prepared/mine --train-tokenizer 8192"
 

@@ -346,7 +346,8 @@ class EvaluateSettings(Settings):
     every_steps: PositiveInt = 500
     """Steps from one measurement of the held-out loss to the next."""
     tokens: PositiveInt = 200_000
-    """Held-out tokens of a measurement, the same ones every time; all there are, if there are fewer."""
+    """Most held-out tokens of a measurement in training: of a larger held-out part a sample, drawn by the seed, the
+    same one every time. The result is measured on the whole in any case."""
 
 
 class LogSettings(Settings):
