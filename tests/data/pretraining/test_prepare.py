@@ -328,3 +328,139 @@ def test_progress_is_told(tmp_path: Path, tokenizer_folder: Path, monkeypatch: p
     assert told[-1].tokens == report.train.tokens + report.validation.tokens
     assert told[-1].text_bytes == sum(len(text.encode()) for text in texts)
     assert told[-1].read_share == 1.0
+
+
+STORIES = "".join(f"A cat sat {number} times.\n<|endoftext|>\n" for number in range(40))
+
+
+def test_separators_part_the_documents_of_a_text_file(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.txt").write_text(STORIES + "Of `<|endoftext|>`, a token.\n")
+    report = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=str(tokenizer_folder), validation=0.2)
+    assert report.validation is not None
+    assert report.train.documents + report.validation.documents == 41
+    assert (report.train.separators, report.train.separators_in_text) == (40, 1)
+    documents = _documents(tmp_path / "out/train") + _documents(tmp_path / "out/validation")
+    assert sorted(documents)[0] == "A cat sat 0 times.\n"
+    assert "documents parted at 40 separators (`<|endoftext|>`)\n`<|endoftext|>`: 1 times inside a text" in str(report)
+    again = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=str(tokenizer_folder), validation=0.2)
+    assert again.reused and again.notes == report.notes
+
+
+def test_a_separator_of_ones_own_parts_documents_inside_lines(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.txt").write_text("##".join(f"document {number}" for number in range(30)))
+    out = tmp_path / "out"
+
+    def run(separator: str | None, folder: Path = out) -> int:
+        options = {"tokenizer": str(tokenizer_folder), "validation": 0, "document_separator": separator}
+        return prepare([str(tmp_path / "a.txt")], folder, **options).train.documents
+
+    assert run("##") == 30
+    with pytest.raises(UserError, match=r"document_separator was '##' and is now None"):
+        run(None)
+    assert run("@", tmp_path / "other") == 1
+    _write(tmp_path / "b.jsonl", ["x"])
+    with pytest.raises(UserError, match=r"--document-separator: parts plain text files .*, and the sources have none"):
+        prepare([str(tmp_path / "b.jsonl")], tmp_path / "new", tokenizer=str(tokenizer_folder), document_separator="##")
+
+
+def test_the_eos_token_of_a_given_tokenizer_parts_documents(tmp_path: Path) -> None:
+    words = {word: number for number, word in enumerate(["</s>", "a", "b"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "words")
+    (tmp_path / "a.txt").write_text("a a\n</s>\nb\n")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=str(tmp_path / "words"), validation=0)
+    split = PreparedFolder.open(tmp_path / "out/train")
+    assert split.window(0, split.tokens).tolist() == [1, 1, 0, 2, 0]
+
+
+def _made_before_separators(out: Path) -> None:
+    """Rewrite the indexes of a folder as the first release wrote them."""
+    for split in ("train", "validation"):
+        file = out / split / "index.json"
+        index = json.loads(file.read_text())
+        for field in ("separators", "separators_in_text", "within_documents"):
+            del index[field]
+        del index["options"]["document_separator"]
+        file.write_text(json.dumps(index))
+
+
+def test_a_folder_of_an_earlier_release_is_complete_if_its_documents_are_the_same(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}")
+    (tmp_path / "parted.txt").write_text(STORIES)
+    plain = [str(tmp_path / f"{number}.txt") for number in range(30)]
+    parted = [*plain, str(tmp_path / "parted.txt")]
+    for name, sources in (("plain", plain), ("parted", parted)):
+        prepare(sources, tmp_path / name, tokenizer=str(tokenizer_folder), validation=0.2)
+        _made_before_separators(tmp_path / name)
+    assert PreparedFolder.open(tmp_path / "parted/train").index.separators == 0  # it can still be trained on
+    assert prepare(plain, tmp_path / "plain", tokenizer=str(tokenizer_folder), validation=0.2).reused
+    with pytest.raises(UserError, match=r"`<\|endoftext\|>` was text, and now parts the documents of plain text files"):
+        prepare(
+            [*plain, str(tmp_path / "parted.txt")], tmp_path / "parted", tokenizer=str(tokenizer_folder), validation=0.2
+        )
+
+
+def test_a_folder_whose_files_in_capitals_are_read_now_says_so(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "win").mkdir()
+    for number in range(30):
+        (tmp_path / "win" / f"{number}.txt").write_text(f"document {number}")
+    prepare([str(tmp_path / "win")], tmp_path / "out", tokenizer=str(tokenizer_folder))
+    (tmp_path / "win" / "BOOK.TXT").write_text("a book")
+    with pytest.raises(UserError, match=r"had 30 files to read, and now has 31: BOOK\.TXT with a suffix in capitals"):
+        prepare([str(tmp_path / "win")], tmp_path / "out", tokenizer=str(tokenizer_folder))
+
+
+def test_what_a_folder_holds_and_is_not_read_is_reported(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(30):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"document {number}")
+    (tmp_path / "in" / "x.png").write_bytes(b"123")
+    for _ in range(2):  # written, and found complete
+        report = prepare([str(tmp_path / "in")], tmp_path / "in" / "out", tokenizer=str(tokenizer_folder))
+        assert f"{tmp_path / 'in'}: not read: 1 .png (3 bytes)" in str(report).splitlines()
+        assert [(one.source, len(one.left_out)) for one in report.not_read] == [(str(tmp_path / "in"), 1)]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_held_out_parts_of_one_document_continue_after_kills(tmp_path: Path, tokenizer_folder: Path) -> None:
+    text = "\n\n".join(f"Paragraph {number}. " + "It was a dark night. " * 10 for number in range(400))
+    source, out = _write(tmp_path / "a.jsonl", [text]), tmp_path / "out"
+
+    def run(out: Path, stop_at: int | None = None) -> object:
+        seen = 0
+
+        def stop(_: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == stop_at:
+                raise KeyboardInterrupt
+
+        return prepare([source], out, tokenizer=str(tokenizer_folder), validation=0.1, workers=1, progress=stop)
+
+    report = run(tmp_path / "whole")
+    assert report.train.within_documents
+    train, validation = _documents(tmp_path / "whole/train"), _documents(tmp_path / "whole/validation")
+    assert len("".join(train + validation)) == len(text)
+    assert not any(part in whole for part in validation for whole in train)
+    for stop_at in (1, 3, 2):
+        with pytest.raises(Interrupted):
+            run(out, stop_at)
+    assert run(out).continued
+    assert _files(out) == _files(tmp_path / "whole")
+
+
+def test_a_tokenizer_is_not_trained_on_held_out_parts(tmp_path: Path) -> None:
+    """The tokenizer of a text without its held-out parts is the one that the text gets."""
+    text = "\n\n".join(f"Paragraph {number} of {number * 7919}. Night {number}." * 3 for number in range(300))
+    (tmp_path / "book.txt").write_text(text)
+    prepare([str(tmp_path / "book.txt")], tmp_path / "out", train_tokenizer=400, validation=0.3)
+    trained = _documents(tmp_path / "out/train")
+    assert len(_documents(tmp_path / "out/validation")) > 3
+    alone = _write(tmp_path / "train.jsonl", trained)
+    prepare([alone], tmp_path / "alone", train_tokenizer=400, validation=0)
+    first, second = (tmp_path / name / "train/tokenizer/tokenizer.json" for name in ("out", "alone"))
+    assert first.read_bytes() == second.read_bytes()
