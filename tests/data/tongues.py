@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from relora.data.finetuning.records import Record
@@ -97,6 +97,30 @@ def llama_like(template: str | None = None) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def unigram_like(scheme: str) -> PreTrainedTokenizerFast:
+    """SentencePiece's unigram kind: spaces as ▁, before the first word of a text, or of every text between tokens."""
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(["the cat sat on the mat, and he sat on the log: user assistant"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def wordpiece_like() -> PreTrainedTokenizerFast:
+    """BERT's kind: words and punctuation marks are parted, spaces are lost."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
+    backend.train_from_iterator(["the cat sat on the mat, and he sat on the log: user assistant"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[SEP]", unk_token="[UNK]")
 
 
 def records(*fields: dict[str, Any]) -> list[Record]:

@@ -432,8 +432,9 @@ def test_records_without_a_label_are_left_out_and_counted(tokenizer: PreTrainedT
     assert examples.places == tuple(f"c.jsonl, line {number}" for number in (1, 3, 6, 7))
     assert examples.notes == (
         "not used: column `id` (7 records)",
-        "2 records left out, without a label (-1, which is no class beside labels from 0 on), first in c.jsonl, line 2",
-        "1 records left out, without a label (null, NaN or empty), first in c.jsonl, line 4",
+        "records left out, without a label (-1, which is no class beside labels from 0 on): 2, "
+        "first in c.jsonl, line 2",
+        "records left out, without a label (null, NaN or empty): 1, first in c.jsonl, line 4",
     )
     held_out = encode_classes(rows[:2], tokenizer, sequence_length=32, like=examples)
     assert held_out.labels.tolist() == [0]
@@ -445,4 +446,4 @@ def test_whole_numbers_of_pandas_are_classes_and_that_is_said(tokenizer: PreTrai
     rows = [Record("line", {"text": "it is", "label": label}) for label in (0.0, 1.0, None)]
     examples = encode_classes(rows, tokenizer, sequence_length=32)
     assert (examples.names, examples.labels.tolist()) == (("0", "1"), [0, 1])
-    assert "1 label column of whole numbers, some written as 1.0, taken as classes, first in line" in examples.notes
+    assert "label column of whole numbers, some written as 1.0, taken as classes: 1, first in line" in examples.notes

@@ -167,7 +167,7 @@ def _content(value: Any, key: str) -> tuple[str | None, str]:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "input_text", "output_text", "thinking"):
             raise BadRecord(
-                f"has a part of the type {short_repr(kind)} (part {number} of `{key}`); only text is trained on"
+                f"has a part of the type {short_repr(kind)} (part {number} of `{key}`); only text can be trained on"
             )
         if flag := next((one for one in SCORE_KEYS if part.get(one) is not None), None):
             raise BadRecord(f"has a part with `{flag}`; a message is scored as a whole or not at all")
@@ -229,9 +229,7 @@ def read_tools(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     except BadRecord:
         tools = value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRecord(
-            f"`{key}` is not a list of objects that describe tools; rename the column if it is something else"
-        )
+        raise BadRecord(f"`{key}` is not a list of descriptions of tools; rename the column if it is something else")
     check_nested(tools)
     return tuple({"type": "function", "function": tool} if key == "functions" else tool for tool in tools)
 

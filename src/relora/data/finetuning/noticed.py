@@ -1,7 +1,7 @@
 """Notes about records: which of their columns and keys are not used, and what became of their messages.
 
 not used: column `id` (60 records), `name` in messages (4 records)
-12 turns whose text the chat template changed or left out, first in a.jsonl, line 3
+turns whose text the chat template changed or left out: 12, first in a.jsonl, line 3
 """
 
 import re
@@ -40,7 +40,7 @@ class Noticed:
             unused: names of what is not used of it.
             noticed: what became of its messages, one entry for each.
         """
-        self._unused.update(set(unused))
+        self._unused.update(dict.fromkeys(unused, 1))
         under = [f"records read from the list{found[0]} of a file"] if (found := _UNDER.search(where)) else []
         for what in (*under, *noticed):
             self._counts[what] += 1
@@ -49,7 +49,9 @@ class Noticed:
     @property
     def lines(self) -> tuple[str, ...]:
         """Return one line for all that is not used, and one for each thing that was noticed."""
-        names = [f"{name} ({number:,} records)" for name, number in self._unused.most_common(MOST_NAMES)]
+        names = [
+            f"{name} ({number:,} record{'s' * (number > 1)})" for name, number in self._unused.most_common(MOST_NAMES)
+        ]
         more = [f"{len(self._unused) - MOST_NAMES:,} more"] if len(self._unused) > MOST_NAMES else []
         unused = [f"not used: {', '.join(names + more)}"] if names else []
-        return (*unused, *(f"{count:,} {what}, first in {self._first[what]}" for what, count in self._counts.items()))
+        return (*unused, *(f"{what}: {count:,}, first in {self._first[what]}" for what, count in self._counts.items()))
