@@ -361,3 +361,14 @@ def test_real_instructions(tmp_path: Path) -> None:
     assert 2 < scores.loss < 10  # the model was trained on stories only
     assert 0 < scores.rouge1 < 60
     assert scores.answer_tokens <= 12 * 16
+
+
+def test_what_is_not_used_of_the_records_is_told(model, tokenizer) -> None:
+    rows = [{**RECORDS[0], "id": 1}, {"prompt": "the cat", "response": " "}]
+    scores, _ = score_records(
+        model, tokenizer, as_records(rows), PLAIN, sequence_length=64, max_new_tokens=2, batch=2, scorer=TextScorer()
+    )
+    assert scores.notes == [
+        "1 of 2 records used; 1 left out, with no response",
+        "not used: column `id` (1 record)",
+    ]

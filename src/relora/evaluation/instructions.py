@@ -11,7 +11,7 @@ In a conversation of several turns every response counts for the loss, but only 
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -91,6 +91,8 @@ class InstructionScores(TextScores):
     sequence_length: int
     template: str
     bleu_signature: str
+    notes: list[str] = field(default_factory=list)
+    """Lines about what of the records is left out, not used, or was changed."""
 
 
 def evaluate_instructions(
@@ -206,14 +208,14 @@ def score_records(
         Sample(prompt.where, tokenizer.decode(prompt.input_ids), prompt.response, answer, scores)
         for prompt, answer, scores in zip(asked, answers, scores_of_each, strict=True)
     ]
-    answer_tokens = sum(answer.tokens for answer in answers)
+    answer_tokens, counts = sum(answer.tokens for answer in answers), examples.counts
     scores = InstructionScores(
         **asdict(texts),
         loss=measured.loss,
         perplexity=measured.perplexity,
         response_tokens=measured.tokens,
         records=len(samples),
-        cut=examples.counts.prompt_cut + examples.counts.response_cut,
+        cut=counts.prompt_cut + counts.response_cut,
         without_room=sum(answer.tokens == 0 for answer in answers),
         ended=sum(answer.ended for answer in answers),
         answer_tokens=answer_tokens,
@@ -223,6 +225,7 @@ def score_records(
         sequence_length=sequence_length,
         template=examples.template,
         bleu_signature=scorer.bleu_signature,
+        notes=[*([str(counts)] if counts.used < counts.read else []), *examples.notes],
     )
     return scores, samples
 

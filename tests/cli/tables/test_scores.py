@@ -47,7 +47,7 @@ def test_what_is_not_known_of_a_text_is_a_dash() -> None:
 
 def test_answers_to_instructions() -> None:
     screen = Screen()
-    print_instruction_scores(ANSWERED, screen)
+    print_instruction_scores(replace(ANSWERED, notes=["not used: column `id` (20 records)"]), screen)
     assert screen.text.splitlines()[1].split() == [
         "1.2500",
         "3.49",
@@ -62,6 +62,7 @@ def test_answers_to_instructions() -> None:
         "20 records, template alpaca; loss over 1,234 tokens of responses, 3 cut to 512",
         "15 answers ended by themselves, others at 64 tokens, 2 prompts left no room for one; "
         "640 tokens in 2.0 s, 320.0 tokens/s",
+        "not used: column `id` (20 records)",
     ]
 
 

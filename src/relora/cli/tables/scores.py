@@ -52,6 +52,8 @@ def print_instruction_scores(scores: InstructionScores, console: Console | None 
         f"{scores.ended:,} answers ended by themselves, others at {scores.max_new_tokens:,} tokens{without_room}; "
         f"{scores.answer_tokens:,} tokens in {scores.seconds:.1f} s, {scores.tokens_per_second:,.1f} tokens/s"
     )
+    for note in scores.notes:
+        console.out(note)
 
 
 def print_task_scores(scores: Sequence[TaskScore], console: Console | None = None) -> None:
