@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from transformers import AutoModelForSequenceClassification
@@ -25,6 +25,7 @@ from relora.recipes.finetuning_inputs import gather_finetuning
 from relora.recipes.job import RunResult
 from relora.recipes.pretrain import pretrain
 from relora.recipes.pretraining_inputs import gather_pretraining
+from relora.report.console import Console
 from relora.report.metrics import read_json_lines
 
 WORDS = ("old house", "garden wall", "small boat", "kind word", "long road", "red door", "warm fire", "new day")
@@ -278,3 +279,23 @@ def test_losses_around_a_restart_are_of_the_sample(pretraining: Callable[..., Ru
     before = next(line for line in lines(result, "evaluation") if line["step"] == restart["step"])
     assert restart["loss_before"] == before["validation_loss"]
     assert restart["loss_after"] == pytest.approx(restart["loss_before"], abs=1e-5)
+
+
+def test_a_run_interrupted_while_its_result_is_measured_is_finished_by_the_same_command(
+    pretraining: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pretrain(pretraining("whole"), quiet=True)
+
+    def pressed(*arguments: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Console, "measuring", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(pretraining(), quiet=True)
+    folder = Path(pretraining().output_dir)
+    assert (folder / "model" / "config.json").is_file() and not (folder / "report.html").exists()
+    assert all(line["kind"] != "final" for line in read_json_lines(folder / "metrics.jsonl"))
+    result = pretrain(pretraining(), quiet=True)
+    assert result.evaluation == whole.evaluation
+    check_records(result, whole.evaluation.tokens)

@@ -346,8 +346,8 @@ class EvaluateSettings(Settings):
     every_steps: PositiveInt = 500
     """Steps from one measurement of the held-out loss to the next."""
     tokens: PositiveInt = 200_000
-    """Most held-out tokens of a measurement in training: of a larger held-out part a sample, drawn by the seed, the
-    same one every time. The result is measured on the whole in any case."""
+    """Most held-out tokens of a measurement in training: a keyed sample of them, the same every time, or all. The
+    result is measured on the whole held-out part in any case."""
 
 
 class LogSettings(Settings):
