@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from relora.errors import UserError
 from relora.lowrank.blocks import block_lists, is_inside
@@ -184,7 +185,7 @@ def _computes_linear(layer_class: Any) -> bool:
     """
     if layer_class.forward is nn.Linear.forward:
         return True
-    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         layer = nn.Linear(6, 4, dtype=torch.float32)
         x = torch.linspace(-3, 3, 60).view(2, 5, 6) * torch.tensor([1.0, 1000.0]).view(2, 1, 1)
         expected = layer(x)

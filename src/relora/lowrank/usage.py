@@ -1,4 +1,4 @@
-"""What a model uses of its layers and parameters: found by a pass through it with tensors that have no memory.
+"""Layers and parameters that a model uses, found by a pass through it with tensors that have no memory.
 
 A layer can be replaced by a low-rank one only if the model calls it. Some layers are never called, since another module
 computes with their weight (Gemma 3n's correction coefficients in training), or since nothing needs them (attention to
@@ -47,7 +47,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Usage:
-    """What a pass through a model uses."""
+    """Modules and parameters that a pass through a model uses."""
 
     called: frozenset[str]
     """Paths of the modules whose forward pass ran."""
@@ -157,14 +157,20 @@ def stand_in(function: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tup
 
 
 @contextmanager
-def unvalidated() -> Iterator[None]:
-    """Let distributions of torch take their parameters unchecked inside the block; numbers are not there to check."""
+def without_numbers() -> Iterator[None]:
+    """Let the code inside the block compute with tensors that have no numbers.
+
+    torch's distributions take their parameters unchecked, and its log of what fails with such tensors is silent.
+    """
     validates = Distribution._validate_args
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
     Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
         Distribution.set_default_validate_args(validates)
+        log.disabled = was_disabled
 
 
 def with_siblings(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
@@ -248,14 +254,9 @@ def _leaves(called: set[nn.Module], output: Tensor) -> set[int]:
 
 @contextmanager
 def _fake_tensors() -> Iterator[None]:
-    """Compute with tensors that have no memory inside the block; torch's log of what fails with them is silenced."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), StandIns(), unvalidated():  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        log.disabled = was_disabled
+    """Compute with tensors that have no memory inside the block."""
+    with without_numbers(), FakeTensorMode(allow_non_fake_inputs=True), StandIns():  # type: ignore[no-untyped-call]
+        yield
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from relora.lowrank.costs import Rates
+from relora.lowrank.usage import stand_in
 
 HEAP_BLOCK = 32 * 2**20
 """Smallest block that glibc's allocator requests from the system alone, and returns to it when it is freed."""
@@ -64,9 +65,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is _aten._local_scalar_dense.default:
-            return 0  # the value of a tensor without memory; 0 says that no label is ignored and no check failed
-        results = function(*args, **(kwargs or {}))
+        args, chosen = stand_in(function, args)
+        results = function(*args, **(kwargs or {})) if chosen is None else chosen[0]
         made = [self.note(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         self.seconds += self._seconds(function, args, results, computes=any(made) or _writes(function))
         return results
@@ -120,6 +120,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             computes: False for a view, which only gives a tensor another shape and takes no time.
         """
         packet = function.overloadpacket
+        if packet is _aten._grouped_mm:
+            left, right = args[0], args[1]  # the rows of all groups together are those of one side
+            return self._product(left.dtype, left.shape[-2], left.shape[-1], right.shape[-1])
         if packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]], args[_PRODUCTS[packet] + 1]
             return self._product(left.dtype, left.shape.numel() // left.shape[-1], left.shape[-1], right.shape[-1])

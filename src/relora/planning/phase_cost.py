@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from relora.config import RunConfig
+from relora.errors import RunStopped, UserError
 from relora.lowrank import inject
 from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
+from relora.messages import first_line
 from relora.model.blocks import training_blocks
+from relora.model.examine import leave_out_unused
 from relora.planning.moments import moments_of
 from relora.planning.probe import Measured
 from relora.planning.step import StepFigures, StepShape, simulate
@@ -113,6 +116,7 @@ def step_figures(config: RunConfig, phase: Phase, device: torch.device) -> StepF
     """Predict memory and time of a step of a phase, without allocating the model."""
     with torch.device("meta"):
         model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code)
+    leave_out_unused(model, config.data.sequence_length)
     rates = calibrated(device)
     lowrank = settled_lowrank(config, model, device, rates)
     autocast = autocast_of(config)
@@ -137,4 +141,12 @@ def step_figures(config: RunConfig, phase: Phase, device: torch.device) -> StepF
             inject(model, lowrank, seed=config.seed)
 
     moments = moments_of(config, model)
-    return simulate(model, shape, run_pass, prepare=prepare, moments=moments, residual=lowrank.residual)
+    try:
+        return simulate(model, shape, run_pass, prepare=prepare, moments=moments, residual=lowrank.residual)
+    except (UserError, RunStopped):
+        raise
+    except Exception as error:  # of any kind: the model's code may look at numbers, which are not there
+        raise UserError(
+            f"model: a step of a {model.config.model_type} model cannot be planned, since shapes in it depend on "
+            f"numbers ({first_line(str(error))}); try its settings in a run with a small `schedule.total_steps`"
+        ) from None

@@ -6,12 +6,16 @@ The memory of a run is that of its worst moment over all phases (see `phase_cost
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from relora.config import RunConfig
 from relora.device import choose_device
+from relora.model.examine import leave_out_unused
 from relora.planning.alternatives import Alternative, alternatives_of
 from relora.planning.phase_cost import PhaseCost, phase_cost, phases_of
 from relora.planning.probe import probe, process_bytes
-from relora.recipes.from_settings import adaptive_of, most_restarts
+from relora.recipes.from_settings import adaptive_of, lowrank_notes, most_restarts
+from relora.recipes.pretraining_inputs import open_configured_model
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Plan:
     """Whether the run itself ends its warm start; the phases are then those of the longest one."""
     alternatives: list[Alternative]
     """The same run with other settings; empty unless asked for."""
+    notes: list[str]
+    """Lines on parameters that never train, and on what gets no factors."""
 
     @property
     def peak(self) -> int:
@@ -58,7 +64,17 @@ def make_plan(config: RunConfig, *, probed: bool = False, alternatives: bool = T
         phases = [replace(phase, measured=probe(config, phase.name)) for phase in phases]
     adaptive_switch = adaptive_of(config).warm_start is not None
     others = alternatives_of(config, process, device) if alternatives else []
-    return Plan(config.method, str(device), process, phases, most_restarts(config), adaptive_switch, others)
+    return Plan(
+        config.method, str(device), process, phases, most_restarts(config), adaptive_switch, others, _notes(config)
+    )
+
+
+def _notes(config: RunConfig) -> list[str]:
+    """Say which parameters never train, and what gets no factors."""
+    with torch.device("meta"):
+        model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code)
+    unused = leave_out_unused(model, config.data.sequence_length)
+    return [*([unused] if unused else []), *lowrank_notes(config, model)]
 
 
 def as_figures(plan: Plan) -> dict[str, Any]:

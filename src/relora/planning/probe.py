@@ -27,6 +27,7 @@ from relora.lowrank import inject
 from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
+from relora.model.examine import leave_out_unused
 from relora.processes import Call, OutOfMemory, run_in_processes
 from relora.recipes.from_settings import autocast_of, lowrank_of, optimizer_of, settled_lowrank
 from relora.recipes.pretraining_inputs import open_configured_model
@@ -138,6 +139,7 @@ def model_and_optimizer(config: RunConfig, phase: Phase, device: torch.device) -
     """Build the model of a phase in training mode, and the optimizer with the settings of the run."""
     model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code).to(device)
     model.train()
+    leave_out_unused(model, config.data.sequence_length)
     settings = optimizer_of(config, model, lowrank_of(config))
     if phase == "low_rank":
         inject(model, settled_lowrank(config, model, device), seed=config.seed)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from relora.lowrank import exact_tensors, low_rank_layers
 from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates
+from relora.lowrank.usage import without_numbers
 from relora.model.blocks import decoder_blocks
 from relora.model.head import whole_logits_reason
 from relora.planning.ledger import Ledger, Pass
@@ -101,7 +102,7 @@ def simulate(
             of such a step, and the time is the mean over all steps.
     """
     ledger, fake = Ledger(shape.device, shape.rates), FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, ledger:
+    with fake, ledger, without_numbers():
         _move(model, shape.device)
         prepare(model)
         model.train()

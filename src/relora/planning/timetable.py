@@ -10,7 +10,8 @@ import torch
 from relora.config import RunConfig
 from relora.device import choose_device
 from relora.lowrank import inject
-from relora.recipes.from_settings import adaptive_of, lowrank_of, most_restarts, schedule_of
+from relora.model.examine import leave_out_unused
+from relora.recipes.from_settings import adaptive_of, lowrank_notes, lowrank_of, most_restarts, schedule_of
 from relora.recipes.pretraining_inputs import open_data, open_fitting_model
 from relora.train.optim import check_optimizer
 
@@ -48,6 +49,8 @@ class Timetable:
     """Tokens of a step."""
     epochs: float
     """Passes over the training data."""
+    notes: list[str]
+    """Lines on parameters that never train, and on what gets no factors."""
 
 
 def timetable_of(config: RunConfig) -> Timetable:
@@ -62,7 +65,10 @@ def timetable_of(config: RunConfig) -> Timetable:
     batches, held_out = open_data(config)
     with torch.device("meta"):
         model = open_fitting_model(config, held_out.folder)
+    unused = leave_out_unused(model, config.data.sequence_length)
+    notes = [*([unused] if unused else []), *lowrank_notes(config, model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total, switch = schedule.total_steps, min(schedule.warm_start_steps, schedule.total_steps)
 
     def phase(name: str, first_step: int, end: int, trainable: int, frozen: int) -> TimetablePhase:
@@ -71,7 +77,7 @@ def timetable_of(config: RunConfig) -> Timetable:
 
     phases = []
     if switch > 0:
-        phases.append(phase(schedule.phase(0), 0, switch, parameters, 0))
+        phases.append(phase(schedule.phase(0), 0, switch, trained, parameters - trained))
     if switch < total:
         report = inject(model, lowrank_of(config))
         phases.append(phase("low_rank", switch, total, report.trainable, report.frozen))
@@ -86,4 +92,5 @@ def timetable_of(config: RunConfig) -> Timetable:
         total_tokens=total * config.batch_tokens,
         batch_tokens=config.batch_tokens,
         epochs=total * config.batch.sequences / batches.epoch_sequences,
+        notes=notes,
     )

@@ -20,7 +20,7 @@ from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates, layer_seconds
 from relora.lowrank.kernel import Arithmetic
 from relora.lowrank.restart import RestartConfig
-from relora.lowrank.targets import find_targets
+from relora.lowrank.targets import choose_targets, find_targets
 from relora.train.optim import OptimizerConfig
 from relora.train.projected_optimizers import ProjectionConfig
 from relora.train.run import Adaptive, CycleEnd, WarmStartEnd
@@ -159,6 +159,14 @@ def factor_parameters(config: TrainingConfig, model: PreTrainedModel) -> int:
     lowrank = lowrank_of(config)
     targets = find_targets(model, lowrank)
     return sum(lowrank.of_layer(name).r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
+
+
+def lowrank_notes(config: TrainingConfig, model: PreTrainedModel) -> list[str]:
+    """Lines that say what of `model` will get no factors, although it may look as if it did; empty at full rank."""
+    if config.method not in ("lora", "relora"):
+        return []
+    lowrank = lowrank_of(config)
+    return choose_targets(model, lowrank).notes(lowrank.rest)
 
 
 def optimizer_of(config: TrainingConfig, model: nn.Module, lowrank: LowRankConfig) -> OptimizerConfig:

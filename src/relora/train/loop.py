@@ -125,6 +125,8 @@ def _switch(run: Run, progress: Progress) -> None:
     progress.optimizer = build_optimizer(run.model, run.optimizer)
     carry_state(full_rank_optimizer, progress.optimizer)
     run.reporter.message(f"step {progress.state.step}  low-rank phase begins: {report}")
+    for line in report.notes:
+        run.reporter.message(f"low-rank phase: {line}")
 
 
 def _restart(run: Run, progress: Progress) -> None:

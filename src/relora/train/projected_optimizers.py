@@ -104,21 +104,22 @@ def check_installed(name: str) -> None:
 
 
 def projected_matrices(model: nn.Module, rank: int) -> dict[str, nn.Parameter]:
-    """Return the matrices whose moments are projected, by name: those of the blocks (`all-linear`).
+    """Return the matrices whose moments are projected, by name: those of the blocks (`all-linear`) that are large enough.
 
     Raises:
-        UserError: the rank exceeds the smaller side of one of them, or the model has none.
+        UserError: the rank exceeds the smaller side of all of them, or the model has none.
     """
     names = [f"{path}.weight" for path in find_targets(model, LowRankConfig(r=1))]
     matrices = {name: model.get_parameter(name) for name in names}
-    for name, matrix in matrices.items():
-        if rank > min(matrix.shape):
-            shape = " x ".join(str(side) for side in matrix.shape)
-            raise UserError(
-                f"optimizer.projection.rank ({rank}) exceeds the smaller side of {name} ({shape}); "
-                f"it may be at most {min(matrix.shape)} here"
-            )
-    return matrices
+    projected = {name: matrix for name, matrix in matrices.items() if rank <= min(matrix.shape)}
+    if not projected:
+        name, matrix = max(matrices.items(), key=lambda item: min(item[1].shape))
+        shape = " x ".join(str(side) for side in matrix.shape)
+        raise UserError(
+            f"optimizer.projection.rank ({rank}) exceeds the smaller side of {name} ({shape}); "
+            f"it may be at most {min(matrix.shape)} here"
+        )
+    return projected
 
 
 def state_shapes(shape: torch.Size, rank: int) -> tuple[torch.Size, torch.Size]:

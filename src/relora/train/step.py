@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
+from relora.lowrank.usage import with_siblings
 from relora.measure import IGNORED
 from relora.seeding import keyed_seed
 from relora.train.embeddings import rows_added_in_place
@@ -119,7 +120,8 @@ def clear_nonfinite_flag(optimizer: torch.optim.Optimizer) -> None:
 def dead_tensors(model: nn.Module) -> list[str]:
     """Name the trainable tensors whose gradient is absent or all zero, except where zero is right at this moment.
 
-    While lora_B is zero, it is right for lora_A and a trained scale of the same layer. It is right for a parameter
+    An expert to which no token went in this step has no gradient, and is not dead while another expert has one. While
+    lora_B is zero, it is right for lora_A and a trained scale of the same layer. It is right for a parameter
     with the attribute `zero_until`, a tensor, for as long as that tensor is all zero.
     """
     excused = {
@@ -130,13 +132,10 @@ def dead_tensors(model: nn.Module) -> list[str]:
     for layer in low_rank_layers(model).values():
         if not layer.lora_B.any():
             excused |= {id(factor) for kind, factor in layer.factors.items() if kind != "lora_B"}
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and id(parameter) not in excused
-        and (parameter.grad is None or not parameter.grad.any())
-    ]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in excused}
+    dead = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
+    alive = with_siblings(model, trained.keys() - set(dead)) if dead else frozenset()
+    return [name for name in dead if name not in alive]
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

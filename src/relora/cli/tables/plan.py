@@ -23,6 +23,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(
         f"peak: {format_bytes(plan.peak)}, in the {_phase_name(worst)} phase; {_format_time(plan.seconds)} of steps"
     )
+    for line in plan.notes:
+        console.print(line, markup=False)
     if plan.alternatives:
         console.print(_alternatives_table(plan))
 

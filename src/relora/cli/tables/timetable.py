@@ -23,6 +23,8 @@ def print_timetable(timetable: Timetable, console: Console | None = None) -> Non
     epochs = f"{timetable.epochs:.2f}" if math.isfinite(timetable.epochs) else "-"
     console.print(f"restarts: {_restarts(timetable)}", highlight=True)
     console.print(f"tokens: {timetable.total_tokens:,} ({epochs} passes over the training data)", highlight=True)
+    for line in timetable.notes:
+        console.print(line, markup=False)
 
 
 def _phase_row(phase: TimetablePhase, timetable: Timetable) -> list[str]:
