@@ -274,7 +274,7 @@ def test_what_is_not_read_of_the_sources_is_noted(configure: Configure, examples
     (folder / "TRAIN.JSONL").write_text(examples.read_text() + "\nbroken\n")
     (folder / "licence.txt").write_text("do as you like")
     config = configure(data__train=str(folder), data__skip_bad=True)
-    expected = [f"{folder}: not read: 1 .txt (14 bytes); ", "1 records left out, which cannot be read"]
+    expected = [f"{folder}: not read: 1 .txt (14 bytes); ", "left out: 1 bad records (1 not valid JSON)"]
     for notes in (gather_finetuning(config).notes, show_examples(config, 1).splitlines()):
         assert [note[: len(start)] for note, start in zip(notes, expected, strict=False)] == expected
 

@@ -48,7 +48,11 @@ class LeftOut:
     def __str__(self) -> str:
         """Return a part of a line, such as `3 .png (1.2 MB)`."""
         size = f" ({format_size(self.bytes)})" if self.bytes else ""
-        what = {UNKNOWN: self.kind or "without a suffix", OTHER: self.kind, SPLIT: f"of split `{short_name(self.kind)}`"}
+        what = {
+            UNKNOWN: self.kind or "without a suffix",
+            OTHER: self.kind,
+            SPLIT: f"of split `{short_name(self.kind)}`",
+        }
         plural = "s" if self.files > 1 and self.why in (LINK, FOLDER) else ""
         return f"{self.files:,} {what.get(self.why, self.why)}{plural}{size}"
 

@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,12 @@ from relora.files.untrusted import no_address
 from relora.messages import LONGEST_PATH, short_name
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+
+REASON = re.compile(r"^.*?: |[;(].*", re.DOTALL)
+"""Parts of a message about a bad record that are not its reason: the place, and the details."""
+
+MOST_REASONS = 8
+"""Most reasons that are counted each by itself."""
 
 Item = TypeVar("Item")
 
@@ -160,6 +167,12 @@ def _readable(preferred_kinds: Sequence[str]) -> str:
     return f"readable are {', '.join(kinds)}, also with {' or '.join(COMPRESSIONS)}"
 
 
+def left_out_line(reasons: Mapping[str, int]) -> str:
+    """Return a line about the bad records that were left out, by reason, the most frequent one first."""
+    counts = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return f"left out: {sum(reasons.values()):,} bad records ({', '.join(f'{n:,} {why}' for why, n in counts)})"
+
+
 class SourceReader(ABC, Generic[Item]):
     """Read the items of several sources in order, as often as asked, and keep count of the bytes read.
 
@@ -195,6 +208,8 @@ class SourceReader(ABC, Generic[Item]):
         self.sources = [resolve(source, self.preferred_kinds, leave_out) for source in sources]
         self.skipped_records = 0
         """Records that could not be used, in the last or current pass."""
+        self.skipped_reasons: Counter[str] = Counter()
+        """Number of them for each reason."""
         self.separators = Separators()
         """Texts between the documents of a plain text file."""
         self.parted_at = 0
@@ -220,6 +235,7 @@ class SourceReader(ABC, Generic[Item]):
 
     def start_pass(self) -> None:
         """Set the counts of bytes read, skipped records and separators back to zero."""
+        self.skipped_reasons.clear()
         self.skipped_records = self.parted_at = self._finished_bytes = self._dataset_bytes = 0
         self._open_file = None
 
@@ -242,7 +258,7 @@ class SourceReader(ABC, Generic[Item]):
         if self.parted_at:
             notes.append(f"documents parted at {self.parted_at:,} separators ({self.separators})")
         if self.skipped_records:
-            notes.append(f"{self.skipped_records:,} records left out, which cannot be read")
+            notes.append(left_out_line(self.skipped_reasons))
         return notes
 
     def notes_on_folders(self) -> list[str]:
@@ -258,6 +274,9 @@ class SourceReader(ABC, Generic[Item]):
         if not self._skip_bad:
             raise UserError(f"{message} ({self.skip_option} leaves such records out)")
         self.skipped_records += 1
+        reason = REASON.sub("", message).strip()
+        known = reason in self.skipped_reasons or len(self.skipped_reasons) < MOST_REASONS
+        self.skipped_reasons[reason if known else "other reasons"] += 1
 
     def _items(self, rows: Iterable[Row]) -> Iterator[Item]:
         """Yield the items of the rows that a reader yields."""

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from relora.data.pretraining.corpus import Corpus
 from relora.data.plain_text import WHOLE_FILE_CHARS
+from relora.data.pretraining.corpus import Corpus
 from relora.errors import UserError
 
 TEXTS = ["The first.\n\nIt has two paragraphs.", "Zweiter Text: äöü €.", "第三", "last"]
@@ -131,3 +131,18 @@ def test_bad_records_are_counted_when_asked(tmp_path: Path) -> None:
     for _ in range(2):  # counted anew in every pass
         assert list(corpus.documents()) == ["one", "two", "three"]
         assert corpus.skipped_records == 3
+
+
+def test_bad_records_are_counted_by_reason(tmp_path: Path) -> None:
+    lines = ['{"text": "one"}', "{", "[", '{"id": 1}', '{"body": "x"}', '{"text": 5}', '{"text": null}', "[1]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "c.txt").touch()
+    corpus = Corpus([str(tmp_path)], skip_bad=True)
+    for _ in range(2):  # counted anew in every pass
+        assert list(corpus.documents()) == ["one"]
+        assert sum(corpus.skipped_reasons.values()) == corpus.skipped_records == 9
+    assert corpus.notes() == [
+        "left out: 9 bad records (2 no field `text`, 2 not valid JSON, 1 UTF-16, not UTF-8 text, 1 field `text` is not "
+        "text but NoneType, 1 field `text` is not text but int, 1 holds no text, 1 not a JSON object)"
+    ]

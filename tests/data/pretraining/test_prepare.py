@@ -221,7 +221,7 @@ def test_bad_records_are_counted_in_the_index(tmp_path: Path, tokenizer_folder: 
     assert report.train.skipped_records == 1
     assert str(report).splitlines()[:2] == [
         f"train: {report.train.tokens} tokens, 2 documents, 0.0 MB of text",
-        "left out: 1 bad records",
+        "left out: 1 bad records (1 not valid JSON)",
     ]
     assert report.validation is None
     assert _documents(tmp_path / "out/train") == ["x", "y"]

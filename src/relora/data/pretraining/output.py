@@ -15,7 +15,7 @@ from relora.data.folders import LeftOut
 from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.journal import JOURNAL_NAME, TRAIN, VALIDATION, Journal, Request
 from relora.data.pretraining.shards import INDEX_NAME, Index, PreparedFolder, Source, read_index
-from relora.data.sources import ResolvedSource
+from relora.data.sources import ResolvedSource, left_out_line
 from relora.errors import Interrupted, RunStopped, UserError
 from relora.messages import short_repr
 
@@ -57,7 +57,7 @@ class PrepareReport:
             if index is not None
         ]
         if self.train.skipped_records:
-            lines.append(f"left out: {self.train.skipped_records:,} bad records")
+            lines.append(left_out_line(self.train.skipped_reasons or {"of any kind": self.train.skipped_records}))
         lines += self.notes
         lines.append("nothing changed, nothing done" if self.reused else f"done in {self.seconds:.1f} s")
         return "\n".join(lines)

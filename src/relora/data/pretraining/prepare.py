@@ -311,6 +311,7 @@ def _index(state: SplitState, journal: Journal, tokenizer: "PreTrainedTokenizerF
         shards=tuple(state.shards),
         sources=corpus.identity(),
         options=journal.header.request.options,
+        skipped_reasons=dict(corpus.skipped_reasons),
         separators=corpus.parted_at,
         separators_in_text=corpus.separators_in_text,
         within_documents=journal.header.within_documents,

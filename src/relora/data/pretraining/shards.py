@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,6 +75,8 @@ class Index:
     shards: tuple[Shard, ...]
     sources: tuple[Source, ...]
     options: Options
+    skipped_reasons: Mapping[str, Count] = field(default_factory=dict)
+    """Number of the bad records for each reason; empty if an earlier version wrote the index."""
     separators: Count = 0
     """Separators that part the documents of plain text files, in both splits together."""
     separators_in_text: Count = 0
