@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.adapters.test_save_load import in_peft, moved
+from tests.adapters.test_save_load import moved
 from tests.lowrank.test_inject import FAMILIES, IDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -128,14 +128,6 @@ def test_tied_embeddings_trained_in_full(tmp_path: Path) -> None:
     assert report.full_tensors == 2
     assert report.largest_logit_difference is not None and report.largest_logit_difference < 1e-4
     assert "lm_head.weight" not in tensors(tmp_path / "merged")
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns of tied weights in general
-@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["lm_head"]}])
-def test_one_side_of_a_tie_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    base = base_folder("tied_qwen", tmp_path / "base")
-    in_peft("tied_qwen", **settings).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    refused(tmp_path, lambda out: merge_adapter(tmp_path / "theirs", out, base=base), "one tied weight")
 
 
 def refused(place: Path, attempt: Callable[[Path], object], *words: str) -> None:

@@ -26,6 +26,8 @@ class Factors:
     """s: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
     magnitude: Tensor | None = None
     """m [out] of DoRA (Liu et al. 2024, arXiv 2402.09353, section 4.1); None in plain LoRA."""
+    of_embedding: bool = False
+    """The layer is an embedding [in, out], whose rows are the ids: A [r, ids], B [width, r]."""
 
     @property
     def r(self) -> int:
@@ -74,6 +76,10 @@ class Adapter:
     """Updates by the path of their layer in the base model."""
     others: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that were trained in full, by their key in the base model's state dict."""
+    base_copies: Mapping[str, Tensor] = field(default_factory=dict)
+    """Copies of the base's weights that PEFT put beside their factors, by their key (see `whole_tensors`)."""
+    rows: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    """Rows of embeddings that were trained in full (PEFT's `trainable_token_indices`): key -> id -> row [width]."""
     base: str | None = None
     """Folder or hub id of the base model, as it was named when the adapter was made."""
     targets: tuple[str, ...] = ()
@@ -94,11 +100,20 @@ class Adapter:
         return any(factors.magnitude is not None for factors in self.layers.values())
 
     @property
+    def beyond_linear(self) -> str | None:
+        """The key of something that is neither factors of a linear layer nor a tensor in full; None without such."""
+        embeddings = (f"{path}.lora_embedding_A" for path, factors in self.layers.items() if factors.of_embedding)
+        return next(iter((*embeddings, *self.rows)), None)
+
+    @property
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the adapter."""
         for factors in self.layers.values():
             yield from factors.tensors
         yield from self.others.values()
+        yield from self.base_copies.values()
+        for rows in self.rows.values():
+            yield from rows.values()
 
     @property
     def parameters(self) -> int:

@@ -151,6 +151,7 @@ def combine(
     targets = {name for adapter in adapters for name in adapter.targets}
     return Adapter(
         layers=layers,
+        base_copies=adapters[0].base_copies,
         base=adapters[0].base if len(bases) == 1 else None,
         targets=tuple(sorted(targets)) if all(adapter.targets for adapter in adapters) else (),
         fan_in_fan_out=adapters[0].fan_in_fan_out,
@@ -223,6 +224,14 @@ def _check(
     for number, adapter in enumerate(adapters, 1):
         if adapter.dora:
             raise UserError(f"adapter {number} is DoRA, whose updates do not add up; merge it and extract one instead")
+        if adapter.beyond_linear:
+            raise UserError(f"adapter {number} holds {adapter.beyond_linear}, which does not add up; merge it instead")
+        if adapter.base_copies.keys() != adapters[0].base_copies.keys() or not all(
+            torch.equal(copy, adapters[0].base_copies[key]) for key, copy in adapter.base_copies.items()
+        ):
+            raise UserError(
+                f"adapter {number} holds other copies of the base's weights than adapter 1; merge it instead"
+            )
         if adapter.others:
             raise UserError(
                 f"adapter {number} holds what was trained in full ({next(iter(adapter.others))}), which does not add up"

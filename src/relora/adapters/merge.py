@@ -14,8 +14,9 @@ tensor. DoRA and modules that were trained in full replace weights, which cannot
 import hashlib
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from relora.adapters.adapter import Adapter, Factors
-from relora.adapters.compatibility import check_fits, check_ties
+from relora.adapters.compatibility import changes_alike, check_fits, tied_groups, tied_names
 from relora.adapters.multi_adapter import Adapters
 from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
 from relora.adapters.stored_model import (
@@ -34,6 +35,8 @@ from relora.adapters.stored_model import (
     new_model_folder,
     sha256,
 )
+from relora.adapters.untie import INDEX, untied_tensors, write_untied
+from relora.adapters.whole_tensors import settled
 from relora.errors import NonFinite, UserError
 from relora.files.atomic import write_json
 from relora.files.untrusted import MB, inside, read_json
@@ -68,6 +71,9 @@ class MergeReport:
     it was not measured."""
     tokens: int
     """Number of tokens on which the difference was measured."""
+    untied: list[str] = field(default_factory=list)
+    """Names of the weights that were tied in the base and are not in the merged model, since the adapter changes them
+    under one name alone."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ class Record:
     """Sums of the base's weight files by their names."""
     merged_files: dict[str, str]
     """Sums of the merged model's weight files by their names."""
+    untied: list[str] = field(default_factory=list)
+    """Names of the weights that were tied in the base and are not in the merged model."""
 
 
 def merge_adapter(
@@ -112,8 +120,8 @@ def merge_adapter(
             more than half of main memory.
 
     Raises:
-        UserError: the adapter does not fit the base or changes a tied weight under one name only, an adapter is merged
-            into `base` already, no base is known, or `out` exists.
+        UserError: the adapter does not fit the base, an adapter is merged into `base` already, no base is known, or
+            `out` exists.
         NonFinite: a merged weight is not finite in the dtype in which it is stored, or logits are not finite.
         RunStopped: the disk refuses the write. In each case nothing is left behind.
     """
@@ -129,15 +137,24 @@ def merge_adapter(
             f"{base}: {earlier.adapter} is merged into it already; merge into {earlier.base}, or combine the adapters"
         )
     check_fits(adapter, stored.model, folder)
-    check_ties(adapter, stored.model, folder)
+    layers = len(adapter.layers)
+    adapter = settled(adapter, lambda key: stored.find(key).read(), lambda key: tied_names(stored.model, key), folder)
     changes = _changes(stored, adapter, lambda weight, factors: factors.added_to(weight))
+    untied = [
+        name
+        for names in tied_groups(stored.model)
+        if changes.keys() & set(names) and not changes_alike(adapter, names)
+        for name in names
+    ]
     difference: float | None = None
     with new_model_folder(out) as partial:
         base_files = stored.copy_to(partial)
-        _write_changes(changes, partial)
-        merged_files = {name: sha256(partial / name) or "" for name in base_files}
+        added = untied_tensors(stored, lambda name, old: _changed(name, old, changes)) if untied else {}
+        _write_changes([(stored.find(key), change) for key, change in changes.items() if key not in added], partial)
+        names = write_untied(partial, added, stored) if untied else list(base_files)
+        merged_files = {name: sha256(partial / name) or "" for name in names}
         summed = adapter_sum(folder) or ""
-        record = Record(_full_name(base), _full_name(folder), summed, base_files, merged_files)
+        record = Record(_full_name(base), _full_name(folder), summed, base_files, merged_files, untied)
         write_json(partial / RECORD, asdict(record))
         if check and 4 * stored.parameters < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
             difference = _largest_logit_difference(stored, folder, partial)
@@ -145,9 +162,10 @@ def merge_adapter(
         out=str(out),
         base=str(base),
         adapter=str(folder),
-        layers=len(adapter.layers),
+        layers=layers,
         full_tensors=len(adapter.others),
-        bytes=sum((out / name).stat().st_size for name in base_files),
+        untied=untied,
+        bytes=sum((out / name).stat().st_size for name in names),
         largest_logit_difference=difference,
         tokens=0 if difference is None else _CHECK_ROWS * _check_length(stored),
     )
@@ -185,6 +203,11 @@ def unmerge_adapter(
             copy_without_weights(merged, partial, exclude=RECORD)
             for name in record.base_files:
                 copy_and_hash(inside(original, name), partial / name)
+            if record.untied:  # these two were changed by the merge
+                (partial / INDEX).unlink()
+                for name in (INDEX, "config.json"):
+                    if (original / name).is_file():
+                        shutil.copyfile(original / name, partial / name)
         return UnmergeReport(str(out), record.base, record.adapter, exact=True, error_bound=0.0)
     if base is not None:
         raise UserError(f"{base}: is not what {record.adapter} was merged into; its weights differ, or are not there")
@@ -200,25 +223,41 @@ def adapter_sum(folder: Path) -> str | None:
 
 def _changes(
     stored: StoredModel, adapter: Adapter, changed_weight: Callable[[Tensor, Factors], Tensor]
-) -> list[tuple[StoredTensor, Change]]:
-    """List the stored tensors that change, each with the function that changes it.
+) -> dict[str, Change]:
+    """Return the functions that change tensors of the model, by the tensors' names.
 
     Args:
         changed_weight: computes the new weight [out, in] of a linear layer from the old one and the layer's factors.
     """
 
     def change_of_layer(path: str, factors: Factors) -> Change:
-        if stored.is_transposed(path):
-            return lambda weight: changed_weight(weight.T, factors).T
-        return lambda weight: changed_weight(weight, factors)
+        replaced = adapter.others.get(f"{path}.weight")
+        is_transposed = stored.is_transposed(path) or factors.of_embedding
+
+        def change(weight: Tensor) -> Tensor:
+            weight = weight if replaced is None else replaced
+            return changed_weight(weight.T, factors).T if is_transposed else changed_weight(weight, factors)
+
+        return change
 
     def replacement_by(tensor: Tensor) -> Change:
         return lambda _: tensor
 
-    changes = [
-        (stored.find(f"{path}.weight"), change_of_layer(path, factors)) for path, factors in adapter.layers.items()
-    ]
-    return changes + [(stored.find(key), replacement_by(tensor)) for key, tensor in adapter.others.items()]
+    changes = {key: replacement_by(tensor) for key, tensor in adapter.others.items()}
+    return changes | {f"{path}.weight": change_of_layer(path, factors) for path, factors in adapter.layers.items()}
+
+
+def _changed(name: str, old: Tensor, changes: Mapping[str, Change]) -> Tensor:
+    """Return the tensor that the merged model has under a name, in the dtype of the base's tensor `old`.
+
+    Raises:
+        NonFinite: it is not finite in that dtype.
+    """
+    new = changes[name](old).to(old.dtype) if name in changes else old
+    if not torch.isfinite(new).all():
+        dtype = str(old.dtype).removeprefix("torch.")
+        raise NonFinite(f"{name}: would not be finite in {dtype}, as it is stored; nothing was written")
+    return new
 
 
 def _subtract_update(weight: Tensor, factors: Factors) -> Tensor:
@@ -239,10 +278,7 @@ def _write_changes(changes: list[tuple[StoredTensor, Change]], folder: Path) -> 
     bound = 0.0
     for stored, change in changes:
         old = stored.read()
-        new = change(old).to(old.dtype)
-        if not torch.isfinite(new).all():
-            dtype = str(old.dtype).removeprefix("torch.")
-            raise NonFinite(f"{stored.name}: would not be finite in {dtype}, as it is stored; nothing was written")
+        new = _changed(stored.name, old, {stored.name: change})
         bound = max(bound, torch.finfo(new.dtype).eps * max(old.abs().max().item(), new.abs().max().item()))
         stored.write(new, folder)
     return bound
@@ -260,15 +296,16 @@ def _unmerge_by_subtraction(merged: Path, out: Path, record: Record, folder: Pat
             "give --base or --adapter"
         )
     adapter = read_adapter(folder)
-    if adapter.dora or adapter.others:
+    if adapter.dora or adapter.others or adapter.rows or adapter.base_copies or record.untied:
         what = "DoRA scaled weights" if adapter.dora else "what was trained in full replaced weights"
+        what = "the merge untied weights" if record.untied else what
         raise UserError(f"{merged}: {what}, which only the base ({record.base}) can undo; give it by --base")
     stored = StoredModel(merged)
     changes = _changes(stored, adapter, _subtract_update)
     with new_model_folder(out) as partial:
         stored.copy_to(partial)
         (partial / RECORD).unlink()
-        return _write_changes(changes, partial)
+        return _write_changes([(stored.find(key), change) for key, change in changes.items()], partial)
 
 
 @torch.no_grad()

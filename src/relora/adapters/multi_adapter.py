@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from relora.adapters.adapter import Factors
-from relora.adapters.compatibility import check_fits
+from relora.adapters.compatibility import all_tensors, check_fits, tied_names
 from relora.adapters.peft_format import read_adapter
+from relora.adapters.whole_tensors import settled
 from relora.errors import UserError
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.targets import is_conv1d
@@ -65,9 +66,12 @@ class Adapters:
             raise UserError(f"{name}: an adapter of this name is loaded; remove it first, or give another name")
         adapter = read_adapter(folder)
         check_fits(adapter, self._model, folder)
+        tensors = all_tensors(self._model)
+        adapter = settled(adapter, lambda key: tensors[key].detach(), lambda key: tied_names(self._model, key), folder)
         updates: dict[str, _Update] = {}
         for path, factors in adapter.layers.items():
-            updates[path] = _low_rank_update(self._model.get_submodule(path), factors)
+            replaced = adapter.others.get(f"{path}.weight")
+            updates[path] = _low_rank_update(self._model.get_submodule(path), factors, replaced)
         for key, tensor in adapter.others.items():
             path, _, parameter = key.rpartition(".")
             module = self._model.get_submodule(path)
@@ -194,9 +198,15 @@ class _HookedModule:
 
 
 @torch.no_grad()
-def _low_rank_update(module: nn.Module, factors: Factors) -> _Update:
-    """Copy an adapter's factors to a layer's device, in fp32 or the layer's own precision if that is higher."""
+def _low_rank_update(module: nn.Module, factors: Factors, replaced: Tensor | None) -> _Update:
+    """Copy an adapter's factors to a layer's device, in fp32 or the layer's own precision if that is higher.
+
+    Args:
+        replaced: the weight that the adapter puts into the place of the layer's own, if any.
+    """
     weight = _effective_weight(module)
+    if replaced is not None:
+        weight = (replaced.T if is_conv1d(module) else replaced).to(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     lora_A, lora_B = (tensor.to(weight.device, dtype, copy=True) for tensor in (factors.lora_A, factors.lora_B))
     copied = Factors(lora_A, lora_B, factors.scaling)

@@ -44,11 +44,17 @@ LONGEST_PATTERN = 200
 
 T = TypeVar("T", bound=float)
 
-_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
+_ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+_BASE_COPY = re.compile(r"(.+)\.base_layer\.(\w+)")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_UNKNOWN_TENSOR = (
+    "is no part of the adapter of a linear layer or an embedding, and is not known here; merge it in PEFT "
+    "(`merge_and_unload`), and use the merged model"
+)
 _UNSUPPORTED = (
-    *("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "trainable_token_indices"),
-    *("target_parameters", "megatron_config", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+    *("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "target_parameters"),
+    *("megatron_config", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 """Keys of PEFT's LoraConfig that, if they are set, let the factors mean another function than in the module above."""
 _BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -75,6 +81,7 @@ class _Config(BaseModel):
     task_type: str | None = None
     fan_in_fan_out: bool | None = None
     ensure_weight_tying: bool | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def scaling(self, path: str, r: int) -> float:
         """Return the scaling s of the layer at `path`, whose rank is r."""
@@ -93,31 +100,40 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     config = _checked_config(read_config(folder), folder / CONFIG)
+    where = folder / TENSORS
+    with _open_tensors(where) as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no mapping
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    with _open_tensors(folder / TENSORS) as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no mapping
+    base_copies: dict[str, Tensor] = {}
+    rows: dict[str, Mapping[int, Tensor]] = {}
     for key, tensor in stored.items():
-        name, where = key.removeprefix(PREFIX), f"{folder / TENSORS}: `{short_name(key, 160)}`"
+        name = key.removeprefix(PREFIX)
         factor = _FACTOR.fullmatch(name)
         if name == key or (factor is None and "lora_" in name):
-            raise UserError(f"{where} is no part of the adapter of a linear layer, and is not known here")
+            raise UserError(f"{where}: `{short_name(key, 160)}` {_UNKNOWN_TENSOR}")
         if tensor.dtype not in _FLOATS or not torch.isfinite(tensor).all():
-            raise UserError(f"{where} holds what is not a finite number; the adapter is of no use")
-        if factor is None:
-            others[re.sub(r"\.base_layer\.(\w+)$", r".\1", name)] = tensor
-        else:
+            raise UserError(f"{where}: `{short_name(key, 160)}` holds what is not a finite number; it is of no use")
+        if factor is not None:
             layers.setdefault(factor[1], {})[factor[2]] = tensor
+        elif found := _ROWS.fullmatch(name):
+            rows[f"{found[1]}.weight"] = _rows(found[1], tensor, config, folder)
+        elif (copied := _BASE_COPY.fullmatch(name)) and copied[2] != "bias":
+            base_copies[f"{copied[1]}.{copied[2]}"] = tensor
+        else:
+            others[f"{copied[1]}.{copied[2]}" if copied else name] = tensor
     if not layers:
-        raise UserError(f"{folder / TENSORS}: holds no low-rank factors")
-    for key in others:
+        raise UserError(f"{where}: holds no low-rank factors")
+    for key in (*others, *base_copies):
         path, _, name = key.rpartition(".")
-        if path in layers and name != "bias":
-            raise UserError(f"{folder / TENSORS}: holds factors and another weight for {short_name(path, 160)}")
+        if (path in layers) != (key in base_copies) and name != "bias":
+            raise UserError(f"{where}: holds factors and another weight for {short_name(path, 160)}")
     exact = isinstance(config.target_modules, list) and not (config.exclude_modules or config.layers_to_transform)
     return Adapter(
         layers={path: _layer_factors(path, tensors, config, folder) for path, tensors in layers.items()},
         others=others,
+        base_copies=base_copies,
+        rows=rows,
         base=config.base_model_name_or_path,
         targets=tuple(sorted(config.target_modules or ())) if exact else (),
         rslora=config.use_rslora,
@@ -138,7 +154,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no such folder; give one that holds {CONFIG}")
     check_folder(folder)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: not an adapter (it has no {CONFIG})")
+        below = ", ".join(sorted(short_name(file.parent.name) for file in folder.glob(f"*/{CONFIG}")))
+        which = f"; there are {below} below it, give one of them" if below else ""  # as PEFT saves several adapters
+        raise UserError(f"{folder}: not an adapter (it has no {CONFIG}){which}")
     tree = read_json(folder / CONFIG, MB)
     if not isinstance(tree, dict):
         raise UserError(f"{folder / CONFIG}: not a JSON object")
@@ -170,7 +188,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         tensors[f"{PREFIX}{path}.lora_B.weight"] = factors.lora_B
         if factors.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factors.magnitude
-    for key, tensor in adapter.others.items():
+    for key, tensor in (*adapter.others.items(), *adapter.base_copies.items()):
         path, _, name = key.rpartition(".")
         tensors[f"{PREFIX}{path}.base_layer.{name}" if path in adapter.layers else f"{PREFIX}{key}"] = tensor
     # tied weights are one tensor under two names, which the file format does not allow, so every tensor is copied
@@ -218,7 +236,10 @@ def _checked_config(tree: dict[str, Any], file: Path) -> _Config:
         raise UserError(f"{file}: peft_type {short_repr(kind)} is not LORA: only LoRA, rsLoRA and DoRA are known here")
     for key in _UNSUPPORTED:
         if tree.get(key):
-            raise UserError(f"{file}: `{key}` is {short_repr(tree[key])}, which is not supported here")
+            raise UserError(
+                f"{file}: `{key}` is {short_repr(tree[key])}, which is not supported here; merge the adapter in PEFT "
+                "(`merge_and_unload`), and use the merged model"
+            )
     init = tree.get("init_lora_weights")
     if init not in _BASE_UNCHANGED:
         raise UserError(
@@ -258,11 +279,13 @@ def _layer_factors(path: str, tensors: Mapping[str, Tensor], config: _Config, fo
         UserError: a tensor is missing or superfluous, or shapes do not fit each other or the configuration's rank.
     """
     where = f"{folder}: {short_name(path, 160)}"
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+    of_embedding = "lora_embedding_A" in tensors
+    name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A", "lora_B")
+    wanted = {name_A, name_B} | ({"lora_magnitude_vector"} if config.use_dora else set())
     if tensors.keys() != wanted:
         differing = ", ".join(sorted(tensors.keys() ^ wanted))
         raise UserError(f"{where}: {differing} {'is' if ',' not in differing else 'are'} missing, or too much")
-    lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+    lora_A, lora_B = tensors[name_A], tensors[name_B]
     magnitude = tensors.get("lora_magnitude_vector")
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or not lora_A.shape[0]:
         sides = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
@@ -272,7 +295,25 @@ def _layer_factors(path: str, tensors: Mapping[str, Tensor], config: _Config, fo
     r = by_pattern(config.rank_pattern or {}, path, config.r, "rank_pattern")
     if r != lora_A.shape[0]:
         raise UserError(f"{where}: has rank {lora_A.shape[0]}, {CONFIG} says {r}")
-    return Factors(lora_A, lora_B, config.scaling(path, r), magnitude)
+    return Factors(lora_A, lora_B, config.scaling(path, r), magnitude, of_embedding)
+
+
+def _rows(path: str, values: Tensor, config: _Config, folder: Path) -> Mapping[int, Tensor]:
+    """Return the trained rows [width] of the embedding at `path` by their ids.
+
+    Raises:
+        UserError: the configuration does not name as many ids for it as there are rows.
+    """
+    named = config.trainable_token_indices
+    if isinstance(named, dict):
+        named = next((ids for name, ids in named.items() if f".{path}".endswith(f".{name}")), None)
+    if named is None or values.dim() != 2 or len(set(named)) != len(values):
+        count = "no" if named is None else len(named)
+        raise UserError(
+            f"{folder}: `trainable_token_indices` names {count} ids for {short_name(path, 160)}, whose trained rows "
+            f"are {list(values.shape)}"
+        )
+    return dict(zip(named, values, strict=True))
 
 
 @contextmanager

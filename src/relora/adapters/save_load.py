@@ -75,6 +75,18 @@ def load_adapter(
     adapter = read_adapter(folder)
     check_fits(adapter, model, folder)
     check_ties(adapter, model, folder)
+    if adapter.beyond_linear:
+        raise UserError(
+            f"{folder}: {adapter.beyond_linear} can be merged and used, but not trained further; merge the adapter "
+            "first (`relora adapters merge`)"
+        )
+    tensors = all_tensors(model)
+    for key, copy in adapter.base_copies.items():
+        if not torch.equal(tensors[key].detach().to(copy), copy):
+            raise UserError(
+                f"{folder}: its copy of the base's {key} differs from that of this base; merge the adapter first "
+                "(`relora adapters merge`), and train on the merged model"
+            )
     r, rank_pattern = common_and_patterns({path: factors.r for path, factors in adapter.layers.items()})
     alpha, alpha_pattern = common_and_patterns(adapter.alphas())
     config = replace(

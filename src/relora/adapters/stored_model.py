@@ -95,8 +95,9 @@ class StoredModel:
                 point.
         """
         tensor = self._tensors[key]
-        for name, other in self._tensors.items():
-            if other is tensor and name in self.tensors:
+        names = [key, *(name for name, other in self._tensors.items() if other is tensor)]
+        for name in names:
+            if name in self.tensors:
                 return _checked(self.tensors[name], tuple(tensor.shape))
         raise UserError(
             f"{self.folder}: its files hold no {key}, only what it is made of when the model is opened; "

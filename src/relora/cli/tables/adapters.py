@@ -83,6 +83,8 @@ def print_merge(report: MergeReport, console: Console | None = None) -> None:
         f"{report.out}: {report.adapter} merged into {report.layers} layers of {report.base}{replaced} "
         f"({format_decimal_bytes(report.bytes)})"
     )
+    if report.untied:
+        console.out(f"untied, since the adapter changes one of them alone: {' and '.join(report.untied)}")
     if report.largest_logit_difference is None:
         console.out("logits not compared")
     else:
