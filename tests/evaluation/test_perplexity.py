@@ -146,6 +146,21 @@ def test_documents_do_not_see_each_other(model_folder: Path, tokenizer, tmp_path
     assert score.loss == pytest.approx(expected / score.tokens, rel=1e-5)
 
 
+def test_separators_part_the_documents_of_a_text_file(model_folder: Path, tokenizer, tmp_path: Path) -> None:
+    texts = ["The cat sat.\n", TEXT[:70] + "\n", "dog"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("<|endoftext|>\n".join(texts))
+    (tmp_path / "texts" / "x.png").write_bytes(b"x")
+    expected = sum(
+        slow_loss(model_folder, [tokenizer.bos_token_id, *tokenizer(text).input_ids], 16, 8) for text in texts
+    )
+    for source in ("texts/a.txt", "texts"):
+        (score,) = evaluate_model(model_folder, [str(tmp_path / source)], sequence_length=16, batch=4)
+        assert score.loss == pytest.approx(expected / score.tokens, rel=1e-5)
+        assert score.notes[-1] == "documents parted at 2 separators (`<|endoftext|>`)"
+    assert score.notes[0] == f"{tmp_path / 'texts'}: not read: 1 .png (1 bytes)"
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 40, 10_000])
 def test_a_part_of_a_text_counts_its_own_bytes(model_folder: Path, tokenizer, text_file: str, tokens: int) -> None:
     ids = tokenizer(TEXT).input_ids

@@ -139,7 +139,8 @@ def evaluate_instructions(
         raise UserError(f"template: `{template}` is none of auto, {', '.join(get_args(TemplateName))}")
     if out is not None:
         check_free(Path(out))
-    records = list(islice(Records([source]), limit))
+    reader = Records([source])
+    records = list(islice(reader, limit))
     loaded = open_scored_model(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     trained_with = loaded.adapters.template(loaded.adapters.in_use) or loaded.template
     form = InstructionForm(
@@ -158,6 +159,7 @@ def evaluate_instructions(
         scorer=scorer,
         label=source,
     )
+    scores.notes[:0] = reader.notes()
     if out is not None:
         settings = {"model": str(model_or_run), "adapter": adapter, "instructions": source}
         save_scores(Path(out), {**settings, **asdict(scores)}, [sample.to_json() for sample in samples])

@@ -57,6 +57,8 @@ class Score:
     """Tokens in a window."""
     stride: int
     """Tokens from the start of one window to the start of the next."""
+    notes: tuple[str, ...] = ()
+    """Lines about files of the source that are not read, and about separators between documents."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class _Text:
     """Size of the text as UTF-8."""
     words: int
     """Number of words, split at white space."""
+    notes: tuple[str, ...]
+    """See `Score`."""
 
 
 def evaluate_model(
@@ -179,6 +183,7 @@ def _score_text(loaded: LoadedModel, source: str, length: int, stride: int, toke
         word_perplexity=perplexity(loss_sum / text.words) if text.words else None,
         sequence_length=length,
         stride=stride,
+        notes=text.notes,
     )
 
 
@@ -204,7 +209,7 @@ def _read_text(loaded: LoadedModel, source: str, tokens: int | None) -> _Text:
         words += len(text.split())
         if scored == tokens:
             break
-    return _Text(documents, byte_count, words)
+    return _Text(documents, byte_count, words, tuple(corpus.notes()))
 
 
 def _batches(

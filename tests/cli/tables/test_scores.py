@@ -45,6 +45,14 @@ def test_what_is_not_known_of_a_text_is_a_dash() -> None:
     ]
 
 
+def test_what_was_not_read_of_a_source_stands_below_the_scores() -> None:
+    screen = Screen()
+    print_scores(
+        [Score(1.5, 4.4817, 1.1, 1000, "texts", 4000, 20.5, 128, 64, notes=("texts: not read: 1 .png",))], screen
+    )
+    assert screen.text.splitlines()[-1] == "texts: not read: 1 .png"
+
+
 def test_answers_to_instructions() -> None:
     screen = Screen()
     print_instruction_scores(replace(ANSWERED, notes=["not used: column `id` (20 records)"]), screen)

@@ -27,7 +27,10 @@ def print_scores(scores: Sequence[Score], console: Console | None = None) -> Non
         ]
         for score in scores
     ]
-    console_or_stdout(console).print(build_table(columns, rows))
+    console = console_or_stdout(console)
+    console.print(build_table(columns, rows))
+    for note in (note for score in scores for note in score.notes):
+        console.out(note)
 
 
 def print_instruction_scores(scores: InstructionScores, console: Console | None = None) -> None:
