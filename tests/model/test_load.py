@@ -163,6 +163,55 @@ def test_only_safetensors_are_opened(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+def test_weights_for_other_programs_are_named(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).config.save_pretrained(tmp_path)
+    (tmp_path / "model-q4_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="has no weights in safetensors, only GGUF files"):
+        open_model(tmp_path)
+
+
+def test_a_file_of_weights_that_is_missing_is_named(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).save_pretrained(tmp_path, max_shard_size="4KB")
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(UserError, match=rf"has no {second.name}, which model.safetensors.index.json names"):
+        open_model(tmp_path)
+
+
+def test_weights_of_another_class_are_named_by_it(tmp_path: Path) -> None:
+    build_model("llama-9m", SMALL, seed=0).model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its weights lack `lm_head.weight`; they are those of a LlamaModel"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("quantized", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors"])
+def test_quantized_weights_are_refused(tmp_path: Path, quantized: str) -> None:
+    build_model("llama-9m", SMALL, seed=0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = {"quant_method": quantized, "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    with pytest.raises(UserError, match="its weights are quantized; give the model in full precision"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_open_exactly_in_32(tmp_path: Path, dtype: torch.dtype) -> None:
+    half = build_model("llama-9m", SMALL, seed=0).to(dtype)
+    half.save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    assert model.dtype == torch.float32
+    assert all(torch.equal(tensor, half.state_dict()[name].float()) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_a_configuration_asks_for_are_no_obstacle(tmp_path: Path, key: str) -> None:
+    model = build_model("llama-9m", SMALL, seed=0)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: True, "return_dict": False}))
+    assert torch.equal(logits(open_model(tmp_path)), logits(model))
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "message"),
     [

@@ -50,9 +50,9 @@ def open_classifier(
         dtype: dtype of the weights.
 
     Raises:
-        UserError: `open_model` or `check_causal` refuses the model; there is only one class; the names of the classes are too long for a
-            config.json that can be opened again; the model has no row for `pad_token_id`; or transformers has no
-            classifier of this kind for the architecture.
+        UserError: `open_model` or `check_causal` refuses the model; there is only one class; the names of the classes
+            are too long for a config.json that can be opened again; the model has no row for `pad_token_id`; or
+            transformers has no classifier of this kind for the architecture.
     """
     model = open_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     check_causal(model, path)

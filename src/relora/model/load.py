@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from relora.errors import UserError
@@ -33,6 +34,7 @@ from relora.files.untrusted import (
     remote_code,
 )
 from relora.lowrank.blocks import block_lists
+from relora.messages import short_name
 from relora.model.presets import preset_settings
 from relora.model.shape import Overrides, informative_line, with_overrides
 from relora.seeding import keyed_seed
@@ -103,6 +105,8 @@ def open_model(
             _check_depth(model, overrides or {})
             return model
         _check_weight_files(folder, path)
+        if not hasattr(config, "auto_map") and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"{path}: cannot be opened as a causal LM: transformers has none for {config.model_type}")
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -115,7 +119,7 @@ def open_model(
             )
         except Exception as error:  # any error: the folder may hold anything
             raise UserError(f"{path}: cannot be opened as a causal LM: {informative_line(error)}") from None
-    _check_report(report, path)
+    _check_report(report, path, _class_that_saved(config, model))
     return model
 
 
@@ -214,6 +218,7 @@ def _read_config(folder: Path, path: str | Path, trust_remote_code: bool) -> Pre
         del config.auto_map  # transformers' own class is used, so a saved copy must not refer to the untrusted code
     # each part gets the implementation that transformers prefers for it: SDPA, or its own if it has no SDPA
     config._attn_implementation = None
+    config.return_dict = True  # this package reads outputs by name
     return config
 
 
@@ -287,19 +292,27 @@ def _check_weight_files(folder: Path, path: str | Path) -> None:
             f"with `AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained('NEW_FOLDER')`"
         )
     for ending in sorted(endings & _OTHERS.keys()):
-        raise UserError(f"{path}: its weights are {_OTHERS[ending]} files; give the model in safetensors")
-    raise UserError(f"{path}: has no weights (no .safetensors file)")
+        raise UserError(f"{path}: has no weights in safetensors, only {_OTHERS[ending]} files, which are not read here")
+    raise UserError(f"{path}: has no weights in safetensors")
 
 
-def _check_report(report: Mapping[str, Any], path: str | Path) -> None:
+def _class_that_saved(config: PreTrainedConfig, model: PreTrainedModel) -> str | None:
+    """Return the class that a configuration names as the one that wrote the weights, if it is not the model's."""
+    named = [name for name in config.architectures or [] if isinstance(name, str) and name != type(model).__name__]
+    return short_name(named[0]) if named else None
+
+
+def _check_report(report: Mapping[str, Any], path: str | Path, saved_by: str | None) -> None:
     """Raise `UserError` if the weights do not fill the model; transformers itself would draw the missing ones.
 
     Args:
         report: transformers' report on the loading.
         path: the model's name for messages.
+        saved_by: another class than the model's, by which the weights were saved.
     """
     for key in sorted(report["missing_keys"]):
-        raise UserError(f"{path}: its weights lack `{key}`; they are incomplete or of another architecture")
+        what = f"they are those of a {saved_by}" if saved_by else "they are incomplete or of another architecture"
+        raise UserError(f"{path}: its weights lack `{key}`; {what}")
     for key, stored, wanted in sorted(report["mismatched_keys"]):
         raise UserError(f"{path}: `{key}` is {list(stored)} where config.json wants {list(wanted)}")
     for key in sorted(report["unexpected_keys"]):
