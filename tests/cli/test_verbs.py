@@ -12,6 +12,7 @@ import yaml
 from tests.cli.terminal import contents, done
 from tests.command import call
 
+from relora.cli.options import unescape
 from relora.report.metrics import read_json_lines
 
 VERBS = (
@@ -176,3 +177,26 @@ def test_skip_bad_counts(tmp_path: Path) -> None:
     assert report["train"]["skipped_records"] == 2
     assert report["train"]["documents"] + report["validation"]["documents"] == 9
     assert "left out: 2 bad records" in done(*arguments)
+
+
+def test_prepare_parts_documents_and_says_what_it_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "PAGES.TXT").write_text(
+        "\n---\n".join(f"page {number} of the book " * 9 for number in range(9))
+    )
+    (tmp_path / "texts" / "notes.doc").write_bytes(b"123")
+    arguments = ["prepare", tmp_path / "texts", "--out", tmp_path / "out", "--train-tokenizer", 300]
+    report = json.loads(done(*arguments, "--document-separator", r"\n---\n", "--validation", "0.3", "--json"))
+    assert report["train"]["documents"] + report["validation"]["documents"] == 9
+    assert report["train"]["options"]["document_separator"] == "\n---\n"
+    assert report["not_read"] == [
+        {
+            "source": str(tmp_path / "texts"),
+            "left_out": [{"why": "not a kind that can be read", "kind": ".doc", "files": 1, "bytes": 3}],
+        }
+    ]
+    assert "not read: 1 .doc (3 bytes)" in done(*arguments, "--document-separator", r"\n---\n", "--validation", "0.3")
+
+
+def test_escapes_of_a_separator() -> None:
+    assert unescape(r"\n\t\f\\n\x") == "\n\t\f\\n\\x"

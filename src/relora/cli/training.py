@@ -35,7 +35,9 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
     document_separator: Annotated[
         str | None,
-        typer.Option(help=r"Text between the documents of a .txt or .md file; \n, \t, \f and \\ are understood."),
+        typer.Option(
+            help=r"Text between documents of a .txt or .md file; by default lines <|endoftext|> or EOS; \n is a line end."
+        ),
     ] = None,
     take: Annotated[int | None, typer.Option(help="At most this many documents of each source.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that tokenize; by default one a core.")] = None,
