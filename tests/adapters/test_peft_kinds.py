@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from relora.adapters.combine import combine
+from relora.adapters.contents import show_adapter
 from relora.adapters.merge import merge_adapter, unmerge_adapter
 from relora.adapters.multi_adapter import Adapters
 from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
@@ -318,3 +319,21 @@ def test_rows_and_their_ids_must_agree(named: Any, bases: dict[str, Path], tmp_p
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trainable_token_indices": named}))
     with pytest.raises(UserError, match=r"trainable_token_indices|rows 3 to 64 of 32 there, 64 x 32 here"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=bases["untied"])
+
+
+def test_contents_are_shown(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A copy of the base's weight is no parameter of the adapter; factors of embeddings are listed as others are."""
+    for name, targets, parameters in (
+        ("head", ["lm_head", "q_proj"], 4 * (32 + 64) + 2 * 4 * (32 + 32)),
+        ("embedding", ["embed_tokens", "q_proj"], 4 * (32 + 64) + 2 * 4 * (32 + 32)),
+        ("tokens", ["q_proj"], 2 * 32 + 2 * 4 * (32 + 32)),
+    ):
+        saved(bases["untied"], tmp_path / name, **KINDS[name].settings)
+        contents = show_adapter(tmp_path / name)
+        summary = contents.summary
+        assert (summary.targets, summary.r, summary.parameters) == (targets, [4], parameters)
+        assert contents.base_copies == {
+            "head": ["lm_head.weight"],
+            "embedding": ["model.embed_tokens.weight"],
+        }.get(name, [])
+        assert contents.rows == ({"model.embed_tokens.weight": [3, 60]} if name == "tokens" else {})

@@ -1,8 +1,9 @@
 """The contents of adapter folders: a list of the adapters below a folder, and one adapter shown layer by layer."""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from relora.adapters.peft_format import (
 from relora.adapters.peft_reading import misreadings_on_base
 from relora.errors import UserError
 from relora.messages import first_line, short_name
+
+_LORA_A = re.compile(r"\.lora_(?:embedding_)?A\b")
+_BASE_COPY = ".base_layer.weight"
+"""Ending of the key of a copy of the base's weight, which is no parameter of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class Contents:
     layers: list[LayerSummary]
     full_tensors: dict[str, list[int]]
     """Shapes of the tensors that were trained in full (PEFT's `modules_to_save`), by name."""
+    base_copies: list[str] = field(default_factory=list)
+    """Names of the base's weights that PEFT copied into the adapter (see `whole_tensors`)."""
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    """Ids of the tokens whose rows were trained in full, by the name of their embedding."""
     misread_by_peft: list[str] | None = None
     """Lines on layers that PEFT reads otherwise (see `peft_reading`); None if the base is not here to tell by."""
 
@@ -98,7 +107,14 @@ def show_adapter(folder: str | Path) -> Contents:
     ]
     full = {key: list(tensor.shape) for key, tensor in adapter.others.items()}
     found = misreadings_on_base(adapter)
-    return Contents(summarize(folder, folder.name), layers, full, None if found is None else list(map(str, found)))
+    return Contents(
+        summarize(folder, folder.name),
+        layers,
+        full,
+        base_copies=list(adapter.base_copies),
+        rows={key: list(rows) for key, rows in adapter.rows.items()},
+        misread_by_peft=None if found is None else list(map(str, found)),
+    )
 
 
 def summarize(folder: Path, name: str) -> Summary:
@@ -120,10 +136,10 @@ def summarize(folder: Path, name: str) -> Summary:
         return Summary(name, kind, [], [], 0, size, base, problem=first_line(str(error)))
     if kind == "LORA":
         kind = _lora_variant(config)
-    lora_A = {key: shape for key, shape in shape_by_name.items() if ".lora_A" in key and len(shape) == 2}
-    targets = {key.partition(".lora_A")[0].rpartition(".")[2] for key in lora_A}
+    lora_A = {key: shape for key, shape in shape_by_name.items() if _LORA_A.search(key) and len(shape) == 2}
+    targets = {_LORA_A.split(key)[0].rpartition(".")[2] for key in lora_A}
     ranks = sorted({shape[0] for shape in lora_A.values()})
-    parameters = sum(math.prod(shape) for shape in shape_by_name.values())
+    parameters = sum(math.prod(shape) for key, shape in shape_by_name.items() if not key.endswith(_BASE_COPY))
     return Summary(name, kind, ranks, sorted(map(short_name, targets)), parameters, size, base)
 
 

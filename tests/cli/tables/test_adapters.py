@@ -99,8 +99,15 @@ def test_sizes_are_in_powers_of_1000(size: int, text: str) -> None:
     assert format_decimal_bytes(size) == text
 
 
+def test_contents_name_rows_and_copies() -> None:
+    screen = Screen(width=40)
+    print_contents(Contents(FRENCH, [], {}, ["lm_head.weight"], {"embed_tokens.weight": [3, 5]}), screen)
+    assert "rows trained in full: embed_tokens.weight (3, 5)" in screen.text
+    assert "a copy of the base's weight: lm_head.weight" in screen.text
+
+
 def test_contents_say_what_peft_reads_otherwise() -> None:
     for found in ([], ["PEFT 0.21 loads the adapter without them: model.layers.0.mlp.down_proj"]):
         screen = Screen(width=40)
-        print_contents(Contents(FRENCH, [], {}, found), screen)
+        print_contents(Contents(FRENCH, [], {}, misread_by_peft=found), screen)
         assert [line for line in screen.text.splitlines() if "PEFT" in line] == [f"warning: {one}" for one in found]

@@ -69,6 +69,10 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     console.print(build_table(columns, rows))
     for name, shape in contents.full_tensors.items():
         console.print(f"trained in full: {name} ({' x '.join(map(str, shape))})")
+    for name, ids in contents.rows.items():
+        console.out(f"rows trained in full: {name} ({', '.join(map(str, ids))})")
+    for name in contents.base_copies:
+        console.out(f"a copy of the base's weight: {name}")
     if contents.misread_by_peft is None:
         console.out("its base is not a folder here, so it was not checked whether PEFT reads it as it was trained")
     for misreading in contents.misread_by_peft or ():
