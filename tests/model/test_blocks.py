@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GitConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -44,8 +45,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         num_experts=4,
         num_experts_per_tok=2,
     ),
+    "falcon": FalconConfig(**SHAPE, num_kv_heads=2, new_decoder_architecture=True, attention_dropout=0.1, **ENDS),
 }
-"""GPT-2, GPT-NeoX and OPT draw dropout."""
+"""GPT-2, GPT-NeoX, OPT and Falcon draw dropout; Falcon's blocks add in place to the result of a product."""
 pytestmark = [  # torch's compiler, of itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

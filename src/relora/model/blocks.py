@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedConfig
 
@@ -130,7 +132,10 @@ def _check_compiler(device: torch.device, backend: str) -> None:
 def _replaced_forwards(blocks: list[nn.Module], checkpointing: Checkpointing, backend: str | None) -> Iterator[None]:
     """Replace the `forward` of the blocks within the context; `backend` is None to compile nothing."""
     classes = {type(block) for block in blocks}
-    forwards = {block_class: _checkpointed_forward(block_class, checkpointing) for block_class in classes}
+    forwards = {
+        block_class: _checkpointed_forward(block_class, checkpointing, compiled=backend is not None)
+        for block_class in classes
+    }
     if backend:
         # Blocks that read their own index (some scale by it) are compiled one by one: twice each for the two phases,
         # and three times with a residual that is not due in every step.
@@ -155,7 +160,7 @@ def _forward(block: nn.Module, training_forward: Forward, *args: Any, **kwargs: 
     return forward(block, *args, **kwargs)
 
 
-def _checkpointed_forward(block_class: type[nn.Module], checkpointing: Checkpointing) -> Forward:
+def _checkpointed_forward(block_class: type[nn.Module], checkpointing: Checkpointing, *, compiled: bool) -> Forward:
     """Return the forward pass of a class of blocks with activation checkpointing."""
     if checkpointing == "none":
         return block_class.forward
@@ -164,10 +169,66 @@ def _checkpointed_forward(block_class: type[nn.Module], checkpointing: Checkpoin
 
     def selective(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))  # [..., width]
-        contexts = partial(create_selective_checkpoint_contexts, partial(_selective_policy, hidden.shape[:-1].numel()))
+        policy = partial(_selective_policy, hidden.shape[:-1].numel())
+        contexts = partial(_selective_contexts, policy, compiled=compiled)
         return checkpoint(block_class.forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return selective
+
+
+def _selective_contexts(
+    policy: Any, *, compiled: bool
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return the contexts of a checkpointed block's forward pass and of its second one, in the backward pass."""
+    forward, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+    if compiled:  # the compiler turns what is done in place into new tensors
+        return forward, again
+    # The outer one sees an operation last, so its copies are not among the operations that the inner one counts.
+    return _both(_CopyBeforeChange(forward.storage), forward), again
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter two contexts."""
+    with outer, inner:
+        yield
+
+
+class _CopyBeforeChange(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies a kept result before an operation changes it in place, as Falcon's blocks do: `mlp_output += attention`.
+
+    The copy is kept instead, so the second forward pass gets the result as it was, and changes it likewise. Without
+    this, torch raises an error in the backward pass.
+
+    Args:
+        kept: what `create_selective_checkpoint_contexts` keeps: operator -> number of its call -> its results.
+    """
+
+    def __init__(self, kept: dict[Any, dict[int, Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, Tensor):
+                self._copy(value)
+        for argument in function._schema.arguments:
+            if argument.is_write and isinstance(value := kwargs.get(argument.name), Tensor):
+                self._copy(value)
+        return function(*args, **kwargs)
+
+    def _copy(self, changed: Tensor) -> None:
+        """Replace every kept result that shares its memory with a tensor by a copy."""
+        address = changed.untyped_storage()._cdata
+        for calls in self._kept.values():
+            for entry in tree_leaves(list(calls.values())):
+                kept = getattr(entry, "val", None)
+                if isinstance(kept, Tensor) and kept.untyped_storage()._cdata == address:
+                    entry.val = kept.clone()
+                    entry.version = entry.val._version
 
 
 def _selective_policy(

@@ -104,7 +104,7 @@ def check_installed(name: str) -> None:
 
 
 def projected_matrices(model: nn.Module, rank: int) -> dict[str, nn.Parameter]:
-    """Return the matrices whose moments are projected, by name: those of the blocks (`all-linear`) that are large enough.
+    """Return the matrices whose moments are projected, by name: those of `all-linear` that are large enough.
 
     Raises:
         UserError: the rank exceeds the smaller side of all of them, or the model has none.
