@@ -103,6 +103,8 @@ NAMED_IN_A_RUN: dict[str, Blow] = {
     "in the export, weights half written": Blow(event=r"half \.model\.partial/"),
     "in the export, before the tokenizer": Blow(event=r"open \.model\.partial/tokenizer_config"),
     "in the export, before the rename": Blow(event=r"rename \.model\.partial"),
+    "in the measurement of the result": Blow(call="relora.report.reporter:Reporter.measuring", after=True),
+    "after the line of the result": Blow(call="relora.report.reporter:Reporter.final", after=True),
     "between export and samples": Blow(call="relora.recipes.pretrain:sample_texts"),
     "before the samples are written": Blow(event=r"open \.samples\.json"),
     "between samples and report": Blow(call="relora.recipes.pretrain:write_report"),

@@ -23,6 +23,7 @@ MOST_TELLING = [
     "between sync and rename of a checkpoint",
     "in the middle of a pruning",
     "in the export, weights half written",
+    "after the line of the result",
     "as it sweeps a half-written checkpoint away",
 ]
 
