@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,23 +160,34 @@ def judge_records(case: tuple[list[Line], bytes, str, bool], bench: Bench) -> st
     return _judge(ended, texts, bench)
 
 
+SEPARATOR_LINE = re.compile(r"^[ \t]{0,16}<\|endoftext\|>[ \t]{0,16}(?:\n|\Z)", re.MULTILINE)
+
+
 def text_files() -> SearchStrategy[tuple[list[str], int, str, bool]]:
     """Parts of a text, how often they are repeated, the compression, and whether it opens with a byte order mark."""
-    return st.tuples(st.lists(TEXTS, max_size=5), st.sampled_from([1, 1, 1, 2000]), COMPRESSIONS, st.booleans())
+    parts = st.lists(TEXTS | st.sampled_from(["<|endoftext|>", " <|endoftext|>\t"]), max_size=5)
+    return st.tuples(parts, st.sampled_from([1, 1, 1, 2000]), COMPRESSIONS, st.booleans())
 
 
 def judge_text(case: tuple[list[str], int, str, bool], bench: Bench) -> str | None:
-    """A text file comes back whole, in one document or in several, with \\n for every line end."""
+    """A text file comes back whole, but for lines that part documents; with NUL characters it is refused."""
     parts, times, suffix, mark = case
     text = "\n\n".join(parts) * times
     Path(f"a.md{suffix}").write_bytes(_compressed(text.encode("utf-8-sig" if mark else "utf-8"), suffix))
     ended = _prepare(bench, f"a.md{suffix}")
     wanted = (text if mark else text.removeprefix("\ufeff")).replace("\r\n", "\n").replace("\r", "\n")
-    if not wanted:
+    documents = SEPARATOR_LINE.split(wanted)
+    if len(documents) > 1:
+        documents = [document for document in documents if document.strip()]
+    wanted = "".join(documents)
+    if not wanted or "\0" in wanted:
         return _judge(ended, None, bench, f"a.md{suffix}")
     if ended.status:
         return f"refused: {ended.err}"
-    return None if "".join(_documents(bench)) == wanted else "other text"
+    found = _documents(bench)
+    if "".join(found) != wanted:
+        return "other text"
+    return None if len(found) >= len(documents) else f"{len(found)} documents of {len(documents)}"
 
 
 COLUMN_TYPES = {

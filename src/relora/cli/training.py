@@ -36,7 +36,7 @@ def prepare(
     document_separator: Annotated[
         str | None,
         typer.Option(
-            help=r"Text between documents of a .txt or .md file; by default lines <|endoftext|> or EOS; \n is a line end."
+            help=r"Text between documents of .txt and .md files; by default lines <|endoftext|>, EOS; \n is a line end."
         ),
     ] = None,
     take: Annotated[int | None, typer.Option(help="At most this many documents of each source.")] = None,
