@@ -20,6 +20,7 @@ from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
 from relora.adapters.save_load import save_adapter
 from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, inject
+from relora.model.load import open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 
@@ -57,7 +58,7 @@ def logits(folder: Path) -> Tensor:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 @pytest.fixture
@@ -245,3 +246,38 @@ def test_names_that_transformers_changes_when_it_opens_a_model(tmp_path: Path) -
     report = merge_adapter(adapter, tmp_path / "merged")
     assert report.largest_logit_difference is not None and report.largest_logit_difference < 1e-4
     assert torch.equal(tensors(tmp_path / "merged")["embed_out.weight"], read_adapter(adapter).others["lm_head.weight"])
+
+
+def test_what_is_not_copied_is_said(
+    base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Chat templates, code and all other files at the top go along; other folders and other weights are named."""
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (base / "original").mkdir()
+    (base / "original" / "params.json").write_text("{}")
+    kept = ("chat_template.jinja", "generation_config.json", "added_tokens.json", "modeling_own.py", "tokenizer.model")
+    for name in kept:
+        (base / name).write_text("{}")
+    merge_adapter(adapter, tmp_path / "merged")
+    unmerge_adapter(tmp_path / "merged", tmp_path / "again")
+    for folder in (tmp_path / "merged", tmp_path / "again"):
+        assert (folder / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
+        assert {file.name for file in folder.iterdir()} >= set(kept) and not (folder / "original").exists()
+    assert f"{base}: not copied: original/, pytorch_model.bin" in caplog.text
+
+
+def test_buffers_and_shared_weights_go_along(tmp_path: Path) -> None:
+    """Every tensor of the base that the adapter does not change is in the merged model, bit for bit."""
+    for family in FAMILIES:
+        base = base_folder(family, tmp_path / family)
+        adapter = adapter_folder(family, tmp_path / f"{family}-adapter", base, target_modules="all-linear")
+        merge_adapter(adapter, tmp_path / f"{family}-merged", check=False)
+        before, after = tensors(base), tensors(tmp_path / f"{family}-merged")
+        changed = {f"{path}.weight" for path in read_adapter(adapter).layers}
+        assert before.keys() == after.keys()
+        assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+        assert (
+            built(family).config.tie_word_embeddings
+            == open_model(tmp_path / f"{family}-merged").config.tie_word_embeddings
+        )

@@ -7,6 +7,7 @@ one tensor at a time, however large the model is.
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from relora.adapters.compatibility import all_tensors
 from relora.errors import RunStopped, UserError
@@ -27,6 +29,8 @@ from relora.files.untrusted import INDEX_BYTES, check_model_folder, inside, read
 from relora.lowrank.targets import is_conv1d
 from relora.messages import first_line
 from relora.model.load import model_folder, open_model
+
+_log = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes, under safetensors' names, to which an update can be added."""
@@ -114,8 +118,14 @@ class StoredModel:
         return is_conv1d(self.model.get_submodule(path))
 
     def copy_to(self, folder: Path) -> dict[str, str]:
-        """Copy all files of the model into `folder`, and return the sha256 of those with weights by their name."""
-        copy_without_weights(self.folder, folder)
+        """Copy all files of the model into `folder`, and return the sha256 of those with weights by their name.
+
+        What of the folder is not copied is logged.
+        """
+        weights = {file.name for file in self.files}
+        left_out = [name for name in copy_without_weights(self.folder, folder) if name not in weights]
+        if left_out:
+            _log.warning("warning: %s: not copied: %s", self.folder, ", ".join(left_out))
         return {file.name: copy_and_hash(file, folder / file.name) for file in self.files}
 
 
@@ -153,15 +163,29 @@ def new_model_folder(out: Path) -> Iterator[Path]:
         raise RunStopped(f"{out}: not written ({error.strerror or error}); nothing was left behind") from None
 
 
-def copy_without_weights(source: Path, target: Path, *, exclude: str = "") -> None:
-    """Copy the files of a model folder that hold no weights: configurations, tokenizer, index of safetensors.
+def copy_without_weights(source: Path, target: Path, *, exclude: str = "") -> list[str]:
+    """Copy the files of a model folder that hold no weights: configurations, tokenizer, index of safetensors, code.
 
-    Hidden files and the file named `exclude` are left out.
+    Hidden files and the file named `exclude` are left out. Of folders, only that of further chat templates is copied.
+
+    Returns:
+        The names of other files with weights and of folders, which were not copied.
     """
-    for file in source.iterdir():
-        has_weights = file.suffix in _WEIGHTS or file.name.endswith(".bin.index.json")
-        if file.is_file() and not has_weights and file.name != exclude and not file.name.startswith("."):
+    left_out = []
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(".") or file.name == exclude:
+            continue
+        if file.is_dir() and file.name != CHAT_TEMPLATE_DIR:
+            left_out.append(f"{file.name}/")
+        elif file.is_dir():
+            (target / file.name).mkdir()
+            for template in file.glob("*.jinja"):
+                shutil.copyfile(inside(file, template.name), target / file.name / template.name)
+        elif file.suffix in _WEIGHTS or file.name.endswith(".bin.index.json"):
+            left_out.append(file.name)
+        elif file.is_file():
             shutil.copyfile(file, target / file.name)
+    return left_out
 
 
 def copy_and_hash(source: Path, target: Path) -> str:
