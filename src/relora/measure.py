@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from relora.errors import UserError
 from relora.model.head import IGNORED as IGNORED
 from relora.model.head import head_input
+from relora.model.own_loss import auxiliary_loss
 
 CHUNK_TOKENS = {"cpu": 256}
 """Tokens of a chunk by type of device: the fewest that cost no time (benchmarks/loss.py)."""
@@ -82,22 +84,31 @@ def token_loss(
 
     Returns:
         The loss summed over scored tokens in nats (scalar; fp32, or fp64 for an fp64 model) and the number of these
-        tokens (integer scalar). They are returned apart so that a step can divide by the tokens of all its
-        micro-batches and ranks. The sum can be differentiated once.
+        tokens (integer scalar). In training mode the loss holds what `auxiliary_loss` adds, for each token. They are
+        returned apart so that a step can divide by the tokens of all its micro-batches and ranks. The sum can be
+        differentiated once.
     """
     labels, tokens = labels.flatten(), (labels != IGNORED).sum()
     positions = {} if position_ids is None else {"position_ids": position_ids}
     found = head_input(model, input_ids, **positions)
     if found is None:
-        logits = model(input_ids=input_ids, use_cache=False, **positions).logits.flatten(0, 1)
+        output = model(input_ids=input_ids, use_cache=False, **positions)
+        logits = output.logits.flatten(0, 1)
         logits = logits.to(_scoring_dtype(logits.dtype))
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), tokens
-    hidden, head = found
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return _with_auxiliary(loss, tokens, model, output), tokens
+    hidden, head, output = found
     hidden = hidden.flatten(0, 1)
     if labels.device.type == "cpu" and tokens < len(labels):  # on other devices the comparison would synchronise
         scored = labels != IGNORED
         hidden, labels = hidden[scored], labels[scored]
-    return head_loss(hidden, head.weight, head.bias, labels), tokens
+    return _with_auxiliary(head_loss(hidden, head.weight, head.bias, labels), tokens, model, output), tokens
+
+
+def _with_auxiliary(loss: Tensor, tokens: Tensor, model: nn.Module, output: Any) -> Tensor:
+    """Add, in training mode, the loss that balances the experts of a mixture; it is a mean, so it counts per token."""
+    auxiliary = auxiliary_loss(model, output) if model.training else None
+    return loss if auxiliary is None else loss + tokens * auxiliary
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_the_head_makes_the_models_logits_of_it(family: str, training: bool, low
     torch.manual_seed(1)
     found = head_input(model, IDS)
     assert found is not None
-    hidden, head = found
+    hidden, head, _ = found
     assert torch.equal(F.linear(hidden, head.weight, head.bias), logits)
     assert torch.equal(torch.get_rng_state(), stream)  # the same draws, no more
     assert hooks(model) == 0

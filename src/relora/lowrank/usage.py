@@ -69,7 +69,9 @@ def usage_of(model: nn.Module, tokens: int | None = None) -> Usage | None:
     """
     modules = tuple(map(id, model.modules()))
     known = _KNOWN.get(model)
-    if known is None or known[0] != modules or tokens not in (None, known[1]):
+    if known is not None and tokens is None:
+        tokens = known[1]
+    if known is None or known[:2] != (modules, tokens):
         known = (modules, tokens, _find_usage(model, tokens))
         _KNOWN[model] = known
     return known[2]

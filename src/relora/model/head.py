@@ -8,6 +8,7 @@ returns exactly this output tensor and has not written to it. So no list of arch
 caps or scales its logits after the head is recognised, and its loss is computed from whole logits.
 """
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,7 +39,7 @@ def whole_logits_reason(model: nn.Module) -> str | None:
     return _REASONS[model]
 
 
-def head_input(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | None:
+def head_input(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear, Any] | None:
     """Run the model without its head.
 
     Args:
@@ -46,8 +47,8 @@ def head_input(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[T
         others: further arguments of the model's forward pass.
 
     Returns:
-        The head's input [batch, length, in_features] and the head; None if whole logits are needed (see
-        `whole_logits_reason`).
+        The head's input [batch, length, in_features], the head, and what the model returned, with logits of no
+        positions; None if whole logits are needed (see `whole_logits_reason`).
     """
     if whole_logits_reason(model) is not None:
         return None
@@ -58,11 +59,11 @@ def head_input(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[T
     return result
 
 
-def _run_without_head(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear] | str:
+def _run_without_head(model: nn.Module, input_ids: Tensor, **others: Tensor) -> tuple[Tensor, nn.Linear, Any] | str:
     """Run one forward pass without the head's product.
 
     Returns:
-        The head's input and the head, or the reason why the logits cannot be computed from them.
+        The head's input, the head and the model's output, or the reason why the logits cannot be computed from them.
     """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
@@ -82,15 +83,15 @@ def _run_without_head(model: nn.Module, input_ids: Tensor, **others: Tensor) -> 
 
     # among all hooks of the head, the first is called last before it, and the second is called first after it
     with head.register_forward_pre_hook(keep_input), head.register_forward_hook(keep_output, prepend=True):
-        logits = model(input_ids=input_ids, use_cache=False, **others).logits
+        returned = model(input_ids=input_ids, use_cache=False, **others)
     if len(inputs) != 1:
         return f"it calls its head {len(inputs)} times"
     output, version = outputs[0]
-    if logits is not output or _version(output) != version:
+    if returned.logits is not output or _version(output) != version:
         return "it changes what its head returns, as by a cap or a scale"
     if inputs[0].shape[:-1] != input_ids.shape:
         return "its head sees other positions than the tokens'"
-    return inputs[0], head
+    return inputs[0], head, returned
 
 
 def _version(tensor: Tensor) -> int:

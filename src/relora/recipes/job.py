@@ -20,7 +20,7 @@ from relora.lowrank.costs import Rates
 from relora.measure import Evaluation, token_loss
 from relora.model.blocks import training_blocks
 from relora.model.head import whole_logits_reason
-from relora.recipes.from_settings import adaptive_of, autocast_of, optimizer_of, restart_of
+from relora.recipes.from_settings import adaptive_of, autocast_of, lowrank_notes, optimizer_of, restart_of
 from relora.recipes.resume import Start, find_start
 from relora.report.console import Console
 from relora.report.reporter import Reporter
@@ -99,7 +99,8 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
         start = find_start(
             folder, checkpoints, config, job.device, job.content, job.schedule_of, job.lowrank_of, strict=strict
         )
-        describe_run(folder, config, sum(parameter.numel() for parameter in model.parameters()))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        describe_run(folder, config, parameters, lowrank_notes(config, model))
         job.write_tokenizer(folder / "tokenizer")  # with it an export needs no data
         with _open_reporter(job, folder, start, quiet) as reporter:
             _announce(job, start, reporter)

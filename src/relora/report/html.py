@@ -107,12 +107,12 @@ def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
     if history.config_text:
         yield f"<details><summary>Configuration</summary><pre>{escape(history.config_text)}</pre></details>"
     if history.environment:
-        lines = "\n".join(f"{key}: {value}" for key, value in history.environment.items())
+        lines = "\n".join(f"{key}: {value}" for key, value in history.environment.items() if key != "notes")
         yield f"<details><summary>Environment</summary><pre>{escape(lines)}</pre></details>"
 
 
 def _lead(history: History) -> str:
-    """Build the sentence with the result, and a second one if the run is not finished."""
+    """Build the sentence with the result, one if the run is not finished, and lines on what gets no factors."""
     last_step, last_tokens = history.last
     result = f"<b>{last_tokens:,} tokens</b> in {format_duration(history.seconds)} of training."
     measured = _last_measured(history)
@@ -124,7 +124,9 @@ def _lead(history: History) -> str:
     total = history.setting("schedule", "total_steps")
     if isinstance(total, int) and last_step < total:
         result += f" Not finished: step {last_step:,} of {total:,}."
-    return f'<p class="lead">{result}</p>'
+    notes = history.environment.get("notes")
+    lines = [str(note) for note in notes] if isinstance(notes, list) else []
+    return f'<p class="lead">{result}</p>' + "".join(f'<p class="note">{escape(line)}.</p>' for line in lines)
 
 
 def _last_measured(history: History) -> Record:

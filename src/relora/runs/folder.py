@@ -11,7 +11,7 @@ import fcntl
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -85,18 +85,19 @@ def check_space(folder: Path, needed_bytes: int, *, continuing: bool = False) ->
         )
 
 
-def describe_run(folder: Path, config: TrainingConfig, parameters: int) -> None:
+def describe_run(folder: Path, config: TrainingConfig, parameters: int, notes: Sequence[str] = ()) -> None:
     """Write config.yaml, the resolved configuration, and environment.json, the environment and the model's size.
 
     Args:
         folder: the run folder, claimed.
         config: the configuration of the run.
         parameters: number of the model's parameters.
+        notes: lines on what of the model gets no factors or never trains.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    environment = {"parameters": parameters, **describe_environment()}
+    environment = {"parameters": parameters, **({"notes": list(notes)} if notes else {}), **describe_environment()}
     try:
         write_text(folder / CONFIG_FILE, to_yaml(config))  # first, since it makes the folder a run folder
         write_json(folder / "environment.json", environment)
