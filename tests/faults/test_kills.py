@@ -48,7 +48,9 @@ def test_killed_there_and_continued_a_preparation_gives_the_same_bytes(bench: Wo
 def test_killed_as_it_clears_up_after_a_mistake_a_preparation_starts_over(bench: Workbench, event: str) -> None:
     """What is left is its own, so the mended source is taken, and nothing of the first start is in the result."""
     source, out = bench.new_folder().with_suffix(".jsonl"), bench.new_folder()
-    arguments = ["prepare", source, "--out", out, "--tokenizer", bench.folder / "prepared" / "train" / "tokenizer"]
+    tokenizer = bench.folder / "prepared" / "train" / "tokenizer"
+    # a share that the first documents settle, so that the mistake is met when shards have been written
+    arguments = ["prepare", source, "--out", out, "--tokenizer", tokenizer, "--validation", "0.3"]
     records = [json.dumps({"text": f"the cat sat on mat {number} " * 40}) for number in range(40)]
     source.write_text("\n".join([*records, "[no record"]), encoding="utf-8")
     # the first removal of `train` is that of a new start, which finds none
