@@ -70,6 +70,14 @@ def test_a_template_without_a_control_token_at_the_end_gets_eos() -> None:
     assert turns(template, TURN) == [Turn("user: Why?\n", (("assistant: So.\n", True),), eos=True)]
 
 
+def test_a_response_in_the_midst_that_has_no_end_is_noticed() -> None:
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    assert rendered(template, TURN).noticed == ()
+    assert rendered(template, TURNS).noticed == (
+        "responses without a control token at their end, in the midst of a conversation: ending them is not trained",
+    )
+
+
 def test_a_template_of_llamas_kind() -> None:
     first, second = turns(LLAMA_2, (*TURN, *TURN), llama_like)
     assert first == Turn("<s>[INST] Why? [/INST]", ((" So. </s>", True),), eos=False)
@@ -95,8 +103,19 @@ def test_a_turn_that_is_written_otherwise_as_history_is_asked_for_as_it_was() ->
 
 def test_a_response_that_is_written_otherwise_than_it_is_asked_for_is_refused() -> None:
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    with pytest.raises(BadRecord, match=r"writes a response otherwise than it asks for it, so .* mend the template"):
+    with pytest.raises(
+        BadRecord, match=r"asks for a response with '<think>.n' and writes it without, so .*; mend the template$"
+    ):
         turns(template, TURN)
+    thoughtful = Message("assistant", "So.", extra={"reasoning_content": "Hm."})
+    with pytest.raises(BadRecord, match=r"mend the template, or take the reasoning out$"):
+        turns(template, (TURN[0], thoughtful))
+
+
+def test_blocks_say_where_a_response_begins_that_is_asked_for_otherwise() -> None:
+    found = rendered(WITH_BLOCKS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"), TURNS)
+    assert found.turns == turns(WITH_BLOCKS, TURNS)
+    assert found.noticed == ("responses behind another text than the chat template asks with",) * 2
 
 
 def test_several_templates_without_a_default_are_refused() -> None:
@@ -161,8 +180,9 @@ def test_a_response_may_be_a_tool_call_alone() -> None:
 
 def test_a_tool_call_that_a_template_does_not_write_is_refused() -> None:
     calling = Message("assistant", "Let me look.", extra={"tool_calls": [WEATHER]})
-    with pytest.raises(BadRecord, match="calls `weather`, and the chat template does not write tool calls; give the"):
-        turns(CHATML, (TURN[0], calling))
+    for content in ("message['content']", "message['content'] | trim | length", "message.content + ''"):
+        with pytest.raises(BadRecord, match="calls `weather`, and the chat template does not write tool calls; give"):
+            turns(CHATML.replace("message['content']", content), (TURN[0], calling))
 
 
 @pytest.mark.parametrize("spell", ["{{ call.function.arguments }}", "{{ '' + call.function.arguments }}"])

@@ -1,9 +1,10 @@
 """The chat template of a tokenizer, a Jinja program, which writes a conversation as text.
 
 For every response two texts are written: the conversation before it with the generation prompt, which is what a model
-is asked, and the conversation that ends with it. The first must be the beginning of the second, and what follows in the
-second is the response; if the template has `{% generation %}` blocks in it, they say which parts of it are scored. A
-template may write the same turn otherwise when it has become history (without its reasoning, say);
+is asked, and the conversation that ends with it. The first is the beginning of the second, and what follows in the
+second is the response; if the template has `{% generation %}` blocks in it, they say which parts of it are scored.
+(Where the first is not the beginning of the second, the response begins with its first block; without one it is
+refused.) A template may write the same turn otherwise when it has become history, without its reasoning, say;
 therefore nothing is concluded from one response's texts about another's.
 
 A control token that occurs in a message is ordinary text, and must not act as a control token. It is interrupted by
@@ -96,7 +97,7 @@ class ChatTemplate:
 
         Raises:
             BadRecord: the template refuses it, does not write a tool call, or writes a response otherwise than it asks
-                for it.
+                for it, without generation blocks.
         """
         messages, tools = self._plain(conversation.messages), self._marked(list(conversation.tools))
         turns, noticed, written = [], [], 0
@@ -105,12 +106,18 @@ class ChatTemplate:
                 continue
             asked, _ = self._render(messages[:number], tools, asks=True)
             answered, blocks = self._render(messages[: number + 1], tools, asks=False)
+            if not answered.startswith(asked):
+                asked = self._asked_otherwise(messages[:number], tools, asked, answered, blocks, message)
+                noticed.append("responses behind another text than the chat template asks with")
             turns.append(self._turn(asked, answered, blocks, message.is_scored))
             self._check_calls(message, answered[len(asked) :])
             start = len(turns[-2].asked) if len(turns) > 1 and asked.startswith(turns[-2].asked) else 0
             noticed += _changes(messages[written:number], asked[start:])
             noticed += _changes(messages[number : number + 1], answered[len(asked) :])
             written = number + 1
+        noticed += [
+            "responses without a control token at their end, in the midst of a conversation: ending them is not trained"
+        ] * sum(turn.eos and turn.pieces[-1][1] for turn in turns[:-1])
         self._check_marks(conversation, answered)
         return Rendered(turns, self._unused(messages, tools, answered), tuple(noticed))
 
@@ -120,11 +127,6 @@ class ChatTemplate:
 
     def _turn(self, asked: str, answered: str, blocks: list[tuple[int, int]], is_scored: bool) -> Turn:
         """Part the text of a conversation that ends with a response into what is asked and what is scored."""
-        if not answered.startswith(asked):
-            raise BadRecord(
-                "the chat template writes a response otherwise than it asks for it, so it cannot be told which part is "
-                "the response; mend the template, or choose the template `alpaca` or `plain`"
-            )
         spans = [(max(start, len(asked)), end) for start, end in blocks if end > len(asked)]
         if spans:
             spans[-1] = spans[-1][0], self._end_with_control_token(answered, spans[-1][1])
@@ -141,6 +143,30 @@ class ChatTemplate:
             pieces += [(answered[written:start], False), (answered[start:end], is_scored)]
             written = end
         return Turn(asked, tuple(piece for piece in pieces if piece[0]), not ends_with_control_token)
+
+    def _asked_otherwise(
+        self,
+        before: list[dict[str, Any]],
+        tools: Sequence[Any],
+        asked: str,
+        answered: str,
+        blocks: list[tuple[int, int]],
+        message: Message,
+    ) -> str:
+        """Return the text before a response that a template writes behind another text than it asks with.
+
+        Its first generation block begins there; without one, `BadRecord` is raised.
+        """
+        in_history = len(self._render(before, tools, asks=False)[1]) if before and blocks else 0
+        if len(blocks) > in_history:
+            return answered[: blocks[in_history][0]]
+        shorter = min(len(asked), len(answered))
+        border = next((at for at in range(shorter) if asked[at] != answered[at]), shorter)
+        reasoning = ", or take the reasoning out" if message.reasoning else ""
+        raise BadRecord(
+            f"the chat template asks for a response with {short_repr(asked[border:])} and writes it without, so it "
+            f"cannot be told where the response begins; mend the template{reasoning}"
+        )
 
     def _end_with_control_token(self, text: str, end: int) -> int:
         """Return the end of a generation block, extended by the control token behind it if the block has none.
@@ -226,17 +252,22 @@ class ChatTemplate:
         """
         if self._argument_form is None:
             forms = [(as_text, with_content) for with_content in (False, True) for as_text in (False, True)]
-            self._argument_form = next((form for form in forms if self._writes_probe(*form)), forms[0])
+            found = {form: self._writes_probe(*form) for form in forms}
+            taken = [form for form in forms if found[form]] or [form for form in forms if found[form] is not None]
+            self._argument_form = (taken or forms)[0]
         return self._argument_form
 
-    def _writes_probe(self, as_text: bool, with_content: bool) -> bool:
-        """Return whether the template writes a tool call in one of the forms, and not as Python writes an object."""
+    def _writes_probe(self, as_text: bool, with_content: bool) -> bool | None:
+        """Return whether the template writes a tool call in one of the forms, and not as Python writes an object.
+
+        The answer is None if the template fails on it.
+        """
         call = _call_with_text(PROBE) if as_text else PROBE
         response = {"role": "assistant", "tool_calls": [call]} | ({"content": ""} if with_content else {})
         try:
             text, _ = self._render([{"role": "user", "content": "probe"}, response], (), asks=False)
         except BadRecord:
-            return False
+            return None
         return '"key"' in text or ("key" in text and "'key'" not in text and '\\"key' not in text)
 
     def _marked(self, value: Any) -> Any:
