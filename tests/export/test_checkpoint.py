@@ -2,9 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
+from safetensors.torch import load_file, save_file
 
 from relora.config import parse_config
 from relora.errors import UserError
@@ -12,17 +14,12 @@ from relora.export.checkpoint import export, export_gguf
 from relora.recipes.pretrain import pretrain
 
 
-@pytest.fixture(scope="module")
-def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def settings(prepared: Path, output: Path, model: dict[str, Any]) -> dict[str, Any]:
     """Six steps, with checkpoints of steps 4 (factors not merged yet) and 6, and the model of the end."""
-    config = {
-        "output_dir": str(tmp_path_factory.mktemp("export") / "run"),
-        "model": {"preset": "llama-9m", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1},
-        "data": {
-            "train": str(prepared / "train"),
-            "validation": str(prepared / "validation"),
-            "sequence_length": 32,
-        },
+    return {
+        "output_dir": str(output),
+        "model": model,
+        "data": {"train": str(prepared / "train"), "validation": str(prepared / "validation"), "sequence_length": 32},
         "lowrank": {"r": 2, "lora_alpha": 2},
         "warm_start": {"steps": 2},
         "restart": {"every_steps": 3, "warmup_steps": 1},
@@ -33,7 +30,14 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log": {"trackers": []},
         "samples": {"prompts": []},
     }
-    return pretrain(parse_config(config), quiet=True).folder
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `settings` from a new model."""
+    model = {"preset": "llama-9m", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1}
+    output = tmp_path_factory.mktemp("export") / "run"
+    return pretrain(parse_config(settings(prepared, output, model)), quiet=True).folder
 
 
 def names(folder: Path) -> set[str]:
@@ -90,3 +94,23 @@ def test_mistakes_leave_nothing(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a model folder"):
         export_gguf(tmp_path, out=tmp_path / "a.gguf")
     assert {path: names(path) for path in (run, tmp_path)} == before
+
+
+def test_a_weight_beyond_fp16_is_refused_in_each_format(run: Path, prepared: Path, tmp_path: Path) -> None:
+    """A model folder and a GGUF file alike: the weight is named, nothing is written, and bf16 holds it."""
+    large = Path(shutil.copytree(run / "model", tmp_path / "large"))
+    weights = load_file(large / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
+    config = settings(prepared, tmp_path / "run", {"path": str(large)})
+    folder = pretrain(parse_config(config), quiet=True).folder
+    before = names(tmp_path)
+    line = r"mlp\.down_proj\.weight holds (100000|99999.*), which float16 cannot hold .*65,504\); nothing was.*bf16"
+    with pytest.raises(UserError, match=line):
+        export(folder, out=tmp_path / "half", dtype="fp16")
+    with pytest.raises(UserError, match=r"not all of its numbers are finite in fp16 \(the largest is .*\).* try bf16"):
+        export_gguf(folder, out=tmp_path / "half.gguf", dtype="fp16")
+    assert names(tmp_path) == before
+    for dtype in ("bf16", "fp32"):
+        saved = load_file(export(folder, out=tmp_path / dtype, dtype=dtype) / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in saved.values())

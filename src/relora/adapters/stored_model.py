@@ -180,7 +180,7 @@ def copy_without_weights(source: Path, target: Path, *, exclude: str = "") -> li
         elif file.is_dir():
             (target / file.name).mkdir()
             for template in file.glob("*.jinja"):
-                shutil.copyfile(inside(file, template.name), target / file.name / template.name)
+                shutil.copyfile(template, target / file.name / template.name)  # `check_folder` has seen its links
         elif file.suffix in _WEIGHTS or file.name.endswith(".bin.index.json"):
             left_out.append(file.name)
         elif file.is_file():

@@ -348,7 +348,11 @@ def _encoded(entry: _Entry) -> np.ndarray[Any, np.dtype[Any]]:
     # of q8_0 it is enough that the largest scale is finite
     cast = (weight.abs().amax() / 127).half() if is_q8_0 else weight.to(DTYPES[entry.dtype])
     if not cast.isfinite().all():
-        raise UserError(f"{entry.name}: not all of its numbers are finite in {entry.dtype}; try another dtype")
+        largest = weight.abs().where(weight.isfinite(), 0).max().item()
+        raise UserError(
+            f"{entry.name}: not all of its numbers are finite in {entry.dtype} (the largest is {largest:.6g}); "
+            "nothing was written; try bf16 or fp32"
+        )
     if is_q8_0:
         blocks: np.ndarray[Any, np.dtype[Any]] = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
         return blocks
