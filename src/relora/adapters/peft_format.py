@@ -191,6 +191,9 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
     for key, tensor in (*adapter.others.items(), *adapter.base_copies.items()):
         path, _, name = key.rpartition(".")
         tensors[f"{PREFIX}{path}.base_layer.{name}" if path in adapter.layers else f"{PREFIX}{key}"] = tensor
+    for key, rows in adapter.rows.items():
+        delta = f"{PREFIX}{key.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"
+        tensors[delta] = torch.stack(list(rows.values()))
     # tied weights are one tensor under two names, which the file format does not allow, so every tensor is copied
     stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     try:
@@ -364,4 +367,5 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "ensure_weight_tying": adapter.tied,
         "init_lora_weights": True,
         "inference_mode": True,
+        "trainable_token_indices": {key.rpartition(".")[0]: list(rows) for key, rows in adapter.rows.items()} or None,
     }

@@ -20,6 +20,7 @@ from relora.errors import UserError
 from relora.lowrank.config import LowRankConfig
 from relora.lowrank.gradient_init import update_factors
 from relora.lowrank.inject import InjectReport, inject, low_rank_layers
+from relora.lowrank.token_rows import trained_rows
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -130,6 +131,7 @@ def adapter_of(model: nn.Module, *, base: str | None = None) -> Adapter:
     return Adapter(
         layers=factors,
         others=others,
+        rows=trained_rows(model),
         base=base,
         targets=_targets(model, set(layers)),
         rslora=all(layer.rslora for layer in layers.values()),
@@ -160,6 +162,8 @@ def _trained_in_full(model: nn.Module, targets: set[str]) -> tuple[dict[str, Ten
     for key, parameter in model.named_parameters(remove_duplicate=False):
         path, _, name = key.rpartition(".")
         if not parameter.requires_grad or (path in targets and name != "bias"):
+            continue
+        if ".parametrizations." in key:  # some rows of a weight (see `trained_rows`)
             continue
         trained[key] = parameter
         if path in targets:

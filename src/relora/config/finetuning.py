@@ -27,6 +27,14 @@ class FinetuneModelSettings(ModelSettings):
 
     path: Place | None = None
     """Model folder, hub id or run folder to begin with; required."""
+    resize_vocabulary: Literal["never", "auto"] = "never"
+    """`auto`: embedding and head get rows for ids that only the tokenizer has. Each is the mean of the old rows; a run
+    that leaves an adapter then writes its base, RUN/base."""
+
+    @property
+    def overrides(self) -> dict[str, int | bool]:
+        """Shape keys that were given, under the names of `transformers`, with their values."""
+        return {key: value for key, value in super().overrides.items() if key != "resize_vocabulary"}
 
 
 class ExampleSettings(Settings):
@@ -86,6 +94,9 @@ class FinetuneLowRankSettings(LowRankSettings):
     """Train the norm of each row apart from its direction (DoRA)."""
     trained_modules: tuple[Text, ...] = ()
     """Modules that train in full beside the factors, such as `lm_head`: names or regular expressions."""
+    trainable_tokens: Literal["new"] | tuple[NonNegativeInt | Text, ...] = ()
+    """Tokens (ids, texts, or `new`) whose rows of embedding and head train at `optimizer.lr`. All other rows are frozen;
+    `new` are the rows that `model.resize_vocabulary` has added."""
     init: Literal["kaiming", "orthogonal", "pissa", "gradient-svd"] = "kaiming"
     """Method by which the factors are drawn at the start; `gradient-svd` is LoRA-GA."""
     base: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"  # type: ignore[assignment]
@@ -200,6 +211,14 @@ class FinetuneConfig(TrainingConfig):
         if self.method == "relora" and (self.lowrank.dora or self.lowrank.init in ("pissa", "gradient-svd")):
             option = "dora" if self.lowrank.dora else f"init: {self.lowrank.init}"
             raise ValueError(f"lowrank.{option} is of one update; with `method: relora` leave it out")
+        if self.method in ("full", "llama-adapter") and self.lowrank.trainable_tokens:
+            raise ValueError(f"lowrank.trainable_tokens: is for rows beside factors, not for `method: {self.method}`")
+        if self.task == "classification" and self.lowrank.trainable_tokens:
+            raise ValueError("lowrank.trainable_tokens: a classifier has no head over tokens; leave it out")
+        if self.lowrank.trainable_tokens == "new" and self.model.resize_vocabulary == "never":
+            raise ValueError("lowrank.trainable_tokens: `new` needs `model.resize_vocabulary: auto`; or name tokens")
+        if self.method == "llama-adapter" and self.model.resize_vocabulary == "auto":
+            raise ValueError("model.resize_vocabulary: `method: llama-adapter` trains no rows; take lora or full")
         if self.task == "classification" and self.data.packing:
             raise ValueError("data.packing: a class belongs to a whole sequence; leave it out")
         if self.task == "classification" and self.method == "llama-adapter":

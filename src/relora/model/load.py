@@ -144,18 +144,23 @@ def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
     return hub_folder(str(path), "model", (*MODEL_FILES, *CODE_FILES) if trust_remote_code else MODEL_FILES)
 
 
-def check_fit(model: PreTrainedModel, tokenizer_vocab_size: int, sequence_length: int) -> None:
+def check_fit(
+    model: PreTrainedModel, tokenizer_vocab_size: int, sequence_length: int, *, remedy: str | None = None
+) -> None:
     """Check that the model has an embedding row for every token id and a position for every token of a sequence.
+
+    Args:
+        remedy: what to do if there are too few rows; by default, what helps a new model.
 
     Raises:
         UserError: it has fewer; the message names both numbers and the key to change.
     """
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer_vocab_size > rows:
-        raise UserError(
-            f"model.vocab_size: the model has {rows:,} ids, the data's tokenizer {tokenizer_vocab_size:,}; "
+        remedy = remedy or (
             f"set `model.vocab_size: {tokenizer_vocab_size}`, or prepare the data with the model's tokenizer"
         )
+        raise UserError(f"model: has {rows:,} ids, the tokenizer {tokenizer_vocab_size:,}; {remedy}")
     positions = max_positions(model)
     if positions is not None and sequence_length > positions:
         raise UserError(

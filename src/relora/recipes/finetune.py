@@ -26,8 +26,11 @@ from relora.inference.decoding import Sampling, continue_prompt
 from relora.inference.loading import load_model_or_run
 from relora.lowrank import merge
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
+from relora.lowrank.token_rows import fold_rows
 from relora.measure import Evaluation
 from relora.model.save import save_model
+from relora.model.vocabulary import narrowest_dtype
+from relora.recipes.added_tokens import without_token_rows
 from relora.recipes.finetuning_inputs import FinetuningInputs, base_folder, gather_finetuning, read_records
 from relora.recipes.from_settings import factor_parameters, form_of, lowrank_of, schedule_of, settled_lowrank
 from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
@@ -76,7 +79,7 @@ def job_of(config: FinetuneConfig, inputs: FinetuningInputs) -> Job:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if config.method in ("lora", "relora"):
         trained = factor_parameters(config, model) + (parameters if changes_base else 0)
-    model_bytes = parameters * 4 if _leaves_model(config) else 0
+    model_bytes = parameters * 4 if _leaves_model(config) or inputs.is_grown else 0
     return Job(
         config=config,
         device=inputs.device,
@@ -94,7 +97,7 @@ def job_of(config: FinetuneConfig, inputs: FinetuningInputs) -> Job:
         content=inputs.content,
         # A checkpoint holds weights, m and v in fp32; while one is written there is one more than is kept.
         needed_bytes=trained * 12 * (config.checkpoint.keep_last + 1) + model_bytes,
-        write_tokenizer=lambda folder: save_tokenizer(inputs.tokenizer, folder),
+        write_tokenizer=lambda folder: _write_start(config, inputs, folder),
         notes=inputs.notes,
     )
 
@@ -125,6 +128,20 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
     return "\n\n".join([heading, *(render_example(example, tokenizer) for example in found.examples)])
 
 
+def _write_start(config: FinetuneConfig, inputs: FinetuningInputs, folder: Path) -> None:
+    """Write the tokenizer into `folder` and, beside it, a base with added rows that an adapter needs; once."""
+    save_tokenizer(inputs.tokenizer, folder)
+    base = _base_of(config, inputs, folder.parent)
+    if base != inputs.base and not base.is_dir():
+        with without_token_rows(inputs.model):
+            save_model(inputs.model, base, inputs.tokenizer, narrowest_dtype(inputs.model))
+
+
+def _base_of(config: FinetuneConfig, inputs: FinetuningInputs, run: Path) -> Path:
+    """Folder of the model that an adapter of the run belongs to: the one given, or RUN/base if rows were added."""
+    return run / "base" if inputs.is_grown and not _leaves_model(config) else inputs.base
+
+
 def _leaves_model(config: FinetuneConfig) -> bool:
     """Whether the run writes a whole model; otherwise it writes an adapter."""
     return config.task == "classification" or config.method in ("relora", "full")
@@ -133,13 +150,15 @@ def _leaves_model(config: FinetuneConfig) -> bool:
 def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: Path, position: Position) -> Evaluation:
     """Write the adapter or model, answers to held-out prompts and the report; return the held-out loss."""
     model, reporter = inputs.model, run.reporter
+    base = str(_base_of(config, inputs, folder))
     if _leaves_model(config):
         merge(model)
+        fold_rows(model)
         left = save_model(model, folder / "model", inputs.tokenizer)
     elif config.method == "lora":
-        left = save_adapter(model, folder / "adapter", base=str(inputs.base), overwrite=True)
+        left = save_adapter(model, folder / "adapter", base=base, overwrite=True)
     else:
-        left = save_prompts(model, folder / "adapter", base=str(inputs.base), overwrite=True)
+        left = save_prompts(model, folder / "adapter", base=base, overwrite=True)
     evaluation = measure_result(run, position, lambda: _evaluate_result(config, inputs, reporter, folder))
     if inputs.asks:
         _write_answers(config, inputs, run.schedule.total_steps, folder)

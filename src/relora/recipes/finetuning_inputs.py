@@ -19,7 +19,7 @@ from relora.data.finetuning.examples import ExampleBatches, HeldOutExamples
 from relora.data.finetuning.instruct import encode
 from relora.data.finetuning.packing import check_packing
 from relora.data.finetuning.records import Record, Records, split
-from relora.data.tokenizer import load_tokenizer, vocabulary_size
+from relora.data.tokenizer import load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.evaluation.classification import ClassEvaluation, evaluate_classes
@@ -29,7 +29,9 @@ from relora.lowrank.targets import find_targets
 from relora.measure import Evaluation, evaluate, perplexity, token_loss
 from relora.model.classifier import class_loss, open_classifier
 from relora.model.examine import attention_note, check_causal, leave_out_unused
-from relora.model.load import check_fit, model_folder, open_model
+from relora.model.load import model_folder, open_model
+from relora.model.own_loss import own_loss_note
+from relora.recipes.added_tokens import fit_vocabulary, train_token_rows
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
 from relora.recipes.pretraining_inputs import fingerprint_of, held_out_choice, marked_as_sample
 from relora.recipes.resume import HELD_OUT
@@ -57,6 +59,8 @@ class FinetuningInputs:
     """Lines for the console: counts of the examples, and what was added to the model."""
     content: dict[str, str]
     """Fingerprints of the examples and of the base; how held-out examples are chosen."""
+    is_grown: bool = False
+    """Whether the model has more ids than that in `base`."""
 
     @property
     def is_classifier(self) -> bool:
@@ -129,12 +133,15 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         batches, held_out, layout, notes = _instructions(config, tokenizer, train, held_out_records)
         model = open_model(base, trust_remote_code=trust)
     notes = [*source_notes, *notes]
-    check_fit(model, vocabulary_size(tokenizer), config.data.sequence_length)
+    rows = model.get_input_embeddings().num_embeddings
+    notes += fit_vocabulary(config, model, tokenizer)
     model.to(device)
     if config.task != "classification":
         check_causal(model, base)
-    if note := attention_note(model):
-        notes = [*notes, note]
+    model_notes = [attention_note(model)]
+    if config.task != "classification":
+        model_notes.append(own_loss_note(model, experts_train=config.method == "full"))
+    notes += [note for note in model_notes if note]
     if config.method == "full" and (note := leave_out_unused(model, config.data.sequence_length)):
         notes = [*notes, note]
     if config.data.packing:
@@ -143,6 +150,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         prompts = config.prompts
         notes = [*notes, str(add_prompts(model, length=prompts.length, layers=prompts.layers, seed=config.seed))]
     elif config.method != "full":
+        notes += train_token_rows(config, model, tokenizer, rows)
         find_targets(model, lowrank_of(config))
     content = {
         "data": fingerprint_of(batches.content.encode(), _content(held_out).encode()),
@@ -151,7 +159,17 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         "base": fingerprint_of(*(_file_digest(file) for file in sorted(base.glob("*.safetensors")))),
     }
     return FinetuningInputs(
-        device, base, model, tokenizer, batches, held_out, tuple(held_out_records), layout, tuple(notes), content
+        device,
+        base,
+        model,
+        tokenizer,
+        batches,
+        held_out,
+        tuple(held_out_records),
+        layout,
+        tuple(notes),
+        content,
+        model.get_input_embeddings().num_embeddings > rows,
     )
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from relora.config import FinetuneConfig, RunConfig, TrainingConfig
 from relora.data.finetuning.instruct import InstructionForm
 from relora.errors import UserError
-from relora.lowrank import LowRankConfig
+from relora.lowrank import LowRankConfig, token_rows
 from relora.lowrank.calibrate import calibrated
 from relora.lowrank.config import Residual
 from relora.lowrank.costs import Rates, layer_seconds
@@ -101,8 +101,10 @@ def adaptive_of(config: TrainingConfig) -> Adaptive:
 
 def lowrank_of(config: TrainingConfig) -> LowRankConfig:
     """Settings of the low-rank layers; with `base: auto`, precision bf16 stores frozen weights in bf16."""
-    settings = config.lowrank.model_dump(exclude={"ranks", "warmup_steps"})
+    settings = config.lowrank.model_dump(exclude={"ranks", "warmup_steps", "trainable_tokens"})
     if isinstance(config, FinetuneConfig):
+        if config.lowrank.trainable_tokens:
+            settings["trained_modules"] = (*settings["trained_modules"], token_rows.MODULE)
         # The base model stays on disk and frozen weights never change, so they need no master copy unless merged.
         settings |= {"rest": "frozen", "master": config.method == "relora"}
         if config.task == "classification":  # The classification head is new, so it trains in full.
@@ -161,7 +163,7 @@ def factor_parameters(config: TrainingConfig, model: PreTrainedModel) -> int:
     return sum(lowrank.of_layer(name).r * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
 
 
-def lowrank_notes(config: TrainingConfig, model: PreTrainedModel) -> list[str]:
+def lowrank_notes(config: TrainingConfig, model: nn.Module) -> list[str]:
     """Lines that say what of `model` will get no factors, although it may look as if it did; empty at full rank."""
     if config.method not in ("lora", "relora"):
         return []

@@ -23,6 +23,7 @@ from relora.lowrank.usage import usage_of
 from relora.measure import Evaluation, evaluate
 from relora.model.examine import attention_note, check_causal, leave_out_unused
 from relora.model.load import build_model, check_fit, model_folder, open_model
+from relora.model.own_loss import own_loss_note
 from relora.recipes.from_settings import autocast_of, lowrank_of
 from relora.recipes.resume import HELD_OUT, SAMPLE
 from relora.report.reporter import Reporter
@@ -89,7 +90,11 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
     model.to(device)
     if config.model.path is not None:
         check_causal(model, config.model.path)
-    notes = [attention_note(model), leave_out_unused(model, config.data.sequence_length)]
+    notes = [
+        attention_note(model),
+        own_loss_note(model, experts_train=True),
+        leave_out_unused(model, config.data.sequence_length),
+    ]
     return PretrainingInputs(
         device,
         model,
@@ -118,7 +123,9 @@ def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrai
     model = open_configured_model(
         config, eos_token_id=validation.index.eos_token_id, trust_remote_code=config.model.trust_remote_code
     )
-    check_fit(model, validation.vocab_size, config.data.sequence_length)
+    trained = config.model.path is not None and not config.model.from_scratch
+    remedy = "prepare the data with the model's tokenizer" if trained else None
+    check_fit(model, validation.vocab_size, config.data.sequence_length, remedy=remedy)
     usage_of(model, config.data.sequence_length)  # kept for every later look at what the model uses
     if config.method != "full":
         find_targets(model, lowrank_of(config))
