@@ -51,7 +51,7 @@ def test_what_a_folder_holds_and_is_not_read_is_counted_by_kind(tmp_path: Path) 
     assert [file.name for file in corpus.sources[0].files] == ["a.txt", "b.md", "c.TXT"]
     line = corpus.notes_on_folders()[0]
     assert line.startswith(f"{tmp_path}: not read: 1 .csv (5 bytes), 1 .csv.gz (5 bytes), 2 without a suffix")
-    assert line.endswith("name its .csv, .csv.gz files themselves to read them, too")
+    assert line.endswith("name its .csv, .csv.gz files themselves to read them, too; name a linked folder to read it")
 
 
 def test_a_folder_that_is_read_whole_has_no_note(tmp_path: Path) -> None:

@@ -113,8 +113,9 @@ def describe(left_out: Sequence[LeftOut], preferred_kinds: Sequence[str]) -> str
             f"; a folder that has {', '.join(preferred_kinds)} files gives only those: name its {', '.join(kinds)} "
             "files themselves to read them, too"
         )
-    if any(one.why == SPLIT for one in left_out):
-        line += "; name the folder of a split to read it"
+    for why, what in ((SPLIT, "the folder of a split"), (FOLDER, "a linked folder")):
+        if any(one.why == why for one in left_out):
+            line += f"; name {what} to read it"
     return line
 
 

@@ -390,7 +390,7 @@ def test_a_folder_of_an_earlier_release_is_complete_if_its_documents_are_the_sam
 ) -> None:
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")
-    (tmp_path / "parted.txt").write_text(STORIES)
+    (tmp_path / "parted.txt").write_text("a story\n<|endoftext|>\n")
     plain = [str(tmp_path / f"{number}.txt") for number in range(30)]
     parted = [*plain, str(tmp_path / "parted.txt")]
     for name, sources in (("plain", plain), ("parted", parted)):
@@ -464,3 +464,24 @@ def test_a_tokenizer_is_not_trained_on_held_out_parts(tmp_path: Path) -> None:
     prepare([alone], tmp_path / "alone", train_tokenizer=400, validation=0)
     first, second = (tmp_path / name / "train/tokenizer/tokenizer.json" for name in ("out", "alone"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_an_earlier_release_began_and_cannot_be_completed_starts_over(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """A threshold that leaves a split empty is no longer chosen, but may stand in a journal."""
+    source, out = _write(tmp_path / "a.jsonl", _texts(20)), tmp_path / "out"
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        prepare([source], out, tokenizer=str(tokenizer_folder), validation=0.2, progress=stop)
+    file = out / journal.JOURNAL_NAME
+    header, *states = file.read_text().splitlines()
+    old = {**json.loads(header), "threshold": 1}
+    del old["within_documents"]
+    file.write_text("\n".join([json.dumps(old), *states, ""]))
+    with pytest.raises(UserError, match="begun by an earlier version; what was unfinished is removed"):
+        prepare([source], out, tokenizer=str(tokenizer_folder), validation=0.2)
+    assert prepare([source], out, tokenizer=str(tokenizer_folder), validation=0.2).validation is not None

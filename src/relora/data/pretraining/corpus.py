@@ -72,7 +72,7 @@ class Corpus(SourceReader[str]):
 
     def is_parted(self) -> bool:
         """Return whether a plain text file holds a separator that parts documents, reading up to the first one."""
-        return self.has_plain_text and any(self.parted_at for _ in self.documents())
+        return self.has_plain_text and (any(self.parted_at for _ in self.documents()) or self.parted_at > 0)
 
     @property
     def has_plain_text(self) -> bool:
