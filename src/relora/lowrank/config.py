@@ -146,9 +146,10 @@ def check_target(config: LowRankConfig, path: str, out_features: int, in_feature
     if not 1 <= r <= largest_r:
         key = "lowrank.r" if r == config.r else "lowrank.rank_pattern"
         mistake = "exceeds the smaller side" if r > largest_r else "is too small a rank"
+        remedy = "" if config.target_modules == "all-linear" else ", or leave it out of lowrank.target_modules"
         raise UserError(
             f"{key} ({r}) {mistake} of {path or 'the layer'} ({out_features} x {in_features}); "
-            f"r may be at most {largest_r} here"
+            f"r may be at most {largest_r} here{remedy}"
         )
     if config.base == "nf4":
         check_sides(in_features, path)

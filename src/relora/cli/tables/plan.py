@@ -24,7 +24,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"peak: {format_bytes(plan.peak)}, in the {_phase_name(worst)} phase; {_format_time(plan.seconds)} of steps"
     )
     for line in plan.notes:
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     if plan.alternatives:
         console.print(_alternatives_table(plan))
 

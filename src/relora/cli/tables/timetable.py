@@ -24,7 +24,7 @@ def print_timetable(timetable: Timetable, console: Console | None = None) -> Non
     console.print(f"restarts: {_restarts(timetable)}", highlight=True)
     console.print(f"tokens: {timetable.total_tokens:,} ({epochs} passes over the training data)", highlight=True)
     for line in timetable.notes:
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _phase_row(phase: TimetablePhase, timetable: Timetable) -> list[str]:
