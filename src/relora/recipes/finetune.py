@@ -121,7 +121,7 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
             label = examples.labels[one].item()
             text = tokenizer.decode(examples.ids[examples.bounds[one] : examples.bounds[one + 1]].tolist())
             rows.append(f"{examples.places[one]}: {examples.names[int(label)] if examples.names else label}\n{text}")
-        return "\n\n".join([*notes, *rows])
+        return "\n\n".join(["\n".join([*notes, *examples.notes]), *rows]).lstrip()
     first = list(islice(records, number))
     found = encode(first, tokenizer, form_of(config), sequence_length=data.sequence_length + 1, skip_bad=data.skip_bad)
     heading = "\n".join([*notes, str(found), *found.notes])

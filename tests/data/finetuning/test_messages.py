@@ -102,6 +102,10 @@ def test_a_content_may_be_a_list_of_parts() -> None:
     assert (message.content, message.reasoning) == ("So.", "Hm.")
 
 
+def test_messages_may_be_text_in_json_as_in_a_table() -> None:
+    assert shown({"messages": json.dumps([ASKED, ANSWERED])}) == shown({"messages": [ASKED, ANSWERED]})
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_has_several_names(key: str) -> None:
     assert read({**ANSWERED, key: "Hm."})[0].extra == {"reasoning_content": "Hm."}

@@ -11,6 +11,7 @@ All other keys go to a chat template, which may write them. What is neither used
 the records (`relora.data.finetuning.noticed`).
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ def read_messages(value: Any, column: str, *, scored: bool = True) -> list[Messa
     """Read a list of messages.
 
     Args:
-        value: the value in the column.
+        value: the value in the column, also as its JSON, which is how tables of text hold it.
         column: its name, for messages.
         scored: whether responses are scored, unless they say otherwise.
 
@@ -93,6 +94,9 @@ def read_messages(value: Any, column: str, *, scored: bool = True) -> list[Messa
         BadRecord: it does not hold messages, or one of them cannot be used.
     """
     column = short_name(column)
+    if isinstance(value, str):
+        with contextlib.suppress(BadRecord):
+            value = from_json(value, column)
     if not isinstance(value, list):
         raise BadRecord(f"`{column}` is not a list of messages but {type(value).__name__}")
     if len(value) > MOST_MESSAGES:

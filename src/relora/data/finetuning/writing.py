@@ -122,7 +122,7 @@ class _ChatWriter:
         response = last.content
         if last.extra.get("tool_calls") or last.extra.get(REASONING_KEYS[0]):
             response = self._template.without_control_tokens("".join(text for text, _ in rendered.turns[-1].pieces))
-        chars = len(rendered.turns[-1].asked) + len(response)
+        chars = sum(len(turn.asked) for turn in rendered.turns) + len(response)
         return Written(rendered, response, chars, rendered.unused, rendered.noticed)
 
     def encode(self, written: Sequence[Written]) -> list[list[Encoded]]:
