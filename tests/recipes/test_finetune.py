@@ -286,3 +286,31 @@ def test_separators_part_the_completions_of_a_text_file(configure: Configure, tm
     inputs = gather_finetuning(config)
     assert inputs.notes[0] == "documents parted at 64 separators (`<|endoftext|>`)"
     assert len(inputs.batches.examples) + len(inputs.held_out_records) == 65
+
+
+def test_what_is_not_used_of_the_records_is_noted_and_shown(configure: Configure, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Say so."}, {"role": "assistant", "content": "So.", "weight": 0}]
+    turns += [{"role": "user", "content": "Again."}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": turns, "number": number} for number in range(40)]
+    (tmp_path / "chats.json").write_text(json.dumps({"data": rows}, indent=1))
+    config = configure(data__train=str(tmp_path / "chats.json"))
+    train = len(gather_finetuning(config).batches.examples)
+    for notes, number in ((gather_finetuning(config).notes, train), (show_examples(config, 2).splitlines(), 2)):
+        assert f"not used: column `number` ({number} records)" in notes
+        for what in (
+            "records read from the list under `data` of a file",
+            "responses seen and not scored, as their `weight`, `train` or `loss` says",
+        ):
+            assert any(note.startswith(f"{what}: {number}, first in") for note in notes)
+    assert show_examples(config, 1).count("⟦") == 1
+
+
+def test_labels_of_minus_one_are_left_out_and_that_is_noted_and_shown(configure: Configure, tmp_path: Path) -> None:
+    rows = [{"text": f"it is {number}", "label": -1 if number % 5 == 0 else number % 2} for number in range(40)]
+    (tmp_path / "c.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = configure(task="classification", data__train=str(tmp_path / "c.jsonl"))
+    inputs = gather_finetuning(config)
+    assert inputs.model.config.id2label == {0: "0", 1: "1"}
+    what = "records left out, without a label (-1, which is no class beside labels from 0 on): "
+    for notes in (inputs.notes, show_examples(config, 1).splitlines()):
+        assert any(note.startswith(what) for note in notes)

@@ -118,6 +118,12 @@ def test_blocks_say_where_a_response_begins_that_is_asked_for_otherwise() -> Non
     assert found.noticed == ("responses behind another text than the chat template asks with",) * 2
 
 
+def test_a_template_that_writes_no_response_is_refused() -> None:
+    silent = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+    with pytest.raises(BadRecord, match="the chat template writes nothing for a response; mend the template"):
+        turns(silent, TURN)
+
+
 def test_several_templates_without_a_default_are_refused() -> None:
     tokenizer = gpt2_like()
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}

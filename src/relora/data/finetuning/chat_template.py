@@ -142,6 +142,8 @@ class ChatTemplate:
         for start, end in spans:
             pieces += [(answered[written:start], False), (answered[start:end], is_scored)]
             written = end
+        if not any(text for text, _ in pieces):
+            raise BadRecord("the chat template writes nothing for a response; mend the template")
         return Turn(asked, tuple(piece for piece in pieces if piece[0]), not ends_with_control_token)
 
     def _asked_otherwise(

@@ -12,6 +12,9 @@ from typing import Any
 from relora.data.readers import MOST_NAMES
 from relora.messages import short_name
 
+MOST_KEPT = 1000
+"""Most names that are counted; a file with columns of its own in every record would fill the memory."""
+
 _UNDER = re.compile(r" under `.*`$")
 """End of the place of a record that is in a list in an object (`data.readers`)."""
 
@@ -40,7 +43,8 @@ class Noticed:
             unused: names of what is not used of it.
             noticed: what became of its messages, one entry for each.
         """
-        self._unused.update(dict.fromkeys(unused, 1))
+        room = len(self._unused) < MOST_KEPT
+        self._unused.update(name for name in dict.fromkeys(unused) if room or name in self._unused)
         under = [f"records read from the list{found[0]} of a file"] if (found := _UNDER.search(where)) else []
         for what in (*under, *noticed):
             self._counts[what] += 1
