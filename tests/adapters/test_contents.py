@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from tests.adapters.shelf import fill_shelf
 
-from relora.adapters.contents import list_adapters, show_adapter
+from relora.adapters.contents import list_adapters
 from relora.adapters.peft_format import TENSORS, read_adapter
+from relora.adapters.show import show_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 

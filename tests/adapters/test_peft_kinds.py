@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from relora.adapters.combine import combine
-from relora.adapters.contents import show_adapter
 from relora.adapters.merge import merge_adapter, unmerge_adapter
 from relora.adapters.multi_adapter import Adapters
-from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
+from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter, write_adapter
 from relora.adapters.save_load import load_adapter
+from relora.adapters.show import show_adapter
 from relora.errors import UserError
 
 pytestmark = [
@@ -169,6 +169,15 @@ def test_read_used_and_merged_as_in_peft(name: str, family: str, bases: dict[str
         with pytest.raises(UserError, match=r"merge (it|the adapter first) \(`relora adapters merge`\)"):
             load_adapter(model, tmp_path / "adapter")
     same(logits(model), expected if trains else logits(opened(base)))
+
+
+@pytest.mark.parametrize("name", ["head, DoRA", "embedding and head", "tokens of both", "patterns", "biases of the targets"])
+def test_what_was_read_is_written_again(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    expected = saved(bases["untied"], tmp_path / "theirs", **KINDS[name].settings)
+    write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / folder / TENSORS) for folder in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    same(logits(peft.PeftModel.from_pretrained(opened(bases["untied"]), tmp_path / "ours")), expected)
 
 
 @pytest.mark.parametrize("family", ["untied", "tied"])

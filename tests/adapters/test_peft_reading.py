@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from relora.adapters.adapter import Adapter, Factors
-from relora.adapters.contents import show_adapter
 from relora.adapters.peft_format import write_adapter
 from relora.adapters.peft_reading import EXPERT_TARGETS, STATE_SPACE_LEAVES, STATE_SPACE_TYPES, misreadings
 from relora.adapters.save_load import save_adapter
+from relora.adapters.show import show_adapter
 from relora.lowrank import LowRankConfig, inject
 from relora.model.load import open_model, quiet_transformers
 from relora.seeding import keyed_generator

@@ -1,21 +1,13 @@
-"""The contents of adapter folders: a list of the adapters below a folder, and one adapter shown layer by layer."""
+"""A list of the adapters below a folder, each in a line."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora.adapters.adapter import Factors
-from relora.adapters.peft_format import (
-    CONFIG,
-    TENSORS,
-    read_adapter,
-    read_config,
-    shapes,
-)
-from relora.adapters.peft_reading import misreadings_on_base
+from relora.adapters.peft_format import CONFIG, TENSORS, read_config, shapes
 from relora.errors import UserError
 from relora.messages import first_line, short_name
 
@@ -45,36 +37,6 @@ class Summary:
     """Reason why the adapter cannot be read; None if it can."""
 
 
-@dataclass(frozen=True)
-class LayerSummary:
-    """The update of one linear layer [out, inn] in an adapter."""
-
-    path: str
-    out: int
-    inn: int
-    r: int
-    lora_alpha: float
-    scaling: float
-    update_norm: float
-    """Frobenius norm of the update s·B A."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """One adapter in full."""
-
-    summary: Summary
-    layers: list[LayerSummary]
-    full_tensors: dict[str, list[int]]
-    """Shapes of the tensors that were trained in full (PEFT's `modules_to_save`), by name."""
-    base_copies: list[str] = field(default_factory=list)
-    """Names of the base's weights that PEFT copied into the adapter (see `whole_tensors`)."""
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    """Ids of the tokens whose rows were trained in full, by the name of their embedding."""
-    misread_by_peft: list[str] | None = None
-    """Lines on layers that PEFT reads otherwise (see `peft_reading`); None if the base is not here to tell by."""
-
-
 def list_adapters(folder: str | Path) -> list[Summary]:
     """List every adapter in a folder and its subfolders, sorted by path; tensors are not loaded.
 
@@ -90,31 +52,6 @@ def list_adapters(folder: str | Path) -> list[Summary]:
     if not found:
         raise UserError(f"{folder}: holds no adapter (no {CONFIG}, here or below)")
     return [summarize(path, str(path.relative_to(folder))) for path in found]
-
-
-def show_adapter(folder: str | Path) -> Contents:
-    """Read an adapter and describe it layer by layer.
-
-    Raises:
-        UserError: the folder holds no adapter, or one that cannot be read.
-    """
-    folder = Path(folder)
-    adapter = read_adapter(folder)
-    alphas = adapter.alphas()
-    layers = [
-        LayerSummary(path, *factors.shape, factors.r, alphas[path], factors.scaling, _update_norm(factors))
-        for path, factors in adapter.layers.items()
-    ]
-    full = {key: list(tensor.shape) for key, tensor in adapter.others.items()}
-    found = misreadings_on_base(adapter)
-    return Contents(
-        summarize(folder, folder.name),
-        layers,
-        full,
-        base_copies=list(adapter.base_copies),
-        rows={key: list(rows) for key, rows in adapter.rows.items()},
-        misread_by_peft=None if found is None else list(map(str, found)),
-    )
 
 
 def summarize(folder: Path, name: str) -> Summary:
@@ -148,12 +85,6 @@ def _lora_variant(config: Mapping[str, Any]) -> str:
     if config.get("use_dora"):
         return "DoRA"
     return "rsLoRA" if config.get("use_rslora") else "LoRA"
-
-
-def _update_norm(factors: Factors) -> float:
-    """Return the Frobenius norm |s·B A| without forming B A: |B A|² is the trace of (BᵀB)(AAᵀ)."""
-    a, b = factors.lora_A.double(), factors.lora_B.double()
-    return abs(factors.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
 
 
 def _is_hidden(path: Path) -> bool:

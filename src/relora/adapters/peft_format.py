@@ -184,8 +184,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         raise UserError(f"{folder}: is there already and was left as it is; give another folder")
     tensors = {}
     for path, factors in adapter.layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = factors.lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = factors.lora_B
+        names = ("lora_embedding_A", "lora_embedding_B") if factors.of_embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{PREFIX}{path}.{names[0]}": factors.lora_A, f"{PREFIX}{path}.{names[1]}": factors.lora_B}
         if factors.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factors.magnitude
     for key, tensor in (*adapter.others.items(), *adapter.base_copies.items()):

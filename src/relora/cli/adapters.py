@@ -31,7 +31,7 @@ def list_(
 @app.command(epilog="Example: relora adapters show runs/french/adapter --json")
 def show(adapter: Folder, as_json: Json = False) -> None:
     """Show what is in an adapter, layer by layer."""
-    from relora.adapters.contents import show_adapter
+    from relora.adapters.show import show_adapter
     from relora.cli.tables.adapters import print_contents
 
     print_found(show_adapter(adapter), as_json, print_contents)

@@ -3,9 +3,10 @@
 import pytest
 from tests.cli.tables.screen import Screen
 
-from relora.adapters.contents import Contents, LayerSummary, Summary
+from relora.adapters.contents import Summary
 from relora.adapters.extract import Extraction
 from relora.adapters.merge import MergeReport, UnmergeReport
+from relora.adapters.show import Contents, LayerSummary
 from relora.cli.tables.adapters import (
     format_decimal_bytes,
     print_contents,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Column
 
-from relora.adapters.contents import Contents, Summary
+from relora.adapters.contents import Summary
 from relora.adapters.extract import Extraction
 from relora.adapters.merge import MergeReport, UnmergeReport
+from relora.adapters.show import Contents
 from relora.cli.tables.layout import build_table, console_or_stdout
 
 SHOWN_NAMES = 4
