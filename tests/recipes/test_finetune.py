@@ -299,7 +299,7 @@ def test_what_is_not_used_of_the_records_is_noted_and_shown(configure: Configure
         assert f"not used: column `number` ({number} records)" in notes
         for what in (
             "records read from the list under `data` of a file",
-            "responses seen and not scored, as their `weight`, `train` or `loss` says",
+            "responses seen and not scored, by their `weight`, `train` or `loss`, or since they stand in the prompt",
         ):
             assert any(note.startswith(f"{what}: {number}, first in") for note in notes)
     assert show_examples(config, 1).count("⟦") == 1

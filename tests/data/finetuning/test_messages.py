@@ -42,7 +42,8 @@ def test_a_response_may_say_that_it_is_not_scored(flags: dict[str, Any], loss_on
     assert "BAD" not in scored and "So.<|im_end|>" in scored
     assert ("Why?" in scored) == (loss_on == "all")
     assert found.notes == (
-        "responses seen and not scored, as their `weight`, `train` or `loss` says: 1, first in x.jsonl, line 1",
+        "responses seen and not scored, by their `weight`, `train` or `loss`, or since they stand in the prompt: 1, "
+        "first in x.jsonl, line 1",
     )
 
 

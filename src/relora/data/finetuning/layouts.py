@@ -41,6 +41,10 @@ HISTORY = "history"
 LONGEST_TEXT = 1 << 20
 """Most characters of a conversation: far more than any context, and few enough for their tokens to fit into memory."""
 
+BEHIND_LAST = "messages left out behind the last response that is scored"
+BEHIND_BLANK = "messages left out because they are a blank response or stand behind one"
+UNSCORED = "responses seen and not scored, by their `weight`, `train` or `loss`, or since they stand in the prompt"
+
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("prompt", "completion", "label"))
 """Columns by which preference data is told: pairs (DPO, reward models), and single judged responses (KTO)."""
 
@@ -225,9 +229,6 @@ def _up_to_last_response(messages: list[Message]) -> tuple[tuple[Message, ...], 
     if not end:
         unscored = any(message.role == "assistant" for message in messages[:blank])
         return (), ("responses, none of which is scored",) if unscored else ()
-    noticed = ["messages left out behind the last response that is scored"] * (blank - end)
-    noticed += ["messages left out because they are a blank response or stand behind one"] * (len(messages) - blank)
-    noticed += ["responses seen and not scored, as their `weight`, `train` or `loss` says"] * sum(
-        message.role == "assistant" and not message.is_scored for message in messages[:end]
-    )
+    unscored = sum(message.role == "assistant" and not message.is_scored for message in messages[:end])
+    noticed = [BEHIND_LAST] * (blank - end) + [BEHIND_BLANK] * (len(messages) - blank) + [UNSCORED] * unscored
     return tuple(messages[:end]), tuple(noticed)
