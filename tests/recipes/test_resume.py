@@ -8,17 +8,8 @@ import pytest
 from relora.config import RunConfig, parse_config, parse_finetune_config, to_yaml
 from relora.errors import UserError
 from relora.recipes.from_settings import schedule_of
-from relora.recipes.resume import (
-    ALLOWED,
-    FREE,
-    HELD_OUT,
-    SAMPLE,
-    changes_since,
-    check_settings,
-    covered_by,
-    flat_settings,
-    newest,
-)
+from relora.recipes.resume import changes_since, newest
+from relora.runs.changes import ALLOWED, FREE, HELD_OUT, SAMPLE, check_settings, covered_by, flat_settings
 from relora.train.checkpoint import Checkpoints
 from relora.train.checkpoint_format import SavedState
 

@@ -34,9 +34,9 @@ from relora.model.own_loss import own_loss_note
 from relora.recipes.added_tokens import fit_vocabulary, train_token_rows
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
 from relora.recipes.pretraining_inputs import fingerprint_of, held_out_choice, marked_as_sample
-from relora.recipes.resume import HELD_OUT
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
+from relora.runs.changes import HELD_OUT
 from relora.runs.settings import is_run
 from relora.train.step import Loss
 

@@ -25,9 +25,9 @@ from relora.model.examine import attention_note, check_causal, leave_out_unused
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.model.own_loss import own_loss_note
 from relora.recipes.from_settings import autocast_of, lowrank_of
-from relora.recipes.resume import HELD_OUT, SAMPLE
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
+from relora.runs.changes import HELD_OUT, SAMPLE
 
 
 @dataclass(frozen=True)
