@@ -92,6 +92,7 @@ def test_columns_that_do_not_fit_are_named(options: dict[str, Any], message: str
     [
         ({"instruction": "a", "output": 3}, "`output` is not text but int"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, "`input` is not text but list"),
+        ({"text": [ASKED, ANSWERED]}, "`text` is not text but list"),
         ({"instruction": "a", "output": "\ud800"}, "`output` holds half of a surrogate pair"),
         ({"instruction": "a", "output": "\ufdd0"}, r"`output` holds U\+FDD0, which is no character"),
         ({"instruction": "a", "output": "b" * (LONGEST_TEXT + 1)}, "has 1,048,578 characters; one example has at most"),

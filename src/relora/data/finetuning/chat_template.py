@@ -216,7 +216,7 @@ class ChatTemplate:
             if tried.index(key) < MOST_KEYS and self._differs(without, tools, answered):
                 self._written_keys.add(key)
             else:
-                unused.append(f"`{short_name(key)}` in messages")
+                unused.append(f"`{short_name(str(key))}` in messages")
         if tools and not self._writes_tools:
             self._writes_tools = self._differs(messages, (), answered)
             if not self._writes_tools:

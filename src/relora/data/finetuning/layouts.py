@@ -119,7 +119,7 @@ class Layout:
         response = fields[self.response]
         answers = (
             read_messages(response, self.response)
-            if isinstance(response, list)
+            if isinstance(response, list) and self.name != "completion"
             else [Message("assistant", checked_text(response, short_name(self.response)))]
         )
         if self.prompt is None:
@@ -229,6 +229,6 @@ def _up_to_last_response(messages: list[Message]) -> tuple[tuple[Message, ...], 
     if not end:
         unscored = any(message.role == "assistant" for message in messages[:blank])
         return (), ("responses, none of which is scored",) if unscored else ()
-    unscored = sum(message.role == "assistant" and not message.is_scored for message in messages[:end])
-    noticed = [BEHIND_LAST] * (blank - end) + [BEHIND_BLANK] * (len(messages) - blank) + [UNSCORED] * unscored
+    unscored_count = sum(message.role == "assistant" and not message.is_scored for message in messages[:end])
+    noticed = [BEHIND_LAST] * (blank - end) + [BEHIND_BLANK] * (len(messages) - blank) + [UNSCORED] * unscored_count
     return tuple(messages[:end]), tuple(noticed)

@@ -24,7 +24,9 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 def unused_columns(fields: Mapping[str, Any], used: set[str]) -> list[str]:
     """Return the columns of a record that have a value and are not used, as messages name them."""
-    return [f"column `{short_name(key)}`" for key, value in fields.items() if key not in used and value not in EMPTY]
+    return [
+        f"column `{short_name(str(key))}`" for key, value in fields.items() if key not in used and value not in EMPTY
+    ]
 
 
 class Noticed:

@@ -91,7 +91,7 @@ class _PartWriter:
         """Write a conversation; only roles and texts can be written."""
         parts = self._parts(conversation.messages)
         keys = {key: None for message in conversation.messages for key, value in message.extra.items() if value}
-        unused = [f"`{short_name(key)}` in messages" for key in keys]
+        unused = [f"`{short_name(str(key))}` in messages" for key in keys]
         if conversation.tools:
             unused.append(f"the descriptions of tools, which need a chat template ({self.name} is in use)")
         return Written(parts, parts[-1].text, sum(len(part.text) for part in parts), tuple(unused))
