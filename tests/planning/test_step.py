@@ -1,11 +1,13 @@
 """A simulated step takes as many bytes as a real one, tensor by tensor, and calls them by the right names."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from tests.model.with_experts import with_experts
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DbrxConfig, MixtralConfig, PreTrainedConfig
 
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
 from relora.lowrank.config import Residual
@@ -191,6 +193,38 @@ def test_experts_in_a_list_are_no_blocks(checkpointing: Checkpointing, low_rank:
     in_list = simulated_experts(checkpointing, low_rank=low_rank, in_list=True)
     named = simulated_experts(checkpointing, low_rank=low_rank, in_list=False)
     assert in_list == named
+
+
+EXPERTS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48, "hidden_size": 32}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(vocab_size=96, num_hidden_layers=2, num_local_experts=4, **EXPERTS),
+        DbrxConfig(
+            vocab_size=96,
+            d_model=32,
+            n_layers=2,
+            n_heads=2,
+            max_seq_len=64,
+            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+            attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ),
+    ],
+    ids=["grouped products", "masks"],
+)
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_mixture_of_experts_is_planned(config: PreTrainedConfig, checkpointing: Checkpointing) -> None:
+    """Grouped products take any dtype; experts that are chosen by masks are planned as if each got all tokens."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    low_rank = low_rank_config()
+    figures = simulate(model, shape(), passing(checkpointing), prepare=preparing(low_rank), moments=two_moments)
+    assert figures.seconds > 0
+    real = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    report = inject(real, low_rank)
+    assert (figures.trained, figures.frozen, figures.factors) == (report.trainable, report.frozen, report.low_rank)
 
 
 def test_activations_of_all_blocks_are_called_activations() -> None:

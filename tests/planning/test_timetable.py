@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, BartConfig, MixtralConfig
 
 from relora.cli.tables.timetable import print_timetable
 from relora.config import RunConfig, parse_config
@@ -87,6 +88,23 @@ def test_the_largest_preset_needs_no_memory(configure: Configure) -> None:
     timetable = timetable_of(configure(model={"preset": "llama-7b", **shape}, lowrank={"r": 128}))
     assert timetable.phases[0].trainable_parameters > 6_700_000_000
     assert timetable.phases[1].trainable_parameters < timetable.phases[0].trainable_parameters / 10
+
+
+def test_what_gets_no_factors_and_never_trains_is_said(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers of the warm start are those that train: attention to an encoder that is not there does not."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
+    mixtral, bart = MixtralConfig(**sizes, **experts), BartConfig(vocab_size=512, d_model=32, is_decoder=True)
+    for config in (mixtral, bart):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+    model = {"preset": None, "vocab_size": None, "hidden_size": None, "intermediate_size": None}
+    print_timetable(timetable_of(configure(model={**model, "path": str(tmp_path / "mixtral")})))
+    printed = capsys.readouterr().out
+    assert "experts of 2 layers (" in printed and "get no factors: they train at full rank" in printed
+    timetable = timetable_of(configure(model={**model, "path": str(tmp_path / "bart")}))
+    assert timetable.phases[0].frozen_parameters > 0 and "encoder_attn" in timetable.notes[0]
 
 
 def test_a_person_reads_a_table(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:

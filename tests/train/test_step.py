@@ -135,6 +135,26 @@ def test_a_dead_tensor_is_named() -> None:
         one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batch())
 
 
+class Mixture(Bigram):
+    """A bigram model with experts in a list inside its block, of which a batch asks the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))})])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.blocks[0]["experts"][0](self.inner(self.embed(ids)))))
+
+
+def test_an_expert_without_tokens_is_not_dead_while_another_one_trains() -> None:
+    model = Mixture()
+    loss(model, *batch())[0].backward()
+    assert model.blocks[0]["experts"][1].weight.grad is None and dead_tensors(model) == []
+    for parameter in model.blocks[0]["experts"][0].parameters():
+        parameter.grad.zero_()
+    assert len(dead_tensors(model)) == 6
+
+
 def test_a_pair_of_zero_factors_is_found_out() -> None:
     """The published code wraps with A = B = 0, which never gets a gradient. B = 0 alone is right, and A is excused."""
     model = Bigram()
