@@ -323,9 +323,9 @@ def _largest_logit_difference(stored: StoredModel, folder: Path, merged: Path) -
     adapters = Adapters(model)
     adapters.load("adapter", folder)
     adapters.use("adapter")
-    logits = model(ids).logits
+    logits = model(ids, use_cache=False).logits
     del model, adapters  # so that only one model is in memory
-    difference: float = (open_model(merged).eval()(ids).logits - logits).abs().max().item()
+    difference: float = (open_model(merged).eval()(ids, use_cache=False).logits - logits).abs().max().item()
     if not math.isfinite(difference):
         raise NonFinite(f"{folder}: with this adapter the model's logits are not finite; nothing was written")
     return difference

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from relora.data.finetuning.examples import Example, HeldOutExamples
@@ -28,7 +27,7 @@ from relora.errors import UserError
 from relora.evaluation.output_folder import check_free, save_scores
 from relora.evaluation.scored_model import BATCH, check_counts, check_loss, open_scored_model, scored_length
 from relora.evaluation.text_metrics import TextScorer, TextScores
-from relora.inference.decoding import end_token_ids, without_generation_settings
+from relora.inference.decoding import end_token_ids, generate_ids, without_generation_settings
 from relora.measure import evaluate, evaluating
 from relora.model.load import max_positions, quiet_transformers
 from relora.report.progress import with_progress
@@ -307,13 +306,8 @@ def _generate_batch(
     for row, ids in enumerate(prompt_ids):
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
     is_prompt = torch.arange(longest) >= longest - lengths.unsqueeze(1)  # [prompts, longest]
-    output: Tensor = model.generate(  # [prompts, longest + generated]
-        input_ids.to(model.device),
-        attention_mask=is_prompt.long().to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
-        ),
-    )
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    output = generate_ids(model, input_ids.to(model.device), is_prompt.long().to(model.device), settings)
     generated: list[list[int]] = output[:, longest:].tolist()
     return generated
 

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from relora.errors import UserError
 from relora.measure import evaluating
+from relora.messages import first_line
 from relora.model.load import quiet_transformers
 from relora.seeding import keyed_seed
 
@@ -36,6 +37,8 @@ STREAM_SECONDS = 0.05
 """Shortest time between two streamed pieces of text; updates that come faster cannot be read."""
 _TOKENS_PER_CHAR = 4
 """The most tokens that one character takes: one that the vocabulary lacks is spelled as up to four bytes."""
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
+"""Errors of a class of transformers that does not fit what `generate` does with it."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """The text that the first bytes of a character decode to as long as its last byte is missing."""
 
@@ -131,14 +134,50 @@ def continue_prompt(
     seeded = _seeded(keyed_seed(seed, "sample", *ids), model.device)
     inference = torch.inference_mode(not trains_afterwards)
     with evaluating(model), quiet_transformers(), without_generation_settings(model), seeded, inference:
-        output: Tensor = model.generate(  # [1, prompt and generated tokens]
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=settings,
-            stopping_criteria=[growing] if growing.is_needed else None,
-        )
+        output = generate_ids(model, prompt, torch.ones_like(prompt), settings, growing if growing.is_needed else None)
     text = growing.close(output[0].tolist())
     return Continuation(growing.prompt, text, output.shape[1] - len(ids), time.perf_counter() - begin)
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    settings: GenerationConfig,
+    growing: "GrowingText | None" = None,
+) -> Tensor:
+    """Return the ids of prompts and generated tokens [prompts, length].
+
+    Keys and values are kept between tokens as transformers does; where it fails to make that cache for the model's
+    class, the text is generated without.
+
+    Args:
+        input_ids: [prompts, longest], padded on the left.
+        attention_mask: of the same shape; 0 where it is padded.
+        growing: called after every token.
+
+    Raises:
+        UserError: the class cannot generate text.
+    """
+    criteria = None if growing is None else [growing]
+
+    def attempt() -> Tensor:
+        found: Tensor = model.generate(
+            input_ids, attention_mask=attention_mask, generation_config=settings, stopping_criteria=criteria
+        )
+        return found
+
+    try:
+        return attempt()
+    except _FAILURES:  # of a class whose configuration or layers do not fit the cache that is made for them
+        if growing is not None and growing.has_begun:
+            raise
+    settings.use_cache = False
+    try:
+        return attempt()
+    except _FAILURES as error:
+        reason = first_line(str(error)) or type(error).__name__
+        raise UserError(f"a {model.config.model_type} model cannot generate text: {reason}") from None
 
 
 def _generation_config(
@@ -229,6 +268,11 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         self._written_chars, self._written_at = 0, 0.0
         longest = max(map(len, stop), default=0)
         self._stop_tokens = 1 + _TOKENS_PER_CHAR * longest  # a stop string that has just ended lies within so many
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token has been generated."""
+        return len(self._ids) > self._prompt_tokens
 
     @property
     def is_needed(self) -> bool:

@@ -161,7 +161,10 @@ def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: 
         left = save_prompts(model, folder / "adapter", base=base, overwrite=True)
     evaluation = measure_result(run, position, lambda: _evaluate_result(config, inputs, reporter, folder))
     if inputs.asks:
-        _write_answers(config, inputs, run.schedule.total_steps, folder)
+        try:
+            _write_answers(config, inputs, run.schedule.total_steps, folder)
+        except UserError as error:  # the trained model does not depend on them
+            reporter.warning(f"no answers to held-out prompts: {error}")
     figures = {"loss": evaluation.loss, **(evaluation.scores or {"perplexity": evaluation.perplexity})}
     shown = ", ".join(f"{name} {figure:.4g}" for name, figure in figures.items())
     unit = "examples" if inputs.is_classifier else "tokens"

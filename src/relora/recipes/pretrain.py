@@ -68,7 +68,10 @@ def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path
     merge(inputs.model)
     save_model(inputs.model, folder / "model", inputs.tokenizer)
     evaluation = measure_result(run, position, lambda: inputs.evaluate_whole(inputs.model, run.reporter))
-    _write_samples(config, inputs, folder)
+    try:
+        _write_samples(config, inputs, folder)
+    except UserError as error:  # the trained model does not depend on them
+        run.reporter.warning(f"no samples of text: {error}")
     run.reporter.message(
         f"held-out perplexity {evaluation.perplexity:.2f} on all {evaluation.tokens:,} tokens; "
         f"model in {folder / 'model'}"
