@@ -43,6 +43,7 @@ def gpt_oss(**keys: Any) -> PreTrainedConfig:
         (gpt_oss(layer_types=[FULL, SLIDING] * 2), 6, "layer_types", [FULL, SLIDING] * 3),
         (gpt_neo(4), 6, "attention_layers", ["global", "local"] * 3),
         (gpt_neo(4), 3, "attention_layers", ["global", "local", "global"]),
+        (gpt_neo(2), 3, "attention_layers", ["global", "local", "global"]),
     ],
 )
 def test_lists_with_an_entry_for_each_layer_follow(

@@ -84,8 +84,9 @@ def _adjust_lists(config: PreTrainedConfig, old: Mapping[str, Any], new: dict[st
     before, after = old[_DEPTH], new[_DEPTH]
     for key, value in old.items():
         if isinstance(value, list | tuple) and _has_entry_per_layer(config, key, value):
-            if key == "attention_layers":  # GPT-Neo makes it from a second spelling of the same
-                new["attention_types"] = [[_fitted(key, list(value), after), 1]]
+            if key == "attention_layers" and old.get("attention_types"):  # GPT-Neo makes the first from the second
+                (kinds, _), *others = old["attention_types"]
+                new["attention_types"] = [[_fitted(key, list(value if others else kinds * 2), after), 1]]
             if _is_derived(config, key, old):
                 del new[key]
             else:
