@@ -263,3 +263,15 @@ def test_rows_of_tokens_that_were_there_train_by_their_text(configure: Configure
     inputs = gather_finetuning(configure(**save_tokens))
     rows = inputs.model.get_parameter("model.embed_tokens.parametrizations.weight.0.rows")
     assert torch.equal(rows, inputs.model.get_input_embeddings().weight[[5, ROWS + 1]])
+
+
+@pytest.mark.parametrize("base", ["untied"], indirect=True)
+def test_a_batch_without_the_tokens_is_no_fault(configure: Configure) -> None:
+    """The token that ends a document is in no input, so only its row of the head has a gradient."""
+    end = load_tokenizer(str(configure().model.path)).eos_token
+    run = finetune(configure(lowrank__trainable_tokens=[end], data__template="plain"), quiet=True).folder
+    stored = {name.split(".")[2]: rows for name, rows in adapter_tensors(run).items() if "token_adapter" in name}
+    start = plain(run / "base")
+    number = load_tokenizer(str(run / "base")).eos_token_id
+    assert torch.equal(stored["model"][0], start.get_input_embeddings().weight[number])
+    assert not torch.equal(stored["lm_head"][0], start.get_output_embeddings().weight[number])

@@ -32,6 +32,8 @@ class TrainedRows(nn.Module):
         self.ids: Tensor
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
         self.rows = nn.Parameter(weight.detach()[self.ids].clone())
+        # a batch may have none of these tokens in its input, and then no gradient is right (see `train.step`)
+        self.rows.zero_until = torch.zeros(1)  # type: ignore[attr-defined]
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with the rows in place."""
