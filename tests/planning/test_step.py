@@ -63,9 +63,14 @@ def low_rank_config(**settings: object) -> LowRankConfig:
     return LowRankConfig(r=4, rates=RATES, **settings)  # type: ignore[arg-type]
 
 
-def real_peak(low_rank: LowRankConfig | None, checkpointing: Checkpointing, of: StepShape) -> int:
+def real_peak(
+    low_rank: LowRankConfig | None,
+    checkpointing: Checkpointing,
+    of: StepShape,
+    build: Callable[[], nn.Module] = lambda: build_model("llama-9m", TINY, seed=0),
+) -> int:
     """Return the peak bytes of tensors in real passes of a real model, weights and moments included."""
-    model = build_model("llama-9m", TINY, seed=0)
+    model = build()
     preparing(low_rank)(model)
     model.train()
     ledger = Ledger(CPU, RATES)
@@ -222,9 +227,11 @@ def test_a_mixture_of_experts_is_planned(config: PreTrainedConfig, checkpointing
     low_rank = low_rank_config()
     figures = simulate(model, shape(), passing(checkpointing), prepare=preparing(low_rank), moments=two_moments)
     assert figures.seconds > 0
-    real = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    report = inject(real, low_rank)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    report = inject(model, low_rank)
     assert (figures.trained, figures.frozen, figures.factors) == (report.trainable, report.frozen, report.low_rank)
+    real = real_peak(low_rank, checkpointing, shape(), lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+    assert 0.99 * real < figures.peak < (1.02 if config.model_type == "mixtral" else 2.5) * real
 
 
 def test_activations_of_all_blocks_are_called_activations() -> None:

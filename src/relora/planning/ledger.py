@@ -40,9 +40,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         device: the device whose memory is counted in `live` and `peak`; other memory is counted in `elsewhere`.
         rates: measured rates of the device.
+        fake: whether the tensors have no numbers, so that some results must be chosen (see `stand_in`).
     """
 
-    def __init__(self, device: torch.device, rates: Rates) -> None:
+    def __init__(self, device: torch.device, rates: Rates, *, fake: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind = "other"
         """Kind under which new storages are counted; set it before the code that creates them."""
@@ -56,7 +57,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Largest number of bytes in use in blocks of the allocator's heap, and in blocks requested alone."""
         self.seconds = 0.0
         """Predicted time of the operations so far."""
-        self._device, self._rates = device, rates
+        self._device, self._rates, self._fake = device, rates, fake
         self._storages: dict[int, tuple[str, int, Counter[str], weakref.ref[Any]]] = {}
         """Address of a storage -> kind, bytes, counter, and a reference that sees the storage freed."""
         self._heap = self._mapped = 0
@@ -65,7 +66,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, chosen = stand_in(function, args)
+        chosen: tuple[Any] | None = None
+        if self._fake or function is _aten._local_scalar_dense.default:  # one way through the loss, with numbers or not
+            args, chosen = stand_in(function, args)
         results = function(*args, **(kwargs or {})) if chosen is None else chosen[0]
         made = [self.note(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         self.seconds += self._seconds(function, args, results, computes=any(made) or _writes(function))
@@ -125,7 +128,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._product(left.dtype, left.shape[-2], left.shape[-1], right.shape[-1])
         if packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]], args[_PRODUCTS[packet] + 1]
-            return self._product(left.dtype, left.shape.numel() // left.shape[-1], left.shape[-1], right.shape[-1])
+            return self._product(left.dtype, left.shape[:-1].numel(), left.shape[-1], right.shape[-1])
         name = packet.__name__
         for start, operations in _ATTENTION.items():
             if name.startswith(start):

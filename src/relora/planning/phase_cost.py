@@ -147,6 +147,6 @@ def step_figures(config: RunConfig, phase: Phase, device: torch.device) -> StepF
         raise
     except Exception as error:  # of any kind: the model's code may look at numbers, which are not there
         raise UserError(
-            f"model: a step of a {model.config.model_type} model cannot be planned, since shapes in it depend on "
-            f"numbers ({first_line(str(error))}); try its settings in a run with a small `schedule.total_steps`"
+            f"model: a step of a {model.config.model_type} model cannot be planned, since its code needs numbers, not "
+            f"shapes alone ({first_line(str(error))}); try its settings in a run with a small `schedule.total_steps`"
         ) from None

@@ -101,7 +101,7 @@ def simulate(
         residual: if its scale is not zero, frozen weights have gradients in every so many steps. The peak is then that
             of such a step, and the time is the mean over all steps.
     """
-    ledger, fake = Ledger(shape.device, shape.rates), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger, fake = Ledger(shape.device, shape.rates, fake=True), FakeTensorMode(allow_non_fake_inputs=True)
     with fake, ledger, without_numbers():
         _move(model, shape.device)
         prepare(model)
