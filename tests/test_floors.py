@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("report", "runs", "train"),
     },
     "export": {"data", "lowrank", "model", "recipes", "runs", "train"},
-    "planning": {"config", "device", "lowrank", "measure", "model", "processes", "recipes", "train"},
+    "planning": {"config", "data", "device", "lowrank", "measure", "model", "processes", "recipes", "train"},
     "experiments": {
         *("config", "data", "device", "evaluation", "lowrank", "measure", "planning", "processes", "recipes"),
         *("report", "runs", "train"),

@@ -171,7 +171,9 @@ def test_read_used_and_merged_as_in_peft(name: str, family: str, bases: dict[str
     same(logits(model), expected if trains else logits(opened(base)))
 
 
-@pytest.mark.parametrize("name", ["head, DoRA", "embedding and head", "tokens of both", "patterns", "biases of the targets"])
+@pytest.mark.parametrize(
+    "name", ["head, DoRA", "embedding and head", "tokens of both", "patterns", "biases of the targets"]
+)
 def test_what_was_read_is_written_again(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     expected = saved(bases["untied"], tmp_path / "theirs", **KINDS[name].settings)
     write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "ours")

@@ -22,8 +22,9 @@ from relora.model import open_model
 from relora.model.classifier import open_classifier
 from relora.model.load import build_model
 from relora.model.save import save_model
+from relora.planning.examples import show_examples
 from relora.recipes import finetune as recipe
-from relora.recipes.finetune import finetune, show_examples
+from relora.recipes.finetune import finetune
 from relora.recipes.finetuning_inputs import gather_finetuning
 from relora.report.metrics import read_json_lines
 

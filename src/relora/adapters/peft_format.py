@@ -182,7 +182,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
     folder = Path(folder)
     if folder.exists() and not (overwrite and (folder / CONFIG).is_file()):
         raise UserError(f"{folder}: is there already and was left as it is; give another folder")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, factors in adapter.layers.items():
         names = ("lora_embedding_A", "lora_embedding_B") if factors.of_embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{path}.{names[0]}": factors.lora_A, f"{PREFIX}{path}.{names[1]}": factors.lora_B}

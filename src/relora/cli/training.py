@@ -112,8 +112,8 @@ def finetune(
 
     _ignore_checkpoint_requests()
     settings = load_finetune_config(config, overrides or [])
+    from relora.planning.examples import show_examples
     from relora.recipes.finetune import finetune as run_finetune
-    from relora.recipes.finetune import show_examples
 
     if show:
         print(show_examples(settings, show))

@@ -95,7 +95,7 @@ class FinetuneLowRankSettings(LowRankSettings):
     trained_modules: tuple[Text, ...] = ()
     """Modules that train in full beside the factors, such as `lm_head`: names or regular expressions."""
     trainable_tokens: Literal["new"] | tuple[NonNegativeInt | Text, ...] = ()
-    """Tokens (ids, texts, or `new`) whose rows of embedding and head train at `optimizer.lr`. All other rows are frozen;
+    """Tokens (ids, texts, or `new`) whose rows of embedding and head train at `optimizer.lr`; other rows are frozen.
     `new` are the rows that `model.resize_vocabulary` has added."""
     init: Literal["kaiming", "orthogonal", "pissa", "gradient-svd"] = "kaiming"
     """Method by which the factors are drawn at the start; `gradient-svd` is LoRA-GA."""

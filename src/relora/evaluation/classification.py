@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from relora.errors import UserError
 from relora.evaluation.label_metrics import accuracy, f1, macro_f1, matthews, pearson, spearman
-from relora.measure import evaluating
+from relora.measure import Evaluation, evaluating, perplexity
 from relora.model.classifier import class_logits, logits_loss
 
 
@@ -36,6 +36,12 @@ class ClassEvaluation:
     spearman: float | None
     examples: int
     """Number of scored examples."""
+
+    def as_evaluation(self) -> Evaluation:
+        """Return the same measurement in the form in which a run reports the held-out loss of any model."""
+        names = ("accuracy", "f1", "matthews", "pearson", "spearman")
+        scores = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return Evaluation(self.loss, perplexity(self.loss), None, self.examples, scores)
 
     @classmethod
     def of(cls, loss_sum: float, predictions: Sequence[Any], labels: Sequence[Any], classes: int) -> "ClassEvaluation":

@@ -7,18 +7,17 @@ This file assembles the run; the loop is that of pretraining.
 """
 
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from relora.adapters.added_tokens import without_token_rows
 from relora.adapters.llama_adapter import save_prompts
 from relora.adapters.save_load import save_adapter
 from relora.config import FinetuneConfig
-from relora.data.finetuning.classification import encode_classes, settle_padding
-from relora.data.finetuning.instruct import encode, prompts, render_example
-from relora.data.tokenizer import load_tokenizer, save_tokenizer
+from relora.data.finetuning.instruct import prompts
+from relora.data.tokenizer import save_tokenizer
 from relora.device import free_memory_bytes
 from relora.errors import UserError
 from relora.files.atomic import write_json
@@ -30,8 +29,7 @@ from relora.lowrank.token_rows import fold_rows
 from relora.measure import Evaluation
 from relora.model.save import save_model
 from relora.model.vocabulary import narrowest_dtype
-from relora.recipes.added_tokens import without_token_rows
-from relora.recipes.finetuning_inputs import FinetuningInputs, base_folder, gather_finetuning, read_records
+from relora.recipes.finetuning_inputs import FinetuningInputs, gather_finetuning
 from relora.recipes.from_settings import factor_parameters, form_of, lowrank_of, schedule_of, settled_lowrank
 from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
 from relora.report.html import write_report
@@ -100,32 +98,6 @@ def job_of(config: FinetuneConfig, inputs: FinetuningInputs) -> Job:
         write_tokenizer=lambda folder: _write_start(config, inputs, folder),
         notes=inputs.notes,
     )
-
-
-def show_examples(config: FinetuneConfig, number: int) -> str:
-    """Render the first training examples as text, as the model will see them and with what is scored."""
-    tokenizer = load_tokenizer(str(base_folder(config)), trust_remote_code=config.model.trust_remote_code)
-    records, _, notes = read_records(config)
-    data = config.data
-    if config.task == "classification":
-        settle_padding(tokenizer)
-        examples = encode_classes(
-            records,
-            tokenizer,
-            sequence_length=data.sequence_length,
-            text_columns=data.text_columns,
-            label_column=data.label_column,
-        )
-        rows = []
-        for one in range(min(number, len(examples))):
-            label = examples.labels[one].item()
-            text = tokenizer.decode(examples.ids[examples.bounds[one] : examples.bounds[one + 1]].tolist())
-            rows.append(f"{examples.places[one]}: {examples.names[int(label)] if examples.names else label}\n{text}")
-        return "\n\n".join(["\n".join([*notes, *examples.notes]), *rows]).lstrip()
-    first = list(islice(records, number))
-    found = encode(first, tokenizer, form_of(config), sequence_length=data.sequence_length + 1, skip_bad=data.skip_bad)
-    heading = "\n".join([*notes, str(found), *found.notes])
-    return "\n\n".join([heading, *(render_example(example, tokenizer) for example in found.examples)])
 
 
 def _write_start(config: FinetuneConfig, inputs: FinetuningInputs, folder: Path) -> None:

@@ -3,15 +3,15 @@
 Nothing is written here.
 """
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from relora.adapters.added_tokens import fit_vocabulary, train_token_rows
 from relora.adapters.llama_adapter import add_prompts
 from relora.config import FinetuneConfig
 from relora.data.finetuning.classification import ClassBatches, HeldOutClasses, encode_classes, settle_padding
@@ -19,24 +19,24 @@ from relora.data.finetuning.examples import ExampleBatches, HeldOutExamples
 from relora.data.finetuning.instruct import encode
 from relora.data.finetuning.packing import check_packing
 from relora.data.finetuning.records import Record, Records, split
-from relora.data.tokenizer import load_tokenizer
+from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.device import choose_device
 from relora.errors import UserError
-from relora.evaluation.classification import ClassEvaluation, evaluate_classes
+from relora.evaluation.classification import evaluate_classes
 from relora.evaluation.scored_model import BATCH
 from relora.files.untrusted import check_folder
 from relora.lowrank.targets import find_targets
-from relora.measure import Evaluation, evaluate, perplexity, token_loss
+from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.classifier import class_loss, open_classifier
 from relora.model.examine import attention_note, check_causal, leave_out_unused
 from relora.model.load import model_folder, open_model
 from relora.model.own_loss import own_loss_note
-from relora.recipes.added_tokens import fit_vocabulary, train_token_rows
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
-from relora.recipes.pretraining_inputs import fingerprint_of, held_out_choice, marked_as_sample
+from relora.recipes.pretraining_inputs import marked_as_sample
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
 from relora.runs.changes import HELD_OUT
+from relora.runs.fingerprints import file_digest, fingerprint_of, held_out_choice
 from relora.runs.settings import is_run
 from relora.train.step import Loss
 
@@ -83,7 +83,7 @@ class FinetuningInputs:
         if isinstance(self.held_out, HeldOutClasses):
             assert isinstance(model, PreTrainedModel)  # `self.model`, whose type the loop does not know
             scored = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch)
-            return marked_as_sample(_with_scores(scored), self.held_out.whole_targets)
+            return marked_as_sample(scored.as_evaluation(), self.held_out.whole_targets)
         found = evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch)
         return marked_as_sample(found, self.held_out.whole_targets)
 
@@ -93,17 +93,9 @@ class FinetuningInputs:
         if isinstance(held_out, HeldOutClasses):
             classes = HeldOutClasses(held_out.examples, sequences=BATCH)
             size = f"{classes.targets:,} examples"
-            return _with_scores(evaluate_classes(model, reporter.measuring(classes, len(classes), size)))
+            return evaluate_classes(model, reporter.measuring(classes, len(classes), size)).as_evaluation()
         batches = HeldOutExamples(held_out.whole, micro_sequences=BATCH, pad_id=0)
         return evaluate(model, reporter.measuring(batches, len(batches), f"{batches.targets:,} tokens"))
-
-
-def _with_scores(found: ClassEvaluation) -> Evaluation:
-    """Return what was measured of a classifier as a run reports it."""
-    figures = asdict(found)
-    loss, examples = figures.pop("loss"), figures.pop("examples")
-    scores = {name: figure for name, figure in figures.items() if figure is not None}
-    return Evaluation(loss, perplexity(loss), None, examples, scores)
 
 
 def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
@@ -134,29 +126,31 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         model = open_model(base, trust_remote_code=trust)
     notes = [*source_notes, *notes]
     rows = model.get_input_embeddings().num_embeddings
-    notes += fit_vocabulary(config, model, tokenizer)
+    resize = config.model.resize_vocabulary == "auto"
+    notes += fit_vocabulary(model, vocabulary_size(tokenizer), config.data.sequence_length, resize=resize)
     model.to(device)
-    if config.task != "classification":
-        check_causal(model, base)
     model_notes = [attention_note(model)]
     if config.task != "classification":
+        check_causal(model, base)
         model_notes.append(own_loss_note(model, experts_train=config.method == "full"))
+    if config.method == "full":
+        model_notes.append(leave_out_unused(model, config.data.sequence_length))
     notes += [note for note in model_notes if note]
-    if config.method == "full" and (note := leave_out_unused(model, config.data.sequence_length)):
-        notes = [*notes, note]
     if config.data.packing:
         check_packing(model, config.batch.micro_sequences)
     if config.method == "llama-adapter":
-        prompts = config.prompts
-        notes = [*notes, str(add_prompts(model, length=prompts.length, layers=prompts.layers, seed=config.seed))]
+        notes.append(
+            str(add_prompts(model, length=config.prompts.length, layers=config.prompts.layers, seed=config.seed))
+        )
     elif config.method != "full":
-        notes += train_token_rows(config, model, tokenizer, rows)
+        lowrank = config.lowrank
+        notes += train_token_rows(model, tokenizer, lowrank.trainable_tokens, lowrank.trained_modules, rows)
         find_targets(model, lowrank_of(config))
     content = {
-        "data": fingerprint_of(batches.content.encode(), _content(held_out).encode()),
+        "data": fingerprint_of(batches.content.encode(), held_out.content.encode()),
         HELD_OUT: held_out_choice(held_out.targets, held_out.whole_targets),
         "model": fingerprint_of((base / "config.json").read_bytes()),
-        "base": fingerprint_of(*(_file_digest(file) for file in sorted(base.glob("*.safetensors")))),
+        "base": fingerprint_of(*(file_digest(file) for file in sorted(base.glob("*.safetensors")))),
     }
     return FinetuningInputs(
         device,
@@ -253,14 +247,3 @@ def _classes(
     )
     held_out_notes = [f"held out: {one}" for one in held_out_examples.notes if one not in examples.notes]
     return batches, held_out_classes, [note, *examples.notes, *held_out_notes]
-
-
-def _content(held_out: HeldOutExamples | HeldOutClasses) -> str:
-    """Fingerprint of held-out examples."""
-    return held_out.examples.content if isinstance(held_out, HeldOutClasses) else held_out.content
-
-
-def _file_digest(file: Path) -> bytes:
-    """Hash of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").digest()

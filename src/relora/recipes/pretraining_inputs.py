@@ -3,7 +3,6 @@
 Nothing is written here.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,7 +26,8 @@ from relora.model.own_loss import own_loss_note
 from relora.recipes.from_settings import autocast_of, lowrank_of
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
-from relora.runs.changes import HELD_OUT, SAMPLE
+from relora.runs.changes import HELD_OUT
+from relora.runs.fingerprints import fingerprint_of, held_out_choice
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,3 @@ def open_configured_model(
 def marked_as_sample(found: Evaluation, whole: int) -> Evaluation:
     """Return the measurement with the number of tokens there are, if it was of fewer than the `whole`."""
     return replace(found, whole_tokens=whole) if found.tokens < whole else found
-
-
-def held_out_choice(measured: int, whole: int) -> str:
-    """Return how held-out tokens are chosen in training, as it stands in the manifest of a checkpoint."""
-    return SAMPLE if measured < whole else "whole"
-
-
-def fingerprint_of(*parts: bytes) -> str:
-    """Hash of the contents that a run depends on; saved with its checkpoints."""
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()

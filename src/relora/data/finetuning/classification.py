@@ -199,6 +199,11 @@ class HeldOutClasses:
         """Number of all held-out examples."""
         return len(self.examples)
 
+    @property
+    def content(self) -> str:
+        """Fingerprint of all held-out examples."""
+        return self.examples.content
+
     def __len__(self) -> int:
         """Number of batches."""
         return -(-self.targets // self.sequences)

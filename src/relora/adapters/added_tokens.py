@@ -1,12 +1,11 @@
 """Tokens that a user added to a tokenizer: rows for them in the model, and training of these rows alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from relora.config import FinetuneConfig
-from relora.data.tokenizer import vocabulary_size
 from relora.errors import UserError
 from relora.lowrank.patterns import compile_end_pattern
 from relora.lowrank.token_rows import fold_rows, train_rows, trained_rows
@@ -14,9 +13,16 @@ from relora.messages import short_repr
 from relora.model.load import check_fit
 from relora.model.vocabulary import grow_vocabulary
 
+TrainableTokens = Literal["new"] | Sequence[int | str]
 
-def fit_vocabulary(config: FinetuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Give the model a row for every id of the tokenizer, if `model.resize_vocabulary` allows it, and check the rest.
+
+def fit_vocabulary(model: PreTrainedModel, ids: int, sequence_length: int, *, resize: bool) -> list[str]:
+    """Give the model a row for every id of the tokenizer, if it may be resized, and check that it fits the data.
+
+    Args:
+        ids: number of ids that the tokenizer has.
+        sequence_length: longest sequence in tokens.
+        resize: add rows for ids that have none (`model.resize_vocabulary: auto`).
 
     Returns:
         Lines that say what was added.
@@ -24,20 +30,26 @@ def fit_vocabulary(config: FinetuneConfig, model: PreTrainedModel, tokenizer: Pr
     Raises:
         UserError: the tokenizer has ids without a row, or the model has too few positions.
     """
-    ids, lines = vocabulary_size(tokenizer), []
-    if ids > model.get_input_embeddings().num_embeddings and config.model.resize_vocabulary == "auto":
+    lines = []
+    if resize and ids > model.get_input_embeddings().num_embeddings:
         lines.append(grow_vocabulary(model, ids))
     remedy = "set `model.resize_vocabulary: auto` to add rows for the others, or give the tokenizer of the model"
-    check_fit(model, ids, config.data.sequence_length, remedy=remedy)
+    check_fit(model, ids, sequence_length, remedy=remedy)
     return lines
 
 
 def train_token_rows(
-    config: FinetuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows_before: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: TrainableTokens,
+    trained_modules: Sequence[str],
+    rows_before: int,
 ) -> list[str]:
-    """Let the rows of `lowrank.trainable_tokens` train.
+    """Let the rows of some tokens train while the other rows stay frozen.
 
     Args:
+        tokens: `lowrank.trainable_tokens`: ids or texts of tokens, or `new` for the rows that were added.
+        trained_modules: `lowrank.trained_modules`, none of which may hold the rows.
         rows_before: rows of the model before some were added.
 
     Returns:
@@ -46,9 +58,9 @@ def train_token_rows(
     Raises:
         UserError: there is no such token, or a row is to train in full as well.
     """
-    tokens, rows = config.lowrank.trainable_tokens, model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().num_embeddings
     modules = _with_rows(model)
-    in_full = {name for name in modules for pattern in config.lowrank.trained_modules if _matches(pattern, name)}
+    in_full = {name for name in modules for pattern in trained_modules if _matches(pattern, name)}
     if not tokens:
         frozen = rows > rows_before and len(in_full) < len(modules)
         return ["the added rows stay as they are; train them with `lowrank.trainable_tokens: new`"] if frozen else []
