@@ -83,7 +83,7 @@ class FinetuneLowRankSettings(LowRankSettings):
     """Factors lora_A and lora_B beside each frozen weight; everything but them and `trained_modules` is frozen."""
 
     r: PositiveInt = 8
-    """Rank of the factors; at most the smaller side of every target module."""
+    """Rank of the factors; `all-linear` leaves out layers with a side smaller than it."""
     lora_alpha: PositiveFloat = 16.0
     """Numerator of the scale of the update, lora_alpha / r."""
     rank_pattern: dict[Text, PositiveInt] = Field(default_factory=dict)

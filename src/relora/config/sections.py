@@ -99,7 +99,7 @@ class LowRankSettings(Settings):
     """Factors lora_A and lora_B beside each frozen weight (`relora.LowRankConfig` in the library)."""
 
     r: PositiveInt = 128
-    """Rank of the factors; at most the smaller side of every target module."""
+    """Rank of the factors; `all-linear` leaves out layers with a side smaller than it."""
     lora_alpha: PositiveFloat = 32.0
     """Numerator of the scale of the update, lora_alpha / r."""
     lora_dropout: Share = 0.0
