@@ -27,6 +27,7 @@ from relora.lowrank import merge
 from relora.lowrank.gradient_init import gradient_svd_, weight_gradients
 from relora.lowrank.token_rows import fold_rows
 from relora.measure import Evaluation
+from relora.model.load import max_positions
 from relora.model.save import save_model
 from relora.model.vocabulary import narrowest_dtype
 from relora.recipes.finetuning_inputs import FinetuningInputs, gather_finetuning
@@ -132,9 +133,11 @@ def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: 
     else:
         left = save_prompts(model, folder / "adapter", base=base, overwrite=True)
     evaluation = measure_result(run, position, lambda: _evaluate_result(config, inputs, reporter, folder))
-    if inputs.asks:
+    if inputs.asks and config.samples.examples:
         try:
-            _write_answers(config, inputs, run.schedule.total_steps, folder)
+            without_room = _write_answers(config, inputs, run.schedule.total_steps, folder)
+            if without_room:
+                reporter.warning(f"no answers to held-out prompts that {without_room}")
         except UserError as error:  # the trained model does not depend on them
             reporter.warning(f"no answers to held-out prompts: {error}")
     figures = {"loss": evaluation.loss, **(evaluation.scores or {"perplexity": evaluation.perplexity})}
@@ -171,16 +174,30 @@ def _evaluate_result(config: FinetuneConfig, inputs: FinetuningInputs, reporter:
     return inputs.evaluate_whole(result.model, reporter)
 
 
-def _write_answers(config: FinetuneConfig, inputs: FinetuningInputs, step: int, folder: Path) -> None:
-    """Write samples.json for the report: greedy answers of the trained model to held-out prompts."""
+def _write_answers(config: FinetuneConfig, inputs: FinetuningInputs, step: int, folder: Path) -> str:
+    """Write samples.json for the report: greedy answers of the trained model to held-out prompts.
+
+    A prompt that leaves less room than `max_new_tokens` in the model's context gets a shorter answer.
+
+    Returns:
+        What is true of the prompts without an answer, with their number; an empty text if each has one.
+    """
     settings = config.samples
     records = inputs.held_out_records[: settings.examples]
-    sampling = Sampling(max_new_tokens=settings.max_new_tokens, do_sample=False)
+    positions, without_room = max_positions(inputs.model), 0
     samples = []
     for prompt in prompts(records, inputs.tokenizer, form_of(config), skip_bad=config.data.skip_bad):
+        room = settings.max_new_tokens
+        if positions is not None:
+            room = min(room, positions - len(prompt.input_ids))
+        if room < 1:
+            without_room += 1
+            continue
+        sampling = Sampling(max_new_tokens=room, do_sample=False)
         answer = continue_prompt(inputs.model, inputs.tokenizer, prompt.input_ids, sampling, config.seed)
         samples.append({"step": step, "prompt": answer.prompt, "text": answer.text, "reference": prompt.response})
     write_json(folder / "samples.json", samples, ensure_ascii=False)
+    return f"leave no room in the model's {positions:,} positions: {without_room}" if without_room else ""
 
 
 def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[[nn.Module], None]:
