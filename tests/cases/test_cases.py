@@ -107,7 +107,7 @@ def test_another_number_of_layers_adapts_lists_of_layers(tmp_path: Path) -> None
     assert config["no_rope_layers"] == [1, 0] * 3
 
 
-@pytest.mark.parametrize("family", ["gptj", "gpt2"])
+@pytest.mark.parametrize("family", ["gptj", "gpt2", "mpt"])
 def test_a_held_out_prompt_longer_than_the_model_gets_no_answer(tmp_path: Path, family: str) -> None:
     ended = finetune(tmp_path, family, question="What is it that is so long? " * 20)
     assert ended.complaint(0) is None and "leave no room in the model's 128 positions" in ended.out + ended.err

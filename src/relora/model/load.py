@@ -178,7 +178,9 @@ def dtype_named(name: str) -> torch.dtype:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return the longest sequence for which the model was built, in tokens; None if its configuration has no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    # MPT's biases of attention, a table of fixed length, have a key of their own.
+    return getattr(model.config, "max_seq_len", None) if positions is None else positions
 
 
 @contextmanager
