@@ -29,7 +29,9 @@ WARM_START = PhaseCost("warm_start", 0, 100, FIGURES, allocator=5 * MIB, process
 LOW_RANK = replace(
     WARM_START, name="low_rank", first_step=100, steps=7300, figures=replace(FIGURES, frozen=9000, factors=64)
 )
-PLAN = Plan("relora", "cpu", 400 * MIB, [WARM_START, LOW_RANK], restarts=3, adaptive_switch=False, alternatives=[])
+PLAN = Plan(
+    "relora", "cpu", 400 * MIB, [WARM_START, LOW_RANK], restarts=3, adaptive_switch=False, alternatives=[], notes=[]
+)
 
 
 def rows_of(plan: Plan) -> dict[str, list[str]]:

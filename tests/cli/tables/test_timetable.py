@@ -22,6 +22,7 @@ TIMETABLE = Timetable(
     epochs=1.5,
     adaptive_switch=False,
     adaptive_restarts=False,
+    notes=["experts of 2 layers get no factors"],
 )
 
 
@@ -36,7 +37,8 @@ def test_phases_restarts_and_tokens() -> None:
     assert text.startswith("relora: 5,000 steps of 16,384 tokens\n")
     assert "│ low rank   │ 1,000 ... 5,000 │ 65,536,000 │" in text and "at most" not in text
     assert text.endswith(
-        "restarts: 3 (before steps 2,000, 3,000, 4,000)\ntokens: 81,920,000 (1.50 passes over the training data)"
+        "restarts: 3 (before steps 2,000, 3,000, 4,000)\ntokens: 81,920,000 (1.50 passes over the training data)\n"
+        "experts of 2 layers get no factors"
     )
 
 
