@@ -60,6 +60,8 @@ def test_held_out_labels_are_told_by_the_classes_of_the_training_data() -> None:
     assert is_labelled([-1, 0], ("-1", "0")) == is_labelled([-1, 0], ("no", "yes")) == [True, True]
     assert is_labelled(["nan", 0], ("0", "1")) == [False, True]
     assert is_labelled(["nan", "yes"], ("no", "yes")) == [True, True]
+    assert is_labelled([-100, 0, 1]) == [False, True, True]
+    assert is_labelled([-100, 0], ("0", "1")) == [False, True]
     assert is_labelled([-1, 0.5], ()) == [True, True]  # numbers to be predicted
 
 

@@ -4,7 +4,8 @@
     whole numbers, some of them written as 1.0                the same: pandas writes integers so where one is missing
     at least one number with a fraction, and no words         numbers to be predicted (regression)
     null, NaN, an empty text, `nan` beside numbers            no label; so is SNLI's `-`
-    -1, if there are other whole numbers, none below 0        no label: the way of `datasets` (SNLI, GLUE's test sets)
+    -1, -100, beside other whole numbers, none below 0        no label: the ways of `datasets` (SNLI, GLUE's test sets)
+                                                              and of torch's `ignore_index`
 
 A text that spells a number is a number, whatever the kind of the file: in a CSV file all values are text.
 """
@@ -79,6 +80,10 @@ def _name(label: Label) -> str:
     return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
+UNLABELLED_NUMBERS = (-1, -100)
+"""Numbers that stand for no label: the first in `datasets`, the second in torch (`ignore_index`)."""
+
+
 def _is_whole(label: Label) -> bool:
     """Return whether a label is an integer, or a float that stands for one exactly."""
     return isinstance(label, int) or (isinstance(label, float) and label.is_integer() and abs(label) <= _EXACT)
@@ -98,13 +103,13 @@ def is_labelled(labels: Sequence[Label | None], names: Sequence[str] | None = No
         numbers = [label for label in labels if isinstance(label, int | float)]
         words = {label.lower() for label in labels if isinstance(label, str)}
         are_numbers = bool(numbers) and words <= MISSING
-        others = {number for number in numbers if number != -1}
+        others = {number for number in numbers if number not in UNLABELLED_NUMBERS}
         from_zero = are_numbers and len(others) > 1 and all(_is_whole(number) and number >= 0 for number in others)
 
     def is_label(label: Label | None) -> bool:
         if isinstance(label, str):
             return not (are_numbers and label.lower() in MISSING)
-        return label is not None and not (from_zero and label == -1)
+        return label is not None and not (from_zero and label in UNLABELLED_NUMBERS)
 
     return list(map(is_label, labels))
 

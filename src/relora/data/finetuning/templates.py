@@ -77,7 +77,10 @@ def _in_turns(messages: Sequence[Message], opening: str, section: Callable[[Mess
     for message in messages:
         if message.role == "tool" or message.extra.get("tool_calls"):
             what = "a message from a tool" if message.role == "tool" else "a response that calls a tool"
-            raise BadRecord(f"{what} needs a chat template that writes tool calls; give the model's tokenizer one")
+            raise BadRecord(
+                f"{what} needs a chat template that writes tool calls; set data.template: chat, and give the model's "
+                "tokenizer one if it has none"
+            )
         if message.role == "assistant":
             parts += [Part(prompt + closing, False), Part(message.content, True, True, message.is_scored)]
             prompt = ""
