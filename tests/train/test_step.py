@@ -169,6 +169,15 @@ def test_a_pair_of_zero_factors_is_found_out() -> None:
     assert dead_tensors(model) == ["inner.lora_B"]
 
 
+def test_a_loss_that_no_trained_tensor_moves_stops_the_run_in_one_line() -> None:
+    """Reversible blocks, as Reformer's, hand no graph on to a frozen rest: autograd alone would raise RuntimeError."""
+    model = Bigram()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_(False)
+    with pytest.raises(RunStopped, match="step 3: the loss depends on no tensor that trains"):
+        one_step(model, optimizer, batch(), step=3)
+
+
 def test_dropout_is_keyed_by_seed_and_step() -> None:
     def outcome(seed: int, step: int) -> float:
         model = nn.Sequential(Bigram(), nn.Dropout(0.5))

@@ -86,6 +86,11 @@ def train_step(
         for micro_batch in zip(*parts, strict=True):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 micro_loss, _ = loss(model, *micro_batch)
+            if not micro_loss.requires_grad:
+                raise RunStopped(
+                    f"step {step}: the loss depends on no tensor that trains, so nothing would be learnt; choose other "
+                    "lowrank.target_modules or another method"
+                )
             torch.autograd.backward(micro_loss / valid_tokens)
             micro_losses.append(micro_loss.detach())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
