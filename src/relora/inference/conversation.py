@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from relora.data.finetuning.layouts import Layout
 from relora.data.finetuning.messages import BadRecord
 from relora.data.finetuning.messages import Message as TrainingMessage
-from relora.data.finetuning.writing import find_writer
+from relora.data.finetuning.writer import find_writer
 from relora.errors import UserError
 
 Message = dict[str, str]

@@ -4,7 +4,7 @@ from tests.data.tongues import CHATML, gpt2_like
 from relora.data.finetuning.layouts import Conversation, Layout
 from relora.data.finetuning.messages import BadRecord, Message
 from relora.data.finetuning.templates import Part, alpaca, completion, plain
-from relora.data.finetuning.writing import find_writer
+from relora.data.finetuning.writer import find_writer
 from relora.errors import UserError
 
 CHAT = Layout("chat", "messages")

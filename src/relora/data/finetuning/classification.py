@@ -29,7 +29,7 @@ from relora.data.finetuning.labels import (
     label_of,
     regression_targets,
 )
-from relora.data.finetuning.noticed import Noticed, unused_columns
+from relora.data.finetuning.record_notes import RecordNotes, unused_columns
 from relora.data.finetuning.records import Record, check_unicode, column_value
 from relora.data.readers import column_names
 from relora.data.sampling import Int64Array, keyed_sample, permute
@@ -251,7 +251,7 @@ def encode_classes(
     if not records:
         raise UserError("classification: there is no record to read")
     columns = like.columns if like else _find_columns(records[0], text_columns, label_column)
-    noticed = Noticed()
+    noticed = RecordNotes()
     for record in records:
         noticed.add(record.where, unused_columns(record.fields, {*columns.texts, columns.label}), ())
     labels, places, records = _labelled(records, columns, noticed, None if like is None else like.names)
@@ -277,7 +277,7 @@ def encode_classes(
 
 
 def _labelled(
-    records: list[Record], columns: ClassColumns, noticed: Noticed, names: tuple[str, ...] | None
+    records: list[Record], columns: ClassColumns, noticed: RecordNotes, names: tuple[str, ...] | None
 ) -> tuple[list[Label], list[str], list[Record]]:
     """Return the labels, places and records of all records that have a label; `UserError` if none has."""
     found = [(label_of(record, columns.label), record) for record in records]

@@ -22,10 +22,10 @@ from relora.data.finetuning.encoding import Encoded
 from relora.data.finetuning.examples import Example
 from relora.data.finetuning.layouts import Conversation, Layout, LayoutName, find_layout
 from relora.data.finetuning.messages import BadRecord
-from relora.data.finetuning.noticed import Noticed
+from relora.data.finetuning.record_notes import RecordNotes
 from relora.data.finetuning.records import Record
 from relora.data.finetuning.templates import TemplateName
-from relora.data.finetuning.writing import Writer, Written, find_writer
+from relora.data.finetuning.writer import Writer, Written, find_writer
 from relora.data.pretraining.encode import CHUNK_CHARS
 from relora.errors import UserError
 
@@ -223,7 +223,7 @@ class _Reader:
         self.writer: Writer = find_writer(form.template, self.layout, tokenizer)
         self._skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
-        self.noticed = Noticed()
+        self.noticed = RecordNotes()
 
     def encoded(self) -> Iterator[tuple[Record, Written, list[Encoded]]]:
         """Yield each record that has a response, what was written of it, and its examples.

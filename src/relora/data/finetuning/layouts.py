@@ -24,7 +24,7 @@ from relora.data.finetuning.messages import (
     read_messages,
     read_tools,
 )
-from relora.data.finetuning.noticed import unused_columns
+from relora.data.finetuning.record_notes import unused_columns
 from relora.data.finetuning.records import Record
 from relora.data.readers import column_names
 from relora.errors import UserError

@@ -8,7 +8,7 @@
                     `trainable`: a response with a false one is seen and not scored
 
 All other keys go to a chat template, which may write them. What is neither used nor written is named by whoever reads
-the records (`relora.data.finetuning.noticed`).
+the records (`relora.data.finetuning.record_notes`).
 """
 
 import contextlib

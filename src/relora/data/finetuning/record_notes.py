@@ -29,7 +29,7 @@ def unused_columns(fields: Mapping[str, Any], used: set[str]) -> list[str]:
     ]
 
 
-class Noticed:
+class RecordNotes:
     """Counts of what is not used of records, and of what became of their messages."""
 
     def __init__(self) -> None:
