@@ -71,6 +71,24 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return adapter_folder("llama", tmp_path / "adapter", base)
 
 
+def test_merged_into_the_weights_that_transformers_opens(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Where one file stands beside the shards of an index, it is the model; nothing of the index is left."""
+    other = built("llama")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path / "one")
+    shutil.copyfile(tmp_path / "one" / "model.safetensors", base / "model.safetensors")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    report = merge_adapter(adapter, tmp_path / "merged", base=base)
+    assert report.largest_logit_difference is not None and report.largest_logit_difference < 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "merged"), expected(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert [file.name for file in (tmp_path / "merged").glob("model*")] == ["model.safetensors"]
+    assert unmerge_adapter(tmp_path / "merged", tmp_path / "again").exact
+    assert torch.equal(logits(tmp_path / "again"), logits(base))
+
+
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"trained_modules": ("norm", "ln_f", "final_layer_norm")}])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_what_peft_makes_of_it(family: str, kind: dict[str, Any], tmp_path: Path) -> None:

@@ -199,6 +199,25 @@ def test_the_base_comes_back(name: str, family: str, bases: dict[str, Path], tmp
         unmerge_adapter(tmp_path / "merged", tmp_path / "subtracted")
 
 
+@pytest.mark.parametrize(
+    "name", ["plain", "head", "embedding", "embedding in full", "head in full", "tokens", "tokens of both"]
+)
+def test_weights_tied_by_the_configuration_alone(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Where the files hold two values for tied weights, transformers keeps both, and so does the merged model."""
+    base = Path(shutil.copytree(bases["tied"], tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    expected = saved(base, tmp_path / "adapter", **KINDS[name].settings)
+    model = opened(base)
+    adapters = Adapters(model)
+    adapters.load("theirs", tmp_path / "adapter")
+    adapters.use("theirs")
+    same(logits(model), expected)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=base, check=False)
+    same(logits(opened(tmp_path / "merged")), expected)
+
+
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 def test_an_untied_model_is_whole(shards: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """Its files hold both weights under their names, and nothing but the head was added."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from relora.adapters.adapter import Adapter, Factors
 from relora.errors import UserError
@@ -112,8 +113,16 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 
 
 def tied_names(model: nn.Module, key: str) -> list[str]:
-    """Return all names that a model has for its tensor `key`, that name among them."""
-    return next((names for names in tied_groups(model) if key in names), [key])
+    """Return all names that a model has for its tensor `key`, that name among them.
+
+    Names that the model's configuration ties count even if its files hold two values, by which transformers unties
+    them: PEFT goes by the configuration.
+    """
+    source_of = model.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(model, PreTrainedModel) else {}
+    source = source_of.get(key, key)
+    by_configuration = [name for name in source_of if source_of[name] == source]
+    same = next((names for names in tied_groups(model) if key in names), [key])
+    return list(dict.fromkeys([*same, *([source, *by_configuration] if by_configuration else [])]))
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from relora.adapters.compatibility import changes_alike, check_fits, tied_groups
 from relora.adapters.multi_adapter import Adapters
 from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
 from relora.adapters.stored_model import (
+    INDEX,
     StoredModel,
     StoredTensor,
     copy_and_hash,
@@ -35,7 +36,7 @@ from relora.adapters.stored_model import (
     new_model_folder,
     sha256,
 )
-from relora.adapters.untie import INDEX, untied_tensors, write_untied
+from relora.adapters.untie import untied_tensors, write_untied
 from relora.adapters.whole_tensors import settled
 from relora.errors import NonFinite, UserError
 from relora.files.atomic import write_json

@@ -8,21 +8,23 @@ one tensor at a time, however large the model is.
 import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Chunk, Split, WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from relora.adapters.compatibility import all_tensors
+from relora.adapters.compatibility import all_tensors, tied_groups
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder
 from relora.files.untrusted import INDEX_BYTES, check_model_folder, inside, read_json
@@ -32,8 +34,11 @@ from relora.model.load import model_folder, open_model
 
 _log = logging.getLogger(__name__)
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes, under safetensors' names, to which an update can be added."""
+INDEX = "model.safetensors.index.json"
+"""File that says which weight file holds a tensor, where there are several."""
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Dtypes, under safetensors' names, to which an update can be added, with the bytes of a number."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx")
 """Endings of files that may hold weights, of whatever library."""
 _CHUNK_BYTES = 1 << 24
@@ -51,12 +56,22 @@ class StoredTensor:
     dtype: str
     """Dtype under safetensors' name, such as `BF16`."""
     shape: tuple[int, ...]
+    first_row: int | None = None
+    """First of the rows of the stored tensor that this one is, if it is a part of it."""
 
     def read(self) -> Tensor:
         """Read the tensor from the file to the CPU."""
         with safe_open(self.file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(self.name)
+            if self.first_row is None:
+                tensor: Tensor = opened.get_tensor(self.name)
+            else:
+                tensor = opened.get_slice(self.name)[self.first_row : self.first_row + self.shape[0]]
         return tensor
+
+    def rows(self, first: int, shape: tuple[int, ...]) -> "StoredTensor":
+        """Return the part of the tensor that has the given shape and begins at row `first`."""
+        bytes_per_row = _BYTES[self.dtype] * math.prod(self.shape[1:])
+        return replace(self, first_byte=self.first_byte + first * bytes_per_row, shape=shape, first_row=first)
 
     def write(self, tensor: Tensor, folder: Path) -> None:
         """Overwrite the tensor by another one of the same dtype and shape, in the copy of the file in `folder`."""
@@ -80,16 +95,32 @@ class StoredModel:
         with torch.device("meta"):
             self.model: PreTrainedModel = open_model(self.folder)
         self.files = weight_files(self.folder)
-        model_name = _renamer(self.model)
-        self.tensors = {model_name(stored.name): stored for file in self.files for stored in _read_header(file)}
-        """Stored tensors by their name in the model; those that transformers converts when it opens the model (merges,
-        splits) stand under their name in the file."""
+        named = _namer(self.model)
+        self.tensors = {
+            name: tensor for file in self.files for one in _read_header(file) for name, tensor in named(one).items()
+        }
+        """Stored tensors by their name in the model, and the parts of those whose rows transformers deals out to
+        several parameters; those that it converts otherwise when it opens the model (merges experts, say) stand under
+        their name in the file."""
+        self._untie()
         self._tensors = all_tensors(self.model)
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _untie(self) -> None:
+        """Untie weights that the configuration ties and the files hold with two values, as transformers does."""
+        for first, *others in tied_groups(self.model):
+            for name in others:
+                pair = [self.tensors.get(key) for key in (first, name)]
+                if all(pair) and not torch.equal(*(one.read() for one in pair if one)):
+                    path, _, parameter = name.rpartition(".")
+                    module = self.model.get_submodule(path)
+                    module.register_parameter(
+                        parameter, nn.Parameter(torch.empty_like(module.get_parameter(parameter)))
+                    )
 
     def find(self, key: str) -> StoredTensor:
         """Find the model's tensor `key` in the files; tied weights are stored under one of their names only.
@@ -126,19 +157,23 @@ class StoredModel:
         left_out = [name for name in copy_without_weights(self.folder, folder) if name not in weights]
         if left_out:
             _log.warning("warning: %s: not copied: %s", self.folder, ", ".join(left_out))
+        if [file.name for file in self.files] == ["model.safetensors"]:
+            (folder / INDEX).unlink(missing_ok=True)  # it names other files, which transformers does not read
         return {file.name: copy_and_hash(file, folder / file.name) for file in self.files}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files with the weights of a model: those that its index names, or `model.safetensors`.
+    """List the safetensors files with the weights of a model: `model.safetensors`, or else those that its index names.
+
+    Where both are there, transformers reads the one file.
 
     Raises:
         UserError: a file is missing, or the folder holds what `relora.files.untrusted` refuses.
     """
     check_model_folder(folder)
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     names = {"model.safetensors"}
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         names = set(read_json(index, INDEX_BYTES)["weight_map"].values())
     for name in names:
         if not inside(folder, name).is_file():
@@ -206,23 +241,50 @@ def sha256(file: Path) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return a function from the name of a tensor in the files to its name in the model.
+def _namer(model: PreTrainedModel) -> Callable[[StoredTensor], dict[str, StoredTensor]]:
+    """Return a function from a tensor in the files to the tensors of the model that it holds, by their names there.
 
-    It renames as transformers does when it loads the files; a tensor that transformers converts keeps its name.
+    It renames as transformers does when it loads the files; a tensor that transformers converts keeps its name, unless
+    its rows are dealt out to several parameters.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
 
-    def rename(name: str) -> str:
-        key, converted = rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:
-            return name
-        return name if converted else str(key)
+    def named(stored: StoredTensor) -> dict[str, StoredTensor]:
+        key, pattern = rename_source_key(stored.name, renamings, converters, prefix, state)
+        if key not in state and stored.name in state:
+            return {stored.name: stored}
+        if pattern is None:
+            return {str(key): stored}
+        converter = next(one for one in converters if pattern in one.source_patterns)
+        return _parts(stored, str(key), converter, state) or {stored.name: stored}
 
-    return rename
+    return named
+
+
+def _parts(
+    stored: StoredTensor, key: str, converter: WeightConverter, state: Mapping[str, Tensor]
+) -> dict[str, StoredTensor]:
+    """Return the parameters to which transformers deals out the rows of a stored tensor; none if it does otherwise.
+
+    Args:
+        key: name of the first of them.
+        state: the model's own tensors by name.
+    """
+    first, *others = converter.target_patterns
+    operations = converter.operations
+    if not others or stored.dtype not in _BYTES or len(operations) != 1:
+        return {}
+    if not isinstance(operations[0], Chunk | Split) or operations[0].dim or len(converter.source_patterns) > 1:
+        return {}
+    names = [key.replace(first, target) for target in converter.target_patterns]
+    shapes = [tuple(state[name].shape) for name in names if name in state]
+    if len(shapes) < len(names) or sum(shape[0] for shape in shapes) != stored.shape[0]:
+        return {}
+    starts = accumulate((shape[0] for shape in shapes), initial=0)
+    return {name: stored.rows(start, shape) for name, shape, start in zip(names, shapes, starts, strict=False)}
 
 
 def _read_header(file: Path) -> Iterator[StoredTensor]:
@@ -245,6 +307,6 @@ def _checked(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     if stored.shape != shape:
         sides = f"{list(stored.shape)} where config.json wants {list(shape)}"
         raise UserError(f"{stored.file}: {stored.name} is {sides}")
-    if stored.dtype not in _FLOATS:
+    if stored.dtype not in _BYTES:
         raise UserError(f"{stored.file}: {stored.name} is stored as {stored.dtype}, which nothing can be added to")
     return stored

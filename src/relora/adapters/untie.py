@@ -15,13 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.adapters.compatibility import all_tensors, tied_groups
-from relora.adapters.stored_model import StoredModel
+from relora.adapters.stored_model import INDEX, StoredModel
 from relora.errors import UserError
 from relora.files.atomic import write_json
 from relora.files.untrusted import INDEX_BYTES, MB, read_json
 from relora.model.load import open_model
 
-INDEX = "model.safetensors.index.json"
 _TIES = "tie_word_embeddings"
 
 

@@ -41,11 +41,12 @@ def settled(
         _log.warning("warning: %s: its copy of the base's %s differs from that of this base, and is used", source, key)
         others[key] = copy
     for key, rows in adapter.rows.items():
-        values = others[key] if key in others else tensor_of(key)
-        indices = torch.tensor(list(rows), device=values.device)
-        changed = values.index_copy(0, indices, torch.stack(list(rows.values())).to(values))
         # PEFT trains the rows of a tied weight under all of its names
-        others |= {name: changed for name in (key, *tied_names(key)) if name == key or name not in adapter.rows}
+        for name in {key, *tied_names(key)}:
+            if name == key or name not in adapter.rows:
+                values = others[name] if name in others else tensor_of(name)
+                indices = torch.tensor(list(rows), device=values.device)
+                others[name] = values.index_copy(0, indices, torch.stack(list(rows.values())).to(values))
     for path, factors in adapter.layers.items():
         if factors.of_embedding:
             key = f"{path}.weight"
