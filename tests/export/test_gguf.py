@@ -419,6 +419,39 @@ def test_weights_that_are_not_all_there(
     refused(damaged, tokenizer, "has no model.safetensors")
 
 
+def test_a_head_that_is_stored_apart_from_a_tied_embedding(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """transformers opens two weights where the files hold two values, so the file has two."""
+    for family, head in (("llama-tied", "lm_head.weight"), ("gpt_neox-tied", "lm_head.weight")):
+        weight = torch.randn(SIZE, 64)
+        folder = spoiled(folders[family], tmp_path / family, **{head.replace(".", "__"): weight})
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight, weight)
+        held = numbers(write_gguf(folder, tmp_path / f"{family}.gguf", tokenizer))
+        assert torch.equal(held["output.weight"], weight)
+    embedding = load_file(folders["llama-tied"] / "model.safetensors")["model.embed_tokens.weight"]
+    same = spoiled(folders["llama-tied"], tmp_path / "same", lm_head__weight=embedding.clone())
+    assert "output.weight" not in numbers(write_gguf(same, tmp_path / "same.gguf", tokenizer))
+
+
+def test_weights_of_another_head(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The scores of a classifier, for example, are not dropped in silence; constants of old files are."""
+    constants = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(8)}
+    write_gguf(spoiled(folders["llama"], tmp_path / "old", **constants), tmp_path / "old.gguf", tokenizer)
+    scores = spoiled(folders["llama-tied"], tmp_path / "scores", score__weight=torch.ones(3, 64))
+    refused(scores, tokenizer, "holds `score.weight`, which is no part of a llama language model")
+
+
+def test_end_tokens_of_the_generation_settings(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "model")
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [0, 7]}))
+    fields = gguf.GGUFReader(write_gguf(folder, tmp_path / "model.gguf", tokenizer)).fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == 7
+
+
 @pytest.mark.parametrize(
     ("number", "dtype"),
     [(float("nan"), "fp32"), (float("inf"), "bf16"), (7e4, "fp16"), (1e7, "q8_0"), (float("nan"), "q8_0")],

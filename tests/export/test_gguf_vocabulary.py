@@ -187,6 +187,26 @@ def test_chat_templates_and_added_tokens() -> None:
     assert "chat_template" not in keys_of(byte_level())
 
 
+def test_every_chat_template_goes_along_under_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    keys = keys_of(byte_level(chat_template={"default": "plain", "tool-use": "other"}))
+    assert (keys["chat_template"], keys["chat_template.tool_use"]) == ("plain", "other")
+    assert keys["chat_templates"] == ["tool_use"] and not caplog.records
+    keys = keys_of(byte_level(chat_template={"rag": "other"}))
+    assert keys["chat_template.rag"] == "other" and "chat_template" not in keys
+    assert "no default chat template, only rag" in caplog.text
+
+
+def test_end_tokens_beside_eos(caplog: pytest.LogCaptureFixture) -> None:
+    """Ids that end a text by the generation settings end it in llama.cpp, too; a fourth one is named."""
+    tokenizer = byte_level()  # its EOS is 3
+    assert vocabulary(tokenizer, 4)["tokenizer.ggml.eos_token_id"] == 3
+    assert "tokenizer.ggml.eot_token_id" not in vocabulary(tokenizer, 4, [3, 99])
+    keys = vocabulary(tokenizer, 4, [3, 1, 0])
+    assert (keys["tokenizer.ggml.eot_token_id"], keys["tokenizer.ggml.eom_token_id"]) == (1, 0) and not caplog.records
+    assert vocabulary(tokenizer, 4, [1, 0, 2])["tokenizer.ggml.eom_token_id"] == 0
+    assert "left out: 2" in caplog.text
+
+
 # What is refused
 
 

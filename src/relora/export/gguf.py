@@ -20,6 +20,7 @@ The price: on a CPU, llama.cpp takes GELU from a table in fp16, so the logits of
 0.001 of their spread. Those of the other architectures agree within the rounding of fp32.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
@@ -37,7 +38,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from relora.errors import RunStopped, UserError
 from relora.export.gguf_vocabulary import Value, vocabulary
 from relora.files.atomic import atomic_file
-from relora.files.untrusted import INDEX_BYTES, inside, read_json
+from relora.files.untrusted import CONFIG_BYTES, INDEX_BYTES, inside, read_json
 from relora.messages import first_line, short_name, short_repr
 from relora.model.load import DTYPES, open_model
 
@@ -55,6 +56,8 @@ GGUF_DTYPES = {
 }
 """GGUF's names of the type of a tensor and of a file, by dtype."""
 
+_OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+"""Constants that older versions of transformers stored among the weights."""
 _BLOCK = 32
 """Number of entries of a row that share a scale in q8_0."""
 
@@ -108,7 +111,7 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
         )
     _check_supported(config, folder)
     rows = shapes.get_input_embeddings().num_embeddings
-    keys = {**_shape_keys(config, rows), **vocabulary(tokenizer, rows)}
+    keys = {**_shape_keys(config, rows), **vocabulary(tokenizer, rows, _ends(folder, config))}
     try:
         with ExitStack() as opened:
             entries = _entries(shapes, folder, dtype, opened)
@@ -117,6 +120,14 @@ def write_gguf(folder: Path, file: Path, tokenizer: PreTrainedTokenizerFast, dty
     except OSError as error:
         raise RunStopped(f"{file}: could not be written: {error.strerror or first_line(str(error))}") from error
     return file
+
+
+def _ends(folder: Path, config: PreTrainedConfig) -> list[int]:
+    """Return the ids at which a model's generation settings, or else its configuration, end a text."""
+    file, ends = folder / "generation_config.json", config.eos_token_id
+    if file.is_file():
+        ends = read_json(file, CONFIG_BYTES[file.name]).get("eos_token_id", ends)
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
 def _check_supported(config: PreTrainedConfig, folder: Path) -> None:
@@ -205,8 +216,9 @@ def _entries(shapes: PreTrainedModel, folder: Path, dtype: str, opened: ExitStac
         read = partial(_read_arranged, stored[key], key, config, name)
         entries.append(_Entry(name, shape, _tensor_dtype(name, shape, dtype), read))
 
-    for path, parameter in shapes.named_parameters():  # tied parameters appear once
-        key = _stored_key(path, shapes.base_model_prefix, stored, folder)
+    keys = _stored_keys(shapes, stored, folder)
+    for path, key in keys.items():
+        parameter = shapes.get_parameter(path)
         stored_shape = stored[key].get_slice(key).get_shape()
         if stored_shape != list(parameter.shape):
             sides = f"{short_repr(stored_shape)} where config.json wants {list(parameter.shape)}"
@@ -215,7 +227,8 @@ def _entries(shapes: PreTrainedModel, folder: Path, dtype: str, opened: ExitStac
         if name is None:
             raise UserError(f"{folder}: `{path}` has no place in a GGUF file of {architecture}")
         add(name, key, parameter)
-        if architecture == "gptneox" and name == "token_embd.weight" and config.tie_word_embeddings:
+        has_head = any(one.startswith("lm_head.") for one in keys)
+        if architecture == "gptneox" and name == "token_embd.weight" and not has_head:
             # the other architectures of llama.cpp use the embedding if there is no head
             add("output.weight", key, parameter)
     if getattr(config, "rope_parameters", {}).get("rope_type", "default") != "default":
@@ -260,16 +273,36 @@ def _open_weights(folder: Path, opened: ExitStack) -> dict[str, Any]:
     return stored
 
 
-def _stored_key(path: str, prefix: str, stored: Mapping[str, Any], folder: Path) -> str:
-    """Return the key under which the parameter at `path` is stored.
+def _stored_keys(shapes: PreTrainedModel, stored: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Return the key of every parameter in the files, by its path.
 
-    Some files were written from the model without its head, so their keys lack `prefix`; others name the head
-    `embed_out`. `UserError` if there is no such key.
+    A tied parameter appears once, unless the files hold it with two values, by which transformers unties it. Some files
+    were written from the model without its head, so their keys lack the prefix; others name the head `embed_out`.
+
+    Raises:
+        UserError: a parameter has no key, or a weight in the files belongs to no parameter.
     """
-    for key in (path, path.removeprefix(f"{prefix}."), path.replace("lm_head.", "embed_out.")):
-        if key in stored:
-            return key
-    raise UserError(f"{folder}: its weights lack `{path}`; they are incomplete or of another architecture")
+    keys: dict[str, str] = {}
+    key_of: dict[int, str] = {}
+    duplicates: set[str] = set()
+    prefix = f"{shapes.base_model_prefix}."
+    for path, parameter in shapes.named_parameters(remove_duplicate=False):
+        names = (path, path.removeprefix(prefix), path.replace("lm_head.", "embed_out."))
+        key, tied = next((name for name in names if name in stored), None), key_of.get(id(parameter))
+        if tied is not None and (key is None or torch.equal(*(stored[one].get_tensor(one) for one in (key, tied)))):
+            duplicates.add(key or tied)
+        elif key is None:
+            raise UserError(f"{folder}: its weights lack `{path}`; they are incomplete or of another architecture")
+        else:
+            keys[path] = key_of[id(parameter)] = key
+    known = {*keys.values(), *duplicates, *(name for name, _ in shapes.named_buffers())}
+    for key in sorted(stored):
+        if key not in known and not _OLD_BUFFERS.search(key):
+            raise UserError(
+                f"{folder}: holds `{short_name(key, 160)}`, which is no part of a {shapes.config.model_type} language "
+                "model; write it without (`save_pretrained`) if it is not needed"
+            )
+    return keys
 
 
 def _read_arranged(file: Any, key: str, config: PreTrainedConfig, name: str) -> Tensor:

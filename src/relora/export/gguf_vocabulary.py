@@ -60,11 +60,12 @@ whole is never split by merges)."""
 _log = logging.getLogger(__name__)
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Value]:
+def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, ends: Sequence[int] = ()) -> dict[str, Value]:
     """Return the keys `tokenizer.*` of a GGUF file.
 
     Args:
         rows: number of rows of the model's embedding; ids without a token get a name of their own.
+        ends: ids at which the model's generation settings end a text, beside the tokenizer's EOS.
 
     Raises:
         UserError: llama.cpp cannot tokenize as this tokenizer does, or the tokenizer has ids that the model lacks.
@@ -86,10 +87,41 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Value
     twice, times = Counter(keys["tokens"]).most_common(1)[0]
     if times > 1:
         raise UserError(f"tokenizer: {short_repr(twice)} would stand for two ids, which llama.cpp does not open")
-    keys = {f"tokenizer.ggml.{key}": value for key, value in {**_special_tokens(tokenizer), **keys}.items()}
+    keys = {**_special_tokens(tokenizer), **_further_ends(tokenizer.eos_token_id, ends, rows), **keys}
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | _chat_templates(tokenizer)
+
+
+def _further_ends(eos: int, ends: Sequence[int], rows: int) -> dict[str, Value]:
+    """Return the keys of end tokens beside EOS: llama.cpp ends a text at EOT and EOM, too, and has no more."""
+    further = [end for end in dict.fromkeys(ends) if end != eos and 0 <= end < rows]
+    names = ("eot_token_id", "eom_token_id")
+    if left := further[len(names) :]:
+        _log.warning("warning: a GGUF file has room for three end tokens; left out: %s", ", ".join(map(str, left)))
+    return dict(zip(names, further, strict=False))
+
+
+def _chat_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
+    """Return the keys of the chat templates: the default one, and others by their names."""
     template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    return {**keys, "tokenizer.chat_template": template} if template else keys
+    if not template:
+        return {}
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": template}
+    named = {name: source for name, source in template.items() if name != "default"}
+    keys: dict[str, Value] = {f"tokenizer.chat_template.{_key_part(name)}": each for name, each in named.items()}
+    if named:
+        keys["tokenizer.chat_templates"] = [_key_part(name) for name in named]
+    if "default" in template:
+        return {**keys, "tokenizer.chat_template": template["default"]}
+    _log.warning(
+        "warning: the tokenizer has no default chat template, only %s; llama.cpp asks for a name", ", ".join(named)
+    )
+    return keys
+
+
+def _key_part(name: str) -> str:
+    """Return the name of a chat template as a part of a key, as llama.cpp's own converter writes it."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
