@@ -306,12 +306,29 @@ def test_what_is_not_used_of_the_records_is_noted_and_shown(configure: Configure
     assert show_examples(config, 1).count("⟦") == 1
 
 
-def test_labels_of_minus_one_are_left_out_and_that_is_noted_and_shown(configure: Configure, tmp_path: Path) -> None:
-    rows = [{"text": f"it is {number}", "label": -1 if number % 5 == 0 else number % 2} for number in range(40)]
+@pytest.mark.parametrize("mark", [-1, "-1"])
+def test_labels_of_minus_one_are_left_out_before_the_split_and_that_is_noted_and_shown(
+    configure: Configure, tmp_path: Path, mark: object
+) -> None:
+    rows = [{"text": f"it is {number}", "label": number % 2 if number % 9 == 0 else mark} for number in range(360)]
     (tmp_path / "c.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    config = configure(task="classification", data__train=str(tmp_path / "c.jsonl"))
+    config = configure(
+        task="classification", data__train=str(tmp_path / "c.jsonl"), data__validation_share=0.05, batch__sequences=4
+    )
     inputs = gather_finetuning(config)
     assert inputs.model.config.id2label == {0: "0", 1: "1"}
-    what = "records left out, without a label (-1, which is no class beside labels from 0 on): "
+    assert len(inputs.batches.examples) == 38 and len(inputs.held_out.examples) == 2
+    what = "records left out, without a label (-1, which is no class beside labels from 0 on; "
     for notes in (inputs.notes, show_examples(config, 1).splitlines()):
-        assert any(note.startswith(what) for note in notes)
+        assert sum(note.startswith(what) and ": 320, first in" in note for note in notes) == 1
+    kept = gather_finetuning(config.model_copy(update={"data": config.data.model_copy(update={"unlabelled": ()})}))
+    assert kept.model.config.id2label == {0: "-1", 1: "0", 2: "1"}
+
+
+def test_classes_that_the_held_out_part_lacks_are_named(configure: Configure, tmp_path: Path) -> None:
+    rows = [{"text": f"it is {number}", "label": "rare" if number < 2 else "often"} for number in range(40)]
+    (tmp_path / "c.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = configure(task="classification", data__train=str(tmp_path / "c.jsonl"), data__validation_share=0.05)
+    assert (
+        "held out: no example of 1 of 2 classes (`rare`); raise data.validation_share, or give data.validation"
+    ) in gather_finetuning(config).notes

@@ -206,7 +206,10 @@ def test_other_surroundings_are_said_and_strict_refuses(then: dict[str, str | in
 def test_a_run_begun_before_held_out_samples_is_told_that_its_figures_do_not_compare() -> None:
     sampled = NOW | {HELD_OUT: SAMPLE}
     [line] = check_settings(NOW, sampled, strict=True)  # what is trained stays the same
-    assert line == "held-out figures before and after do not compare: from here on they are of a sample of the whole"
+    assert line == (
+        "held-out figures before and after do not compare: from here on they are of another sample of the whole"
+    )
+    assert check_settings(NOW | {HELD_OUT: "keyed sample"}, sampled, strict=True) == [line]  # drawn otherwise
     assert check_settings(sampled, sampled, strict=True) == []
     assert check_settings(NOW, NOW | {HELD_OUT: "whole"}, strict=True) == []
     assert check_settings(NOW | {HELD_OUT: "whole"}, sampled, strict=True) == []  # said of `evaluate.tokens`

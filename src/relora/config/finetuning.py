@@ -45,7 +45,7 @@ class ExampleSettings(Settings):
     validation: Place | None = None
     """Held-out records, given like `train`; unless given, `validation_share` of the training records."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the training records that is held out."""
+    """Share of the training records that is held out; of classes, of each."""
     sequence_length: PositiveInt = 512
     """Largest number of tokens of an example; a longer one loses tokens of its prompt first."""
     layout: Literal["auto", "alpaca", "dolly", "chat", "completion", "columns"] = "auto"
@@ -68,6 +68,9 @@ class ExampleSettings(Settings):
     """Classification: one or two columns of text; unless given, found by their usual names."""
     label_column: Text | None = None
     """Classification: column of the class, or of the number to predict; found likewise."""
+    unlabelled: Literal["auto"] | tuple[int | Text, ...] = "auto"
+    """Classification: labels that stand for none, whose records are left out and counted. `auto`: -1 and -100 beside
+    labels from 0 on, these and `-` beside words; missing ones always."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> "ExampleSettings":

@@ -346,8 +346,8 @@ class EvaluateSettings(Settings):
     every_steps: PositiveInt = 500
     """Steps from one measurement of the held-out loss to the next."""
     tokens: PositiveInt = 200_000
-    """Most held-out tokens of a measurement in training: a keyed sample of them, the same every time, or all. The
-    result is measured on the whole held-out part in any case."""
+    """Most held-out tokens of a measurement in training: a sample of them at equal distances, or all. It is the same
+    sample every time; the result is measured on the whole held-out part in any case."""
 
 
 class LogSettings(Settings):

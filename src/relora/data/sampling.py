@@ -1,7 +1,7 @@
 """Sampling whose every choice is a pure function of a key and a position: order, mixture and held-out documents.
 
     permute                    the order of an epoch: a keyed permutation of any size, computed element by element
-    keyed_sample               held-out measurements: some of many items, up to a number of tokens
+    spread, keyed_sample       held-out measurements: some of many items, evenly spread over all
     block_shares, block_slots  a mixture: how many sequences of each source a block has, and in which places
     SplitRule                  held-out data: a keyed hash of a text decides on which side it is
 
@@ -67,24 +67,44 @@ def _mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 # The sample of a held-out measurement
 
 
+def spread(count: int, size: int, key: int) -> Int64Array:
+    """Draw `count` of range(`size`) at equal distances, in ascending order, [count]: a systematic sample.
+
+    Element i is floor((i + u) size / count), with one keyed u in [0, 1), so there is one of each of `count` equal
+    stretches (Cochran, "Sampling Techniques", 1977, chapter 8). Neighbours in a text resemble each other, and such a
+    sample has some of every document; one drawn at random has much of one stretch and none of another.
+
+    Args:
+        count: at most `size`.
+        size: number of elements that are drawn from.
+        key: selects the sample, of which there are at most `size`.
+    """
+    drawn: Int64Array = (np.arange(count, dtype=np.int64) * size + key % size) // count
+    return drawn
+
+
 def keyed_sample(sizes: Int64Array, most: int, key: int) -> Int64Array:
-    """Draw items, one after the other and none twice, as long as their sizes together do not exceed `most`.
+    """Draw items, evenly spread over their order, whose sizes together do not exceed `most`.
 
     Args:
         sizes: size of each item; those of size 0 do not count.
         most: bound of the sum of the sizes.
-        key: selects the order in which the items are drawn.
+        key: selects the sample.
 
     Returns:
         The numbers of the drawn items in ascending order: all items if they do not exceed `most` together, and at
         least one whose size is not 0.
     """
-    if sizes.sum() <= most:
+    total = int(sizes.sum())
+    if total <= most:
         return np.arange(len(sizes))
-    order = permute(np.arange(len(sizes)), len(sizes), key)
-    sums = np.cumsum(sizes[order])
-    count = max(int(np.searchsorted(sums, most, side="right")), int(np.searchsorted(sums, 0, side="right")) + 1)
-    return np.sort(order[:count])
+    items = np.flatnonzero(sizes)
+    count = max(1, len(items) * most // total)
+    drawn = items[spread(count, len(items), key)]
+    while count > 1 and (found := int(sizes[drawn].sum())) > most:
+        count = max(1, min(count - 1, count * most // found))
+        drawn = items[spread(count, len(items), key)]
+    return drawn
 
 
 # The mixture of several sources
@@ -106,14 +126,19 @@ def block_shares(weighted_sources: Sequence[tuple[str, float]]) -> Int64Array:
     """
     if len(weighted_sources) == 1:
         return np.ones(1, dtype=np.int64)
-    weights = np.array([weight for _, weight in weighted_sources], dtype=np.float64)
-    quotas: npt.NDArray[np.float64] = weights / weights.sum() * BLOCK
-    shares: Int64Array = np.floor(quotas).astype(np.int64)
-    by_remainder = np.argsort(shares - quotas, kind="stable")
-    shares[by_remainder[: BLOCK - int(shares.sum())]] += 1
+    shares = apportion([weight for _, weight in weighted_sources], BLOCK)
     for (name, weight), share in zip(weighted_sources, shares.tolist(), strict=True):
         if share == 0:
             raise UserError(f"{name}: weight {weight} is less than 1 in {BLOCK} of the whole; raise it or drop it")
+    return shares
+
+
+def apportion(weights: Sequence[float], total: int) -> Int64Array:
+    """Divide `total` into whole numbers in proportion to weights, rounded by largest remainder, [weights]."""
+    quotas: npt.NDArray[np.float64] = np.array(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64) * total
+    shares: Int64Array = np.floor(quotas).astype(np.int64)
+    by_remainder = np.argsort(shares - quotas, kind="stable")
+    shares[by_remainder[: total - int(shares.sum())]] += 1
     return shares
 
 

@@ -23,6 +23,7 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
             sequence_length=data.sequence_length,
             text_columns=data.text_columns,
             label_column=data.label_column,
+            unlabelled=data.unlabelled,
         )
         rows = []
         for one in range(min(number, len(examples))):

@@ -18,8 +18,10 @@ from relora.data.finetuning.classification import ClassBatches, HeldOutClasses, 
 from relora.data.finetuning.examples import ExampleBatches, HeldOutExamples
 from relora.data.finetuning.instruct import encode
 from relora.data.finetuning.packing import check_packing
+from relora.data.finetuning.labelled import read_labels, split_labelled
 from relora.data.finetuning.records import Record, Records, split
 from relora.data.tokenizer import load_tokenizer, vocabulary_size
+from relora.data.readers import column_names
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.evaluation.classification import evaluate_classes
@@ -180,7 +182,10 @@ def base_folder(config: FinetuneConfig) -> Path:
 
 
 def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record], list[str]]:
-    """Read the records to train on and the held-out ones; the third part is lines about what was not read."""
+    """Read the records to train on and the held-out ones; the third part is lines about what was not read.
+
+    Records without a label are left out before they are split.
+    """
     data = config.data
     sources = Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad)
     train = list(sources)
@@ -193,6 +198,12 @@ def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record], li
 
 def _instructions(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
+    if data.validation is None and config.task == "classification":
+        found = read_labels(
+            train, text_columns=data.text_columns, label_column=data.label_column, unlabelled=data.unlabelled
+        )
+        parts = split_labelled(found, data.validation_share, config.seed)
+        return *parts, [*sources.notes(), *found.left_out]
 ) -> tuple[ExampleBatches, HeldOutExamples, str, list[str]]:
     """Encode instruction records: training batches, held-out examples, the layout's name, lines for the console."""
     data, form = config.data, form_of(config)
@@ -234,7 +245,6 @@ def _classes(
         text_columns=data.text_columns,
         label_column=data.label_column,
     )
-    held_out_examples = encode_classes(held_out, tokenizer, sequence_length=data.sequence_length, like=examples)
     kinds = f"{len(examples.names)} classes" if examples.names else "a number"
     cut = f", {examples.cut:,} cut" if examples.cut else ""
     note = f"train: {len(examples):,} examples of {kinds}{cut}; held out: {len(held_out_examples):,}"
@@ -242,8 +252,17 @@ def _classes(
     held_out_classes = HeldOutClasses(
         held_out_examples,
         sequences=config.batch.micro_sequences,
+        unlabelled=data.unlabelled,
+    )
+    held_out_examples = encode_classes(
+        held_out, tokenizer, sequence_length=data.sequence_length, unlabelled=data.unlabelled, like=examples
         tokens=config.evaluate.tokens,
         seed=config.seed,
     )
     held_out_notes = [f"held out: {one}" for one in held_out_examples.notes if one not in examples.notes]
     return batches, held_out_classes, [note, *examples.notes, *held_out_notes]
+    if lacking := held_out_examples.lacking:
+        held_out_notes.append(
+            f"held out: no example of {len(lacking):,} of {len(examples.names):,} classes ({column_names(lacking)}); "
+            "raise data.validation_share, or give data.validation"
+        )

@@ -41,8 +41,8 @@ FIXED = {
 """Fingerprints that must stay the same though the configuration does not show them, with the start of the refusal."""
 HELD_OUT = "held_out"
 """Setting that says how held-out tokens are chosen in training; checkpoints from before samples do not have it."""
-SAMPLE = "keyed sample"
-"""Its value where they are drawn from a larger held-out part."""
+SAMPLE, WHOLE = "systematic sample", "whole"
+"""Its values: they are drawn from a larger held-out part, or are all of it. Other samples were drawn in other ways."""
 DEFAULT_SETTINGS = {"compile": "none", "frozen": "native", "sums": "in any order"}
 """Settings of checkpoints that were written before these were recorded."""
 
@@ -76,8 +76,8 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     Raises:
         UserError: the prepared data holds other tokens, or the model is another; or with `strict` anything differs.
     """
-    other_sample = now.get(HELD_OUT) == SAMPLE and HELD_OUT not in then
-    if other_sample and "base" in now:  # in fine-tuning the fingerprint did not cover all held-out examples
+    other_sample = now.get(HELD_OUT) == SAMPLE and then.get(HELD_OUT) not in (SAMPLE, WHOLE)
+    if other_sample and HELD_OUT not in then and "base" in now:  # in fine-tuning the fingerprint did not cover all held-out examples
         then = {key: value for key, value in then.items() if key != "data"}
     for key, what in FIXED.items():
         if key in now and then.get(key, now[key]) != now[key]:
@@ -95,7 +95,7 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     if lines and strict:
         raise UserError(f"{lines[0]}; without --strict the run goes on")
     if other_sample:
-        lines.append("held-out figures before and after do not compare: from here on they are of a sample of the whole")
+        lines.append("held-out figures before and after do not compare: from here on they are of another sample of the whole")
     return lines
 
 

@@ -3,12 +3,12 @@
 import hashlib
 from pathlib import Path
 
-from relora.runs.changes import SAMPLE
+from relora.runs.changes import SAMPLE, WHOLE
 
 
 def held_out_choice(measured: int, whole: int) -> str:
     """Return how held-out tokens are chosen in training, as it stands in the manifest of a checkpoint."""
-    return SAMPLE if measured < whole else "whole"
+    return SAMPLE if measured < whole else WHOLE
 
 
 def fingerprint_of(*parts: bytes) -> str:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -353,8 +354,17 @@ def test_a_held_out_sample_is_keyed_and_bounded(many: ClassExamples) -> None:
     drawn = lengths(sum(everything) // 2)
     assert 0 < sum(drawn) <= sum(everything) // 2 and drawn == lengths(sum(everything) // 2, sequences=1)
     assert len({tuple(lengths(sum(everything) // 2, seed)) for seed in range(5)}) > 1
-    assert any(lengths(sum(everything) // 2, seed)[-1] == everything[-1] for seed in range(5))  # not the first alone
+    assert any(lengths(sum(everything) // 2, seed)[-1] == everything[-1] for seed in range(20))  # not the first alone
     assert len(lengths(1)) == 1
+
+
+def test_a_held_out_sample_has_each_class_in_its_share(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = examples_of(labelled(["rare" if number % 10 == 0 else "often" for number in range(200)]), tokenizer)
+    per_example = len(examples.ids) / len(examples)
+    for seed in range(8):
+        held_out = HeldOutClasses(examples, sequences=7, tokens=int(40 * per_example), seed=seed)
+        found = Counter(examples.names[int(label)] for _, labels, _ in held_out for label in labels)
+        assert found["rare"] in (3, 4) and 30 <= found["often"] <= 37
 
 
 def test_content_changes_with_what_a_model_sees(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -432,8 +442,8 @@ def test_records_without_a_label_are_left_out_and_counted(tokenizer: PreTrainedT
     assert examples.places == tuple(f"c.jsonl, line {number}" for number in (1, 3, 6, 7))
     assert examples.notes == (
         "not used: column `id` (7 records)",
-        "records left out, without a label (-1, which is no class beside labels from 0 on): 2, "
-        "first in c.jsonl, line 2",
+        "records left out, without a label (-1, which is no class beside labels from 0 on; "
+        "`data.unlabelled: []` keeps it): 2, first in c.jsonl, line 2",
         "records left out, without a label (null, NaN or empty): 1, first in c.jsonl, line 4",
     )
     held_out = encode_classes(rows[:2], tokenizer, sequence_length=32, like=examples)
@@ -446,4 +456,4 @@ def test_whole_numbers_of_pandas_are_classes_and_that_is_said(tokenizer: PreTrai
     rows = [Record("line", {"text": "it is", "label": label}) for label in (0.0, 1.0, None)]
     examples = encode_classes(rows, tokenizer, sequence_length=32)
     assert (examples.names, examples.labels.tolist()) == (("0", "1"), [0, 1])
-    assert "label column of whole numbers, some written as 1.0, taken as classes: 1, first in line" in examples.notes
+    assert "label column of whole numbers, some written as 1.0, taken as classes" in examples.notes

@@ -8,9 +8,9 @@ from relora.data.finetuning.labels import (
     Label,
     class_names,
     class_numbers,
-    is_labelled,
     label_of,
     regression_targets,
+    why_unlabelled,
 )
 from relora.data.finetuning.records import Record
 from relora.errors import UserError
@@ -35,9 +35,8 @@ def test_a_record_may_have_no_label(value: Any) -> None:
     assert label_of(Record("line 1", {"label": value}), "label") is None
 
 
-def test_a_dash_is_no_label_in_snli() -> None:
-    assert label_of(Record("line 1", {"gold_label": "-"}), "gold_label") is None
-    assert label_of(Record("line 1", {"label": "-"}), "label") == "-"
+def is_labelled(labels: list[Any], names: tuple[str, ...] | None = None, **options: Any) -> list[bool]:
+    return [reason is None for reason in why_unlabelled(labels, names, **options)]
 
 
 @pytest.mark.parametrize(
@@ -46,23 +45,38 @@ def test_a_dash_is_no_label_in_snli() -> None:
         ([0, -1, 1, None], [True, False, True, False]),
         ([0.0, -1.0, 1.0], [True, False, True]),
         *(([-1, 1], [True, True]), ([-1, 0], [True, True])),  # otherwise there would be only one class
-        ([0, 1, "nan", "NULL"], [True, True, False, False]),
-        (["yes", "none"], [True, True]),
-        *(([-2, -1, 0, 1], [True] * 4), (["yes", -1, "no"], [True] * 3), ([0.5, -1, 1], [True] * 3)),
+        ([0, 1, "nan", "NULL", "-"], [True, True, False, False, False]),
+        *(([-100, 0, 1], [False, True, True]), ([-1, -100, 0, 1], [False, False, True, True])),
+        *((["yes", "none"], [True, True]), (["yes", -1, "no", "-"], [True, False, True, False])),
+        *(([-2, -1, 0, 1], [True] * 4), ([0.5, -1, 1], [True] * 3), (["007", "008", -1], [True] * 3)),
+        *((["+", "-"], [True] * 2), (["a+", "-", "?"], [True] * 3), (["-", "same"], [True] * 2)),
+        (["-", "neutral", "entailment", "contradiction"], [False, True, True, True]),
     ],
 )
-def test_minus_one_is_no_label_beside_classes_from_zero_on(labels: list[Any], labelled: list[bool]) -> None:
+def test_some_labels_stand_for_none_beside_others(labels: list[Any], labelled: list[bool]) -> None:
     assert is_labelled(labels) == labelled
+    assert is_labelled(list(reversed(labels))) == labelled[::-1]
 
 
 def test_held_out_labels_are_told_by_the_classes_of_the_training_data() -> None:
     assert is_labelled([-1, 0, None, -1], ("0", "1")) == [False, True, False, False]
-    assert is_labelled([-1, 0], ("-1", "0")) == is_labelled([-1, 0], ("no", "yes")) == [True, True]
+    assert is_labelled([-1, 0], ("-1", "0")) == [True, True]
+    assert is_labelled([-1, "-", "no"], ("no", "yes")) == [False, False, True]
+    assert is_labelled(["-", "+"], ("+", "-")) == [True, True]
     assert is_labelled(["nan", 0], ("0", "1")) == [False, True]
     assert is_labelled(["nan", "yes"], ("no", "yes")) == [True, True]
-    assert is_labelled([-100, 0, 1]) == [False, True, True]
     assert is_labelled([-100, 0], ("0", "1")) == [False, True]
-    assert is_labelled([-1, 0.5], ()) == [True, True]  # numbers to be predicted
+    assert is_labelled([-1, 0.5, "-"], ()) == [True, True, False]  # numbers to be predicted
+
+
+def test_a_user_says_which_labels_stand_for_none() -> None:
+    labels = [0, -1, 1, None, 99, 99.0, "?"]
+    assert is_labelled(labels, unlabelled=()) == [True, True, True, False, True, True, True]
+    assert is_labelled(labels, unlabelled=(99, "?")) == [True, True, True, False, False, False, False]
+    assert is_labelled(["a", "-", "b"], unlabelled=()) == [True] * 3
+    assert is_labelled(["unsup", "-1"], ("a", "unsup"), unlabelled=("unsup",)) == [False, True]
+    assert why_unlabelled([99], unlabelled=("99",)) == ["99, as data.unlabelled says"]
+    assert why_unlabelled(["-", "a", "b"])[0] == "-, which is no class beside words; `data.unlabelled: []` keeps it"
 
 
 def test_whole_numbers_are_classes_however_they_are_written() -> None:

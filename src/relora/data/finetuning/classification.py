@@ -5,7 +5,7 @@ These are the tasks of GLUE (Wang et al. 2018).
     texts   columns `sentence`; `text`; `sentence1`, `sentence2`; `premise`, `hypothesis`; ... or those that are named
     labels  integers or words: classes, numbered in sorted order; numbers with a fraction: regression
 
-Records without a label are left out and counted (`labels`); `class_encoder` says how texts become ids.
+`labelled` finds the columns and leaves out records without a label; `class_encoder` says how texts become ids.
 
 The examples of a batch are a pure function of (seed, number), as in `pretraining.batches`. The price: the ids of all
 examples are in memory, 4 bytes per token.
@@ -21,53 +21,21 @@ import numpy.typing as npt
 import torch
 
 from relora.data.finetuning.class_encoder import ClassEncoder
-from relora.data.finetuning.labels import (
-    Label,
-    class_names,
-    class_numbers,
-    is_labelled,
-    label_of,
-    regression_targets,
-)
-from relora.data.finetuning.record_notes import RecordNotes, unused_columns
-from relora.data.finetuning.records import Record, check_unicode, column_value
-from relora.data.readers import column_names
+from relora.data.finetuning.labelled import ClassColumns, read_labels, texts_of
+from relora.data.finetuning.labels import Unlabelled, class_names, class_numbers, regression_targets
+from relora.data.finetuning.records import Record
 from relora.data.sampling import Int64Array, keyed_sample, permute
 from relora.errors import UserError
-from relora.messages import short_name
 from relora.seeding import keyed_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-    ("sentence",),
-    ("text",),
-)
-"""Usual names of text columns, in the order in which they are tried. Pairs come first, because one of their columns may
-have the name of a single text."""
-
-LABEL_COLUMNS = ("label", "labels", "gold_label", "score")
-"""Usual names of the label column, in the order in which they are tried."""
 
 CHUNK_RECORDS = 1024
 """Number of records that are encoded at a time."""
 
 ClassBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(input_ids [n, length], labels [n], lengths [n]): CPU tensors, int64 except the fp32 labels of a regression."""
-
-
-@dataclass(frozen=True)
-class ClassColumns:
-    """The columns of a record that hold its text or texts, and its label."""
-
-    texts: tuple[str, ...]
-    label: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +60,12 @@ class ClassExamples:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.places)
+
+    @property
+    def lacking(self) -> list[str]:
+        """Names of the classes that no example has."""
+        there = set(self.labels.tolist())
+        return [name for number, name in enumerate(self.names) if number not in there]
 
     @property
     def content(self) -> str:
@@ -187,7 +161,8 @@ class HeldOutClasses:
         lengths = np.diff(examples.bounds)
         self._drawn = np.arange(len(lengths))
         if tokens is not None:
-            self._drawn = keyed_sample(lengths, tokens, keyed_seed(seed, "held out"))
+            by_label = np.argsort(examples.labels, kind="stable")  # so that the sample has the shares of the whole
+            self._drawn = np.sort(by_label[keyed_sample(lengths[by_label], tokens, keyed_seed(seed, "held out"))])
 
     @property
     def targets(self) -> int:
@@ -231,6 +206,7 @@ def encode_classes(
     sequence_length: int,
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
+    unlabelled: Unlabelled = "auto",
     like: ClassExamples | None = None,
 ) -> ClassExamples:
     """Encode records as examples of at most `sequence_length` ids.
@@ -241,82 +217,37 @@ def encode_classes(
         sequence_length: most ids of an example.
         text_columns: one or two columns; unless given, they are found by their usual names.
         label_column: likewise.
+        unlabelled: labels that stand for none, see `labels.why_unlabelled`.
         like: the training examples, if these are held-out ones: their columns and classes are used.
 
     Raises:
         UserError: there are no records or no such columns, a text or label cannot be used, a label does not occur in
             the training examples, or all labels are equal. The message names the record.
     """
-    records = list(records)
-    if not records:
-        raise UserError("classification: there is no record to read")
-    columns = like.columns if like else _find_columns(records[0], text_columns, label_column)
-    noticed = RecordNotes()
-    for record in records:
-        noticed.add(record.where, unused_columns(record.fields, {*columns.texts, columns.label}), ())
-    labels, places, records = _labelled(records, columns, noticed, None if like is None else like.names)
+    found = read_labels(
+        records,
+        text_columns=text_columns,
+        label_column=label_column,
+        unlabelled=unlabelled,
+        like=None if like is None else (like.columns, like.names),
+    )
+    columns, labels, places = found.columns, found.labels, found.places
     encoder = ClassEncoder(tokenizer, sequence_length, pair=len(columns.texts) == 2)
     ids: list[npt.NDArray[np.uint32]] = []
-    for start in range(0, len(records), CHUNK_RECORDS):
-        chunk = records[start : start + CHUNK_RECORDS]
-        ids += encoder.encode([_texts(record, columns) for record in chunk])
+    for start in range(0, len(labels), CHUNK_RECORDS):
+        ids += encoder.encode([texts_of(record, columns) for record in found.records[start : start + CHUNK_RECORDS]])
     names = class_names(labels, places) if like is None else like.names
+    notes = [*found.unused, *found.left_out]
     if names and float in map(type, labels):
-        noticed.add(places[0], (), ["label column of whole numbers, some written as 1.0, taken as classes"])
+        notes.append("label column of whole numbers, some written as 1.0, taken as classes")
     return ClassExamples(
         ids=np.concatenate(ids),
         bounds=np.cumsum([0, *map(len, ids)], dtype=np.int64),
         labels=class_numbers(labels, names, places) if names else regression_targets(labels, places),
         names=names,
         columns=columns,
-        places=tuple(places),
+        places=places,
         pad_token_id=encoder.pad_token_id,
         cut=encoder.cut,
-        notes=noticed.lines,
+        notes=tuple(notes),
     )
-
-
-def _labelled(
-    records: list[Record], columns: ClassColumns, noticed: RecordNotes, names: tuple[str, ...] | None
-) -> tuple[list[Label], list[str], list[Record]]:
-    """Return the labels, places and records of all records that have a label; `UserError` if none has."""
-    found = [(label_of(record, columns.label), record) for record in records]
-    kept = is_labelled([label for label, _ in found], names)
-    labels, labelled = [], []
-    for (label, record), is_kept in zip(found, kept, strict=True):
-        if is_kept and label is not None:
-            labels.append(label)
-            labelled.append(record)
-        else:
-            what = "-1, which is no class beside labels from 0 on" if label == -1 else "null, NaN or empty"
-            noticed.add(record.where, (), [f"records left out, without a label ({what})"])
-    if not labels:
-        raise UserError(f"{records[0].where}: no record has a label in the column `{short_name(columns.label)}`")
-    return labels, [record.where for record in labelled], labelled
-
-
-def _find_columns(record: Record, text_columns: Sequence[str], label_column: str | None) -> ClassColumns:
-    """Return the named columns, or find those with usual names; `UserError` if the first record lacks one."""
-    there = record.fields.keys()
-    named = [*text_columns, label_column] if label_column else text_columns
-    for name in named:
-        if name not in there:
-            raise UserError(f"{record.where}: no column `{short_name(name)}`; there are {column_names(there)}")
-    texts = tuple(text_columns) or next((names for names in TEXT_COLUMNS if there >= set(names)), ())
-    label = label_column or next((name for name in LABEL_COLUMNS if name in there), "")
-    for key, found in (("text_columns", texts), ("label_column", label)):
-        if not found:
-            raise UserError(
-                f"{record.where}: no column with a usual name; there are {column_names(there)}; set data.{key}"
-            )
-    return ClassColumns(texts, label)
-
-
-def _texts(record: Record, columns: ClassColumns) -> tuple[str, ...]:
-    """Return the text or texts of a record; `UserError` if a value is not a text."""
-    texts = tuple(column_value(record, column) for column in columns.texts)
-    for column, text in zip(columns.texts, texts, strict=True):
-        if not isinstance(text, str):
-            raise UserError(f"{record.where}: column `{short_name(column)}` is not text but {type(text).__name__}")
-        check_unicode(text, record, column)
-    return texts

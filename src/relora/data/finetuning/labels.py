@@ -3,9 +3,12 @@
     integers, or words (numbers among them count as words)    classes, numbered in sorted order
     whole numbers, some of them written as 1.0                the same: pandas writes integers so where one is missing
     at least one number with a fraction, and no words         numbers to be predicted (regression)
-    null, NaN, an empty text, `nan` beside numbers            no label; so is SNLI's `-`
-    -1, -100, beside other whole numbers, none below 0        no label: the ways of `datasets` (SNLI, GLUE's test sets)
+    null, NaN, an empty text; `nan` or `-` beside numbers     no label
+    -1, -100 beside other whole numbers, none below 0         no label: the ways of `datasets` (SNLI, GLUE's test sets)
                                                               and of torch's `ignore_index`
+    -1, -100, `-` beside other words, all with a letter       no label: `-` is SNLI's, where annotators do not agree
+
+The last two hold where there are at least two classes without them. A user may name other labels that stand for none.
 
 A text that spells a number is a number, whatever the kind of the file: in a CSV file all values are text.
 """
@@ -13,6 +16,7 @@ A text that spells a number is a number, whatever the kind of the file: in a CSV
 import math
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +34,9 @@ _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?
 """Texts that are numbers with a decimal point or an exponent."""
 MISSING = frozenset(("nan", "null", "none", "na", "n/a"))
 """Words that say, beside numbers, that there is none."""
+DASH = "-"
+NO_CLASS = ("-1", "-100", DASH)
+"""Labels that stand for none: in `datasets`, in torch (`ignore_index`), and in SNLI where annotators do not agree."""
 _EXACT = 2.0**53
 """Largest float below which every integer is one."""
 _LARGEST = float(np.finfo(np.float32).max)
@@ -51,7 +58,7 @@ def label_of(record: Record, column: str) -> Label | None:
     value = column_value(record, column)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, str) and (not value.strip() or (column == "gold_label" and value.strip() == "-")):
+    if isinstance(value, str) and not value.strip():
         return None
     if isinstance(value, bool):
         return str(value)
@@ -75,13 +82,9 @@ def _number_or_word(text: str) -> Label:
     return float(text) if _FRACTION.fullmatch(text) else text
 
 
-def _name(label: Label) -> str:
+def name_of(label: Label) -> str:
     """Return the name of a class; 1.0 and 1 have the same."""
     return str(int(label) if isinstance(label, float) and label.is_integer() else label)
-
-
-UNLABELLED_NUMBERS = (-1, -100)
-"""Numbers that stand for no label: the first in `datasets`, the second in torch (`ignore_index`)."""
 
 
 def _is_whole(label: Label) -> bool:
@@ -89,29 +92,51 @@ def _is_whole(label: Label) -> bool:
     return isinstance(label, int) or (isinstance(label, float) and label.is_integer() and abs(label) <= _EXACT)
 
 
-def is_labelled(labels: Sequence[Label | None], names: Sequence[str] | None = None) -> list[bool]:
-    """Return for each label whether it is one.
+Unlabelled = Literal["auto"] | Sequence[int | str]
+"""Labels that stand for none: those that the module says, or those that a user names."""
+
+
+def why_unlabelled(
+    labels: Sequence[Label | None], names: Sequence[str] | None = None, unlabelled: Unlabelled = "auto"
+) -> list[str | None]:
+    """Return for each label why it is none; None if it is one.
 
     Args:
         labels: the labels of a data set.
         names: of held-out data, the names of the training data's classes; empty for a regression.
+        unlabelled: labels that stand for none, beside those that are missing.
     """
-    if names is not None:
-        are_numbers = all(_INTEGER.fullmatch(name) for name in names)
-        from_zero = bool(names) and all(name.isdecimal() for name in names)
-    else:
-        numbers = [label for label in labels if isinstance(label, int | float)]
+    if names is None:
         words = {label.lower() for label in labels if isinstance(label, str)}
-        are_numbers = bool(numbers) and words <= MISSING
-        others = {number for number in numbers if number not in UNLABELLED_NUMBERS}
-        from_zero = are_numbers and len(others) > 1 and all(_is_whole(number) and number >= 0 for number in others)
+        are_numbers = words <= {*MISSING, DASH} and any(isinstance(label, int | float) for label in labels)
+        numbers_or_words = (one for one in labels if not (one is None or (are_numbers and isinstance(one, str))))
+        classes = set(map(name_of, numbers_or_words)) - {*NO_CLASS}
+    else:
+        are_numbers = all(_INTEGER.fullmatch(name) for name in names)
+        classes = set(names)
+    marks = _marks(classes) if unlabelled == "auto" else {str(one): "as data.unlabelled says" for one in unlabelled}
+    missing = "null, NaN or empty"
 
-    def is_label(label: Label | None) -> bool:
-        if isinstance(label, str):
-            return not (are_numbers and label.lower() in MISSING)
-        return label is not None and not (from_zero and label in UNLABELLED_NUMBERS)
+    def why(label: Label | None) -> str | None:
+        if label is None or (are_numbers and isinstance(label, str) and label.lower() in MISSING):
+            return missing
+        if are_numbers and label == DASH and unlabelled == "auto":
+            return missing
+        reason = marks.get(name_of(label))
+        return f"{name_of(label)}, {reason}" if reason else None
 
-    return list(map(is_label, labels))
+    return list(map(why, labels))
+
+
+def _marks(classes: set[str]) -> dict[str, str]:
+    """Return which labels stand for none beside these classes, and why: some of `NO_CLASS`, or none."""
+    if len(classes) > 1 and all(_INTEGER.fullmatch(name) and name[0] != "-" for name in classes):
+        marks, beside = [mark for mark in NO_CLASS if mark != DASH], "labels from 0 on"
+    elif len(classes) > 1 and all(any(map(str.isalpha, name)) for name in classes):
+        marks, beside = list(NO_CLASS), "words"
+    else:
+        return {}
+    return dict.fromkeys(marks, f"which is no class beside {beside}; `data.unlabelled: []` keeps it")
 
 
 def class_names(labels: Sequence[Label], places: Sequence[str]) -> tuple[str, ...]:
@@ -131,7 +156,7 @@ def class_names(labels: Sequence[Label], places: Sequence[str]) -> tuple[str, ..
         raise UserError(f"{kinds[str]}: the label is a word, that of {kinds[float]} a number with a fraction")
     if not all(isinstance(label, str) or _is_whole(label) for label in labels):
         return ()
-    names = [_name(label) for label in sorted(set(labels), key=str if str in kinds else int)]
+    names = [name_of(label) for label in sorted(set(labels), key=str if str in kinds else int)]
     if len(names) == 1:
         raise UserError(f"{places[0]}: every label is {short_repr(names[0])}; give examples of another class, too")
     return tuple(names)
@@ -141,11 +166,11 @@ def class_numbers(labels: Sequence[Label], names: Sequence[str], places: Sequenc
     """Return the number of each label's class, [labels]; `UserError` if a label is not among the classes."""
     numbers = {name: number for number, name in enumerate(names)}
     for label, place in zip(labels, places, strict=True):
-        if _name(label) not in numbers:
+        if name_of(label) not in numbers:
             raise UserError(
                 f"{place}: the label {short_repr(label)} is none of the training data's: {column_names(names)}"
             )
-    return np.array([numbers[_name(label)] for label in labels], dtype=np.int64)
+    return np.array([numbers[name_of(label)] for label in labels], dtype=np.int64)
 
 
 def regression_targets(labels: Sequence[Label], places: Sequence[str]) -> npt.NDArray[np.float32]:

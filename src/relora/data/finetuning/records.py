@@ -5,7 +5,7 @@ text file gives records with the one column `text`, which is the layout `complet
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,8 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
         raise UserError(f"a validation share of {share}: must be at least 0 and less than 1")
     if share == 0:
         return list(records), []
-    rule = SplitRule(seed, int(share * DRAWS))
-    draws = [rule.draw(json.dumps(record.fields, sort_keys=True, default=str)) for record in records]
-    threshold = rule.threshold
+    draws = draws_of(records, seed)
+    threshold = int(share * DRAWS)
     held_out_count = sum(draw < threshold for draw in draws)
     if held_out_count in (0, len(draws)):
         threshold = min(draws, default=0) + 1
@@ -80,6 +79,12 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
             "give more, or a validation set of its own"
         )
     return train, [record for record, draw in zip(records, draws, strict=True) if draw < threshold]
+
+
+def draws_of(records: Iterable[Record], seed: int) -> list[int]:
+    """Return a keyed hash of the content of each record, uniformly distributed in range(`sampling.DRAWS`)."""
+    rule = SplitRule(seed, 0)
+    return [rule.draw(json.dumps(record.fields, sort_keys=True, default=str)) for record in records]
 
 
 def column_value(record: Record, column: str) -> Any:

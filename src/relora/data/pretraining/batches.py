@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from relora.data.pretraining.shards import PreparedFolder
-from relora.data.sampling import Int64Array, block_shares, block_slots, permute
+from relora.data.sampling import Int64Array, block_shares, block_slots, permute, spread
 from relora.errors import UserError
 from relora.model.head import IGNORED
 from relora.seeding import keyed_seed
@@ -139,8 +139,8 @@ class HeldOut:
 
     Without a seed they cover the first `tokens` tokens of the folder: every token but the first is a target exactly
     once. With a seed they are a sample of the whole folder: so many of its windows that they have at most `tokens`
-    targets together, drawn by the seed; all windows, if those have no more. Which ones depends on the seed and on the
-    number of windows and tokens, not on the size of the batches.
+    targets together, at equal distances (`sampling.spread`); all windows, if those have no more. Which ones depends on
+    the seed and on the number of windows and tokens, not on the size of the batches.
 
     Iterating yields batches of `micro_sequences` windows; the last batch may have fewer. A short window is padded, with
     the label `IGNORED`, which no loss counts.
@@ -178,8 +178,8 @@ class HeldOut:
         self._windows: Sequence[int] = range(-(-(self._end - 1) // sequence_length))
         if seed is not None and self.whole_targets > tokens:
             self._most = min(sequence_length, tokens)
-            drawn = np.arange(max(1, tokens // sequence_length))
-            self._windows = sorted(permute(drawn, len(self._windows), keyed_seed(seed, "held out")).tolist())
+            count, key = max(1, tokens // sequence_length), keyed_seed(seed, "held out")
+            self._windows = spread(count, len(self._windows), key).tolist()
         last = self._targets_of(self._windows[-1])  # the only one that may be short
         self.targets = (len(self._windows) - 1) * self._most + last
         """Number of target tokens, over all batches."""
