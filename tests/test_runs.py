@@ -161,10 +161,15 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
             "lowrank__ranks": "spectrum",
             "restart": {"every_steps": 2, "warmup_steps": 1, "adaptive": True, "slope": 0.0},
         },
+        {
+            "optimizer__factors": "muon",
+            "optimizer__matrices": "muon",
+            "restart": {"every_steps": 3, "warmup_steps": 0, "init": "balanced", "optimizer": "project"},
+        },
     ],
     ids=[
         *("plain", "dropout", "lora", "no warm start", "bf16", "int8", "int8 alone"),
-        *("balanced by layers", "projected, growing", "balanced by ranks", "residual", "adaptive"),
+        *("balanced by layers", "projected, growing", "balanced by ranks", "residual", "adaptive", "muon"),
     ],
 )
 def test_killed_before_every_step_and_continued_gives_the_same_bytes(

@@ -164,10 +164,27 @@ def test_auto_is_a_word_for_a_section() -> None:
     assert {"const": "auto", "type": "string"} in accepted
 
 
+@pytest.mark.parametrize("key", ["factors", "matrices"])
+@pytest.mark.parametrize("name", ["adamw-8bit", "galore"])
+def test_muon_stands_beside_adamw_alone(key: str, name: str) -> None:
+    with pytest.raises(UserError, match=rf"optimizer\.{key}: muon stands beside adamw, not beside {name}"):
+        parse_config(MINIMAL | {"method": "full", "optimizer": {"name": name, key: "muon"}})
+
+
+def test_the_residual_needs_the_moments_that_adamw_has_of_the_factors() -> None:
+    residual = {"lowrank": {"residual": {"scale": 1.0}}}
+    with pytest.raises(UserError, match=r"moments of the factors; set `optimizer\.factors: adamw`"):
+        parse_config(MINIMAL | residual | {"optimizer": {"factors": "muon"}})
+    assert parse_config(MINIMAL | residual | {"optimizer": {"matrices": "muon"}})
+
+
 @pytest.mark.parametrize("section", [{"warm_start": "auto"}, {"lowrank": {"ranks": "spectrum"}}])
 def test_signals_need_what_they_are_read_from(section: dict[str, object]) -> None:
     with pytest.raises(UserError, match="reads the moments of adamw, not of adamw-8bit"):
         parse_config(MINIMAL | section | {"optimizer": {"name": "adamw-8bit"}})
+    with pytest.raises(UserError, match=r"adamw, not of muon; set `optimizer\.matrices: adamw`"):
+        parse_config(MINIMAL | section | {"optimizer": {"matrices": "muon"}})
+    assert parse_config(MINIMAL | section | {"optimizer": {"factors": "muon"}})
     assert parse_config(MINIMAL | section | {"optimizer": {"name": "adamw-8bit"}, "method": "full"})
     with pytest.raises(UserError, match=r"warm_start\.steps"):
         parse_config(MINIMAL | {"lowrank": {"ranks": "spectrum"}, "warm_start": {"steps": 0}})

@@ -102,6 +102,10 @@ class RunConfig(TrainingConfig):
                 f"lowrank.residual takes its rate from the moments of adamw, not of {self.optimizer.name}; "
                 "set `optimizer.name: adamw`"
             )
+        if self.optimizer.factors != "adamw":
+            raise ValueError(
+                "lowrank.residual takes its rate from AdamW's moments of the factors; set `optimizer.factors: adamw`"
+            )
         return self
 
     @model_validator(mode="after")
@@ -110,11 +114,10 @@ class RunConfig(TrainingConfig):
         start, by_moments = self.warm_start, self.lowrank.ranks == "spectrum"
         if self.method == "full" or not (start.auto or by_moments):
             return self
-        if self.optimizer.name != "adamw":
+        by = {"optimizer.name": self.optimizer.name, "optimizer.matrices": self.optimizer.matrices}
+        if unfit := next((own_key for own_key, own in by.items() if own != "adamw"), None):
             key = "warm_start.auto" if start.auto else "lowrank.ranks: spectrum"
-            raise ValueError(
-                f"{key} reads the moments of adamw, not of {self.optimizer.name}; set `optimizer.name: adamw`"
-            )
+            raise ValueError(f"{key} reads the moments of adamw, not of {by[unfit]}; set `{unfit}: adamw`")
         if by_moments and not start.steps:
             raise ValueError("lowrank.ranks: spectrum reads the moments of a warm start; give it `warm_start.steps`")
         if start.auto and self.earliest_switch >= start.steps:

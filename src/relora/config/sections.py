@@ -256,6 +256,13 @@ class OptimizerSettings(Settings):
     """Optimizer; `galore`, `apollo` and `fira` want `method: full`. `adamw-8bit` keeps its moments in 8 bits (extra
     `quant`). `galore`, `apollo` and `fira` keep the moments of the blocks' matrices at a low rank (extra `baselines`;
     `apollo` for apollo)."""
+    factors: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of lora_A and lora_B beside `name: adamw`: `muon` moves all directions of a factor equally far, and
+    keeps one moment instead of two."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the blocks' matrices while they train at full rank, beside `name: adamw`."""
+    momentum: Share = 0.95
+    """Momentum of `muon`."""
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of all that trains at full rank."""
     matrix_lr: PositiveFloat | None = None

@@ -61,6 +61,11 @@ class TrainingConfig(Settings):
         name = self.optimizer.name
         if not name.startswith("adamw") and self.method != "full":
             raise ValueError(f"optimizer.name: {name} trains at full rank; set `method: full`, or take `adamw`")
+        for key in ("factors", "matrices"):
+            if getattr(self.optimizer, key) == "muon" and name != "adamw":
+                raise ValueError(
+                    f"optimizer.{key}: muon stands beside adamw, not beside {name}; set `optimizer.name: adamw`"
+                )
         return self
 
     @model_validator(mode="after")

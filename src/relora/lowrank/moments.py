@@ -11,7 +11,7 @@
 extent that the old A's rows contain dW. The second moment belongs to single entries and must not be rotated like a
 vector (it would become negative): it is v (T∘T), which is exact for entries that vary independently, and for the part
 of A' outside the old A's rows it is the mean level of the row of v. lora_A's gradient is s·Bᵀ dW, so the same holds
-with B in the place of A; beside a zero B or B' there is no T, and lora_A's state is cleared.
+with B in the place of A; beside a zero B or B' there is no T, and lora_A's state is cleared. Muon has no v.
 
 The paper is Lialin et al. 2023, arXiv 2307.05695, section 3.
 """
@@ -131,17 +131,17 @@ def reset_moments(
 
 
 def _clear_ranks(moments: list[Tensor], change: PartnerChange) -> None:
-    """Set m of the restarted ranks to zero, and their v to the mean over the other ranks.
+    """Set m of the restarted ranks to zero, and their v, where there is one, to the mean over the other ranks.
 
     All ranks share one step count, so bias correction would not make up for v = 0, and the next updates would be too
     long.
     """
-    first, second = moments
-    others = torch.ones(second.shape[change.rank_dim], dtype=torch.bool, device=second.device)
-    others[change.ranks] = False
-    mean = second.movedim(change.rank_dim, 0)[others].mean(0)
+    first, *seconds = moments
     first.movedim(change.rank_dim, 0)[change.ranks] = 0
-    second.movedim(change.rank_dim, 0)[change.ranks] = mean
+    for second in seconds:
+        others = torch.ones(second.shape[change.rank_dim], dtype=torch.bool, device=second.device)
+        others[change.ranks] = False
+        second.movedim(change.rank_dim, 0)[change.ranks] = second.movedim(change.rank_dim, 0)[others].mean(0)
 
 
 def _project(moments: list[Tensor], change: PartnerChange) -> None:
@@ -149,10 +149,10 @@ def _project(moments: list[Tensor], change: PartnerChange) -> None:
     before, after = change.before.double(), change.after.double()  # [r, n], [r', n]
     transform = after @ torch.linalg.pinv(before)  # Tᵀ [r', r]: the new rows as combinations of the old
     outside = (after - transform @ before).square().sum(1) / before.square().sum(1).mean()  # of each new row [r']
-    first, second = (moment.movedim(change.rank_dim, 0).double() for moment in moments)  # [r, m]
-    new_first = transform @ first
-    new_second = transform.square() @ second + outside[:, None] * second.mean(0)
-    for moment, new in zip(moments, (new_first, new_second), strict=True):
+    first, *seconds = (moment.movedim(change.rank_dim, 0).double() for moment in moments)  # [r, m]
+    new_moments = [transform @ first]
+    new_moments += [transform.square() @ second + outside[:, None] * second.mean(0) for second in seconds]
+    for moment, new in zip(moments, new_moments, strict=True):
         moment.copy_(new.movedim(0, change.rank_dim))
 
 

@@ -1,6 +1,7 @@
 """Tensors that an optimizer keeps for a parameter, built without training, so that a plan can count their bytes.
 
 adamw                    m and v, each of the parameter's shape, in fp32
+muon                     m, of the parameter's shape, in fp32
 adamw-8bit               m and v in one byte a number, and an fp32 scale for each block of them
 galore, apollo, fira     m, v and the projection of a matrix in the blocks, at low rank; of anything else m and v
 """
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from relora.config import RunConfig
-from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES
+from relora.recipes.from_settings import lowrank_of, optimizer_of
+from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES, OptimizerConfig, parameters_under_muon
 from relora.train.projected_optimizers import PROJECTED_OPTIMIZERS, projected_matrices, state_shapes
 
 Moments = Callable[[nn.Parameter], list[Tensor]]
@@ -29,12 +31,24 @@ def moments_of(config: RunConfig, model: nn.Module) -> Moments:
     optimizer = config.optimizer
     if optimizer.name in PROJECTED_OPTIMIZERS:
         return _projected(model, optimizer.projection.rank)
-    return _eight_bit if optimizer.name == "adamw-8bit" else _full
+    if optimizer.name == "adamw-8bit":
+        return _eight_bit
+    return _adamw_with_muon(model, optimizer_of(config, model, lowrank_of(config)))
 
 
 def _full(parameter: nn.Parameter) -> list[Tensor]:
     """Return m and v of the parameter's shape and dtype."""
     return [torch.empty_like(parameter.data), torch.empty_like(parameter.data)]
+
+
+def _adamw_with_muon(model: nn.Module, optimizer: OptimizerConfig) -> Moments:
+    """Return a function that gives m of a parameter under Muon, and m and v of any other."""
+    under_muon = cache(lambda: parameters_under_muon(model, optimizer))  # at the first call, as for the projected ones
+
+    def moments(parameter: nn.Parameter) -> list[Tensor]:
+        return _full(parameter)[: 1 if id(parameter) in under_muon() else 2]
+
+    return moments
 
 
 def _eight_bit(parameter: nn.Parameter) -> list[Tensor]:

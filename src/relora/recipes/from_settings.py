@@ -176,11 +176,14 @@ def optimizer_of(config: TrainingConfig, model: nn.Module, lowrank: LowRankConfi
     settings, restart = config.optimizer, restart_of(config)
     return OptimizerConfig(
         name=settings.name,
+        factor_rule=settings.factors,
+        matrix_rule=settings.matrices,
+        momentum=settings.momentum,
         lr=settings.lr,
         lowrank_lr=config.lowrank_lr,
         lowrank_b_lr_ratio=settings.lowrank_b_lr_ratio,
         matrix_lr=settings.matrix_lr,
-        matrices=_block_matrices(model, lowrank) if settings.matrix_lr else frozenset(),
+        matrices=_block_matrices(model, lowrank) if settings.matrix_lr or settings.matrices == "muon" else frozenset(),
         turns=restart.turns if restart.stagger == "layers" else 1,
         betas=settings.betas,
         eps=settings.eps,

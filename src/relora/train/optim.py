@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
+from relora.train.muon import AdamWWithMuon, Rule
 from relora.train.projected_optimizers import (
     PROJECTED_OPTIMIZERS,
     Layout,
@@ -40,6 +41,8 @@ from relora.train.projected_optimizers import (
 from relora.train.schedule import Schedule
 
 OptimizerName = Literal["adamw", "adamw-8bit", "galore", "apollo", "fira"]
+MatrixOptimizer = Literal["adamw", "muon"]
+"""Optimizer of the factors, or of the blocks' matrices, inside of the run's `adamw`."""
 
 CODES_PER_SCALE = 256
 FEWEST_CODES = 4096
@@ -53,6 +56,12 @@ class OptimizerConfig:
     """Settings of the optimizer; learning rates are peaks, which the schedule scales at every step."""
 
     name: OptimizerName = "adamw"
+    factor_rule: MatrixOptimizer = "adamw"
+    """Optimizer of lora_A and lora_B; `muon` goes with `name: adamw` alone."""
+    matrix_rule: MatrixOptimizer = "adamw"
+    """Optimizer of the weights of `matrices` while they train; `muon` goes with `name: adamw` alone."""
+    momentum: float = 0.95
+    """Momentum of Muon."""
     lr: float
     lowrank_lr: float
     lowrank_b_lr_ratio: float = 1.0
@@ -81,14 +90,22 @@ def check_optimizer(name: OptimizerName) -> None:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the trainable parameters of `model`; a group's `initial_lr` is its peak rate."""
-    groups = [group for group in (*_full_rank_groups(model, config), *_factor_groups(model, config)) if group["params"]]
+    groups = _groups(model, config)
     if config.name == "adamw-8bit":
         return _eight_bit(groups, config)
     if config.name in PROJECTED_OPTIMIZERS:
         return build_projected_optimizer(
             model, groups, config.name, config.projection, betas=config.betas, eps=config.eps
         )
+    if any(group["rule"] != "adamw" for group in groups):
+        return AdamWWithMuon(groups, betas=config.betas, eps=config.eps, momentum=config.momentum)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+
+
+def parameters_under_muon(model: nn.Module, config: OptimizerConfig) -> frozenset[int]:
+    """Return the ids (in the sense of `id`) of the trainable parameters that Muon updates."""
+    groups = (group for group in _groups(model, config) if group["rule"] != "adamw")
+    return frozenset(id(parameter) for group in groups for parameter in group["params"])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
@@ -136,10 +153,10 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
         for name, state in by_name.items():
             restore_state(optimizer, parameters[name], state)
         return
-    states = [by_name.get(name, {}) for name in parameters]
-    groups = optimizer.state_dict()["param_groups"]
-    # load_state_dict puts each optimizer's step on the device and into the dtype that the optimizer wants
-    optimizer.load_state_dict({"state": {i: state for i, state in enumerate(states) if state}, "param_groups": groups})
+    optimizer.state.clear()
+    for name, state in by_name.items():
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {key: tensor.to(device) for key, tensor in state.items()}
     if not isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
             state["step"] = int(state["step"])  # bitsandbytes wants a Python number
@@ -154,6 +171,12 @@ def _eight_bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
     return optimizer
 
 
+def _groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the parameter groups that are not empty."""
+    groups = (*_full_rank_groups(model, config), *_factor_groups(model, config))
+    return [group for group in groups if group["params"]]
+
+
 def _full_rank_groups(model: nn.Module, config: OptimizerConfig) -> Iterator[dict[str, Any]]:
     """Yield the groups of everything except the factors: matrices, vectors, and weights of the target modules."""
     factors = {id(factor) for layer in low_rank_layers(model).values() for factor in layer.factors.values()}
@@ -163,12 +186,14 @@ def _full_rank_groups(model: nn.Module, config: OptimizerConfig) -> Iterator[dic
     others = [parameter for name, parameter in trained.items() if name not in weights]
     yield _group([p for p in others if p.ndim >= 2], config.lr, config.weight_decay)
     yield _group([p for p in others if p.ndim < 2], config.lr, 0.0)
-    yield _group(matrices, config.lr if config.matrix_lr is None else config.matrix_lr, config.weight_decay)
+    matrix_lr = config.lr if config.matrix_lr is None else config.matrix_lr
+    yield _group(matrices, matrix_lr, config.weight_decay, rule=config.matrix_rule)
 
 
 def _factor_groups(model: nn.Module, config: OptimizerConfig) -> Iterator[dict[str, Any]]:
     """Yield the groups of the factors, by turn and kind; a turn has the layers that `lowrank.restart` redraws in it."""
     layers = list(low_rank_layers(model).values())
+    rule: Rule = "muon-exact" if config.factor_rule == "muon" else "adamw"
     for turn in range(config.turns):
         own = [layer.factors for layer in layers[turn :: config.turns]]
         for kind, ratio, decay in (
@@ -178,16 +203,33 @@ def _factor_groups(model: nn.Module, config: OptimizerConfig) -> Iterator[dict[s
             ("magnitude", 1.0, 0.0),
         ):
             found = [factors[kind] for factors in own if kind in factors]
-            yield _group(found, config.lowrank_lr * ratio, decay, turn)
+            own_rule = rule if kind in ("lora_A", "lora_B") else "adamw"
+            yield _group(found, config.lowrank_lr * ratio, decay, turn, own_rule)
 
 
-def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float, turn: int | None = None) -> dict[str, Any]:
+def _group(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float, turn: int | None = None, rule: Rule = "adamw"
+) -> dict[str, Any]:
     """Build a parameter group with the entries that `set_lr` reads; `turn` is None for everything except factors."""
-    return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "turn": turn}
+    return {
+        "params": parameters,
+        "lr": lr,
+        "initial_lr": lr,
+        "weight_decay": weight_decay,
+        "turn": turn,
+        "rule": rule,
+    }
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _rule_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Rule:
+    """Return the update rule of the group that a parameter is in."""
+    rules = (group["rule"] for group in optimizer.param_groups if any(parameter is own for own in group["params"]))
+    rule: Rule = next(rules)
+    return rule
 
 
 def _check_state(
@@ -198,6 +240,8 @@ def _check_state(
         raise UserError(f"the saved optimizer has moments of {name}, which does not train here")
     if (projected := projected_optimizer_name(optimizer)) is not None:
         kind, expected = projected, projected_layout(optimizer, parameter)
+    elif _rule_of(optimizer, parameter) != "adamw":
+        kind, expected = "muon", {"momentum_buffer": (parameter.shape, True)}
     elif isinstance(optimizer, torch.optim.AdamW):
         kind, expected = "adamw", _adamw_layout(parameter)
     else:
