@@ -5,13 +5,9 @@ import huggingface_hub
 import pytest
 from datasets import Dataset
 
-from relora.data import readers
-from relora.data.readers import (
-    column_names,
-    hub_revision,
-    read_hub_dataset,
-    read_json,
-)
+from relora.data import json_files
+from relora.data.json_files import read_json
+from relora.data.readers import column_names, hub_revision, read_hub_dataset
 from relora.errors import UserError
 
 
@@ -20,7 +16,7 @@ def _refuse(message: str) -> None:
 
 
 def test_json_lines_named_json_are_not_read_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LARGEST_ARRAY", 20)
+    monkeypatch.setattr(json_files, "LARGEST_WHOLE", 20)
     lines = b'\n\xef\xbb\xbf{"x": 1}\n{"x": 2}\n\n{"x": 3}\n'
     rows = list(read_json(io.BytesIO(lines), "a.json", _refuse))
     assert rows == [("a.json, line 2", {"x": 1}), ("a.json, line 3", {"x": 2}), ("a.json, line 5", {"x": 3})]
@@ -31,10 +27,10 @@ def test_json_lines_named_json_are_not_read_as_a_whole(monkeypatch: pytest.Monke
 
 
 def test_a_line_that_is_too_long_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LONGEST_LINE", 64)
+    monkeypatch.setattr(json_files, "LONGEST_LINE", 64)
     told: list[str] = []
     data = b"[" * 1000 + b'\n{"x": 2}\n'
-    assert list(readers.read_jsonl(io.BytesIO(data), "a.jsonl", told.append)) == [("a.jsonl, line 2", {"x": 2})]
+    assert list(read_json(io.BytesIO(data), "a.jsonl", told.append)) == [("a.jsonl, line 2", {"x": 2})]
     assert len(told) == 1 and told[0].startswith("a.jsonl, line 1: longer than")
 
 

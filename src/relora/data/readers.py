@@ -1,8 +1,6 @@
 """Readers of files and datasets: each yields the records of one file or dataset in order, in bounded memory.
 
-    .jsonl      one JSON value per line; blank lines are left out
-    .json       one JSON value per line, or one array of values, or one object that holds one list of records under any
-                key; the last two are parsed as a whole
+    .jsonl      see `json_files`: one JSON value per line, or values over several lines; .json likewise
     .csv        a line of column names, then one record per row (RFC 4180)
     .tsv        the same, separated by tabs; quotation marks are ordinary characters, as in the files of GLUE
     .parquet    one record per row; not inside .gz or .zst, since it compresses its columns itself
@@ -24,7 +22,6 @@ Plain text has one column, named `column`, or `text` where none is given.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -34,7 +31,8 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import HfApi
 
-from relora.data.plain_text import PIECE_CHARS, BadRecord, read_text
+from relora.data.json_files import BYTE_ORDER_MARK, LONGEST_LINE, Row, is_too_long, read_json
+from relora.data.plain_text import BadRecord, read_text
 from relora.errors import RunStopped, UserError
 from relora.files.hub import SECONDS, refusal
 from relora.messages import first_line, short_name
@@ -42,118 +40,11 @@ from relora.messages import first_line, short_name
 COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 """Suffix of a compressed file -> Arrow's name of its codec."""
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-LONGEST_LINE = 1 << 28
-"""Most bytes of a line of a .jsonl, .json, .csv or .tsv file. Without a limit, a small compressed file with one endless
-line could fill the memory."""
-
-LARGEST_ARRAY = 1 << 28
-"""Most bytes, decompressed, of a .json file that holds an array. The array is parsed as a whole, which takes several
-times as much memory."""
-
-MESSAGE_KEYS = frozenset(("role", "from"))
-"""Keys of the objects in a list that is a conversation, and so part of one record."""
-
 BATCH_ROWS = 256
 """Rows of a parquet file or saved dataset that are decoded at a time."""
 
 MOST_NAMES = 8
 """Most columns that a message lists."""
-
-Row = tuple[str, Any]
-"""(place of a record, its value)."""
-
-
-def read_jsonl(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
-    """Yield one JSON value per line."""
-    return _json_lines(stream, 1, stream.readline(LONGEST_LINE), name, bad)
-
-
-def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
-    """Yield the values of a JSON array, or of the one list of records in an object; otherwise one value per line."""
-    number, line = 1, stream.readline(LONGEST_LINE)
-    while line and not line.removeprefix(BYTE_ORDER_MARK).strip():
-        number, line = number + 1, stream.readline(LONGEST_LINE)
-    following = None if _is_too_long(line) else stream.readline(LONGEST_LINE)
-    if not _begins_whole(line, following or b""):
-        yield from _json_lines(stream, number, line, name, bad, following)
-        return
-    line += following or b""
-    data = line + stream.read(max(0, LARGEST_ARRAY + 1 - len(line)))
-    if len(data) > LARGEST_ARRAY:
-        bad(f"{name}: more than {LARGEST_ARRAY >> 20} MB in one piece; write it as .jsonl, one record a line")
-        return
-    for _, value in _parsed_json(data, name, bad):
-        under = ""
-        if isinstance(value, dict):
-            lists = _lists_of_records(value)
-            if len(lists) != 1:
-                several = f"several lists of records ({column_names(lists)})" if lists else "no list of records"
-                bad(f"{name}: one JSON object with {several}; write one array of records, or one record a line")
-                return
-            under, value = f" under `{short_name(lists[0])}`", value[lists[0]]
-        for record_number, one in enumerate(value, start=1):
-            yield f"{name}, record {record_number}{under}", one
-
-
-def _begins_whole(line: bytes, following: bytes) -> bool:
-    """Return whether a JSON file is one value that is parsed as a whole, by its first two lines.
-
-    It is if it begins with an array, or with an object that ends in a later line, or is an object that holds records.
-    """
-    text = line.removeprefix(BYTE_ORDER_MARK).strip()
-    if not text.startswith(b"{"):
-        return text.startswith(b"[")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # an object that is damaged, unless it only breaks off at the end of the line
-        return text.endswith((b"{", b"[", b",", b":"))
-    return not following.strip() and bool(_lists_of_records(value))
-
-
-def _lists_of_records(value: Mapping[str, Any]) -> list[str]:
-    """Return the keys of an object under which there are lists of objects, if these are no messages of a chat."""
-    lists = [key for key, one in value.items() if isinstance(one, list) and one and isinstance(one[0], dict)]
-    return [] if any(MESSAGE_KEYS & value[key][0].keys() for key in lists) else lists
-
-
-def _json_lines(
-    stream: BinaryIO, number: int, line: bytes, name: str, bad: BadRecord, following: bytes | None = None
-) -> Iterator[Row]:
-    """Yield the JSON values of `line`, which is the line `number` of the file, and of the lines that follow it.
-
-    `following` is the next line, if it has been read.
-    """
-    while line:
-        where = f"{name}, line {number}"
-        if _is_too_long(line):
-            bad(f"{where}: longer than {LONGEST_LINE >> 20} MB, so hardly a record")
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(PIECE_CHARS)
-        elif line.strip():
-            yield from _parsed_json(line, where, bad)
-        number += 1
-        line, following = stream.readline(LONGEST_LINE) if following is None else following, None
-
-
-def _parsed_json(data: bytes, where: str, bad: BadRecord) -> Iterator[Row]:
-    """Yield the one JSON value that `data` holds, or report that it cannot be parsed and yield nothing."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        bad(f"{where}: not UTF-8; convert the file, e.g. with iconv")
-    except json.JSONDecodeError as error:
-        bad(f"{where}: not valid JSON ({error.msg}: line {error.lineno}, column {error.colno})")
-    except (ValueError, RecursionError):
-        bad(f"{where}: JSON with a number too long, or nested too deeply, to be read")
-    else:
-        yield where, value
-
-
-def _is_too_long(line: bytes) -> bool:
-    """Return whether `line`, read with `readline(LONGEST_LINE)`, is only the beginning of a longer line."""
-    return len(line) == LONGEST_LINE and not line.endswith(b"\n")
 
 
 def read_csv(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
@@ -196,7 +87,7 @@ def _text_lines(stream: BinaryIO) -> Iterator[str]:
     """Yield the lines of a UTF-8 file without a byte order mark; raise `csv.Error` at a line that is too long."""
     mark = BYTE_ORDER_MARK
     while line := stream.readline(LONGEST_LINE):
-        if _is_too_long(line):
+        if is_too_long(line):
             raise csv.Error(f"a line is longer than {LONGEST_LINE >> 20} MB")
         yield line.removeprefix(mark).decode()
         mark = b""  # only the first line may begin with one
@@ -237,7 +128,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 Reader = Callable[[BinaryIO, str, BadRecord, str | None], Iterator[Row]]
 
 READERS: Mapping[str, Reader] = {
-    ".jsonl": read_jsonl,
+    ".jsonl": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,

@@ -25,11 +25,11 @@ from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 import pyarrow
 
 from relora.data.folders import LeftOut, dataset_files, describe, files_of
+from relora.data.json_files import Row
 from relora.data.plain_text import PLAIN_TEXT_KINDS, Separators, read_text
 from relora.data.readers import (
     COMPRESSIONS,
     READERS,
-    Row,
     decompressed,
     file_kind,
     hub_revision,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.tongues import write_lines
 
-from relora.data import readers
+from relora.data import json_files, readers
 from relora.data.finetuning.records import Record, Records, split
 from relora.errors import UserError
 
@@ -109,8 +109,8 @@ def test_one_bad_row_of_a_parquet_file_is_left_out_alone(tmp_path: Path) -> None
     [
         ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a\.jsonl, line 2: not valid JSON \(Expecting value: line 2"),
         ("a.jsonl", b'{"x": "\xff"}\n', r"a\.jsonl, line 1: not UTF-8"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: not a JSON object"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl, line 1: JSON with a number too long, or nested too deeply"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, record 1: not a JSON object"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl: JSON with a number too long, or nested too deeply"),
         ("a.jsonl", b"\n", r"a\.jsonl: holds no record"),
         ("a.json", b'[{"x": 1},]', r"a\.json: not valid JSON"),
         ("a.json", b"[]", r"a\.json: holds no record"),
@@ -144,8 +144,9 @@ def test_a_bad_record_is_left_out_alone(tmp_path: Path) -> None:
 
 
 def test_too_large_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LARGEST_ARRAY", 1 << 20)
-    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(json_files, "LARGEST_WHOLE", 1 << 20)
+    for module in (json_files, readers):
+        monkeypatch.setattr(module, "LONGEST_LINE", 1 << 20)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * (1 << 20) + b"]"))
     with pytest.raises(UserError, match=r"more than 1 MB in one piece; write it as \.jsonl"):
         fields(tmp_path / "a.json.gz")

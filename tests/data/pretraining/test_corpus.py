@@ -101,7 +101,7 @@ MISTAKES = [
     ("a.jsonl", b'{"text": "x"}\n\n{"body": "x", "id": 1}\n', r"line 3: no field `text`; there are `body`, `id`"),
     ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl, line 1: not UTF-8"),
     ("a.jsonl", b'{"text": 5}\n', r"line 1: field `text` is not text but int"),
-    ("a.jsonl", b"[1]\n", r"line 1: not a JSON object"),
+    ("a.jsonl", b"[1]\n", r"record 1: not a JSON object"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: half of a surrogate pair"),
 ]
 
