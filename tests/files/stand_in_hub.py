@@ -27,6 +27,8 @@ class StandInHub:
     address: str = ""
     open: dict[str, Path] = field(default_factory=dict)
     """Hub id -> the folder with its files."""
+    revisions: set[str] = field(default_factory=lambda: {"main"})
+    """Branches and tags that every open repository has."""
     gated: set[str] = field(default_factory=set)
     failing: set[str] = field(default_factory=set)
     """Hub ids for which the server answers with an error of its own."""
@@ -117,6 +119,8 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
                         for file in files
                     ]
                 )
+            elif "/revision/" in path and path.partition("/revision/")[2] not in {*hub.revisions, COMMIT}:
+                self._refuse(404, code="RevisionNotFound")
             else:
                 self._json({"id": name, "sha": COMMIT, "siblings": [], "tags": []})
 

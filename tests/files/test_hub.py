@@ -3,6 +3,7 @@
 The hub's own client talks to a server on this machine.
 """
 
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ import pytest
 from tests.files.stand_in_hub import StandInHub, stand_in_hub, use_hub
 from tests.model.small import SMALL
 
+from relora.adapters.merge import merge_adapter, unmerge_adapter
+from relora.adapters.save_load import save_adapter
 from relora.data.readers import hub_revision
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.files.hub import MODEL_FILES, hub_folder
 from relora.inference.loading import load_model_or_run
+from relora.lowrank import LowRankConfig, inject
 from relora.model import build_model, model_folder, open_model, save_model
 
 ONE_LINE_SECONDS = 8
@@ -164,3 +168,25 @@ def test_half_a_download_is_not_taken_for_the_model(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="has only some of its files, and the hub gave no others"):
         hub_folder(instruct, "model", MODEL_FILES)
+
+
+def test_the_revision_that_an_adapter_names_is_opened(
+    instruct: str, hub: StandInHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter fits the revision that it was trained on, and the main branch may have moved since."""
+    model = open_model(hub.open[instruct])
+    inject(model, LowRankConfig(r=2, rest="frozen"))
+    adapter = save_adapter(model, tmp_path / "adapter", base=instruct)
+    settings = adapter / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"revision": "v2"}))
+    for use in (load_model_or_run, lambda folder: merge_adapter(folder, tmp_path / "merged")):
+        with pytest.raises(UserError, match="the hub has no such revision of it"):
+            use(adapter)
+    hub.revisions.add("v2")
+    hub.asked.clear()
+    assert load_model_or_run(adapter).adapters.in_use == "adapter"
+    merge_adapter(adapter, tmp_path / "merged")
+    described = [path for path in hub.asked if "/revision/" in path]
+    assert described and all("/revision/v2" in path for path in described)
+    assert unmerge_adapter(tmp_path / "merged", tmp_path / "again").exact and not caplog.records
+    merge_adapter(adapter, tmp_path / "here", base=hub.open[instruct])  # a folder has no revisions

@@ -82,6 +82,8 @@ class Adapter:
     """Rows of embeddings that were trained in full (PEFT's `trainable_token_indices`): key -> id -> row [width]."""
     base: str | None = None
     """Folder or hub id of the base model, as it was named when the adapter was made."""
+    revision: str | None = None
+    """Revision of the base on the hub; None for its main branch."""
     targets: tuple[str, ...] = ()
     """Last parts of paths that select exactly the layers in the base model; empty if only their whole paths do."""
     rslora: bool = False
@@ -93,6 +95,8 @@ class Adapter:
     """Whether `others` holds tied weights, once under each of their names."""
     task_type: str | None = None
     """PEFT's name of the model's task, such as `CAUSAL_LM`."""
+    notes: tuple[str, ...] = ()
+    """Lines on what of the folder has no effect (see `notes`)."""
 
     @property
     def dora(self) -> bool:

@@ -38,6 +38,8 @@ class AdapterFolder:
     """One of `KINDS`."""
     base: str | None
     """Folder or hub id of the base model, as the adapter names it; None if it names none."""
+    revision: str | None
+    """Revision of the base on the hub; None for its main branch."""
     template: str | None
     """`data.template` of the run that trained the adapter; None if the folder is not a run."""
 
@@ -60,7 +62,8 @@ def find_adapter(place: str | Path) -> AdapterFolder:
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
     if kind not in KINDS:
         raise UserError(f"{folder / CONFIG}: `peft_type` is {short_repr(kind)}; known are {' and '.join(KINDS)}")
-    return AdapterFolder(name, folder, kind, base if isinstance(base, str) and base else None, template)
+    base, revision = (value if isinstance(value, str) and value else None for value in (base, settings.get("revision")))
+    return AdapterFolder(name, folder, kind, base, revision, template)
 
 
 class Attached:

@@ -18,6 +18,7 @@ are those of PEFT's `add_weighted_adapter`. Entries are pruned tensor by tensor 
 that the same seed gives the same adapter. All arithmetic is in fp32 or better.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,16 @@ import torch
 from torch import Tensor
 
 from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.base_model import is_same_base
+from relora.adapters.compatibility import warn_of_notes
 from relora.adapters.contents import Summary, summarize
 from relora.adapters.low_rank_approximation import nearest_low_rank, nearest_low_rank_of_product
 from relora.adapters.peft_format import read_adapter, write_adapter
 from relora.adapters.peft_reading import misreadings_on_base, warn_of_misreadings
 from relora.errors import UserError
 from relora.seeding import keyed_generator
+
+_log = logging.getLogger(__name__)
 
 COMBINATION_METHODS = (
     "linear",
@@ -106,6 +111,12 @@ def combine_adapters(
         RunStopped: the disk refuses the write.
     """
     adapters = [read_adapter(folder) for folder in folders]
+    for folder, adapter in zip(folders, adapters, strict=True):
+        warn_of_notes(folder, adapter)
+        named = adapters[0].base
+        if adapter.base is None or named is None or not is_same_base(adapter.base, named):
+            sides = f"{folder} names the base {adapter.base}, {folders[0]} {named}"
+            _log.warning("warning: %s; the sum of two models' adapters fits neither, and the result names none", sides)
     combined = combine(adapters, weights, method, r=r, density=density, seed=seed)
     written = write_adapter(combined, out)
     warn_of_misreadings(written, misreadings_on_base(combined))
@@ -147,12 +158,14 @@ def combine(
         found_weights = {number: weights[number] for number in found}
         rank = r or max(factors.r for factors in found.values())
         layers[path] = _combine_layer(path, found, found_weights, method, weighted_sum, rank)
-    bases = {adapter.base for adapter in adapters}
+    first = adapters[0]
+    one_base = all(first.base and other.base and is_same_base(first.base, other.base) for other in adapters)
     targets = {name for adapter in adapters for name in adapter.targets}
     return Adapter(
         layers=layers,
         base_copies=adapters[0].base_copies,
-        base=adapters[0].base if len(bases) == 1 else None,
+        base=first.base if one_base else None,
+        revision=first.revision if one_base else None,
         targets=tuple(sorted(targets)) if all(adapter.targets for adapter in adapters) else (),
         fan_in_fan_out=adapters[0].fan_in_fan_out,
         task_type=adapters[0].task_type,

@@ -3,6 +3,7 @@
 An adapter names layers by their paths in the base model, so it fits models of one structure only.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from relora.errors import UserError
 from relora.lowrank.targets import is_conv1d
 from relora.messages import short_name
 
+_log = logging.getLogger(__name__)
+
 
 def check_fits(adapter: Adapter, model: nn.Module, source: str | Path) -> None:
     """Check that the model has every layer and tensor of an adapter, in the same shape.
@@ -28,6 +31,10 @@ def check_fits(adapter: Adapter, model: nn.Module, source: str | Path) -> None:
     """
     made_for = f" ({adapter.base})" if adapter.base else ""
     other = f"{source}: made for another base model{made_for}: "
+    if adapter.task_type and adapter.task_type.endswith("_CLS"):
+        other = (
+            f"{source}: made for a classifier (task_type {short_name(adapter.task_type)}), which is merged in PEFT: "
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, factors in adapter.layers.items():
         if path not in modules or layer_shape(modules[path], factors) is None:
@@ -85,6 +92,26 @@ def changes_alike(adapter: Adapter, names: Sequence[str]) -> bool:
     factors = any(name.removesuffix(".weight") in adapter.layers for name in names)
     first = values[0]
     return not factors and first is not None and all(v is not None and torch.equal(v, first) for v in values)
+
+
+def warn_of_notes(folder: str | Path, adapter: Adapter, model: nn.Module | None = None) -> None:
+    """Log a warning for each note on the adapter in `folder` and, of its model, on layers that have no factors."""
+    for note in (*adapter.notes, *(_without_factors(adapter, model) if model is not None else ())):
+        _log.warning("warning: %s: %s", folder, note)
+
+
+def _without_factors(adapter: Adapter, model: nn.Module) -> list[str]:
+    """Find the layers of a model that an adapter's `target_modules` name and its file has no factors of."""
+    ends = tuple(f".{name}" for name in adapter.targets)
+    missing = [
+        path
+        for path, module in model.named_modules()
+        if ends and f".{path}".endswith(ends) and path not in adapter.layers and linear_shape(module) is not None
+    ]
+    if not missing:
+        return []
+    which = missing[0] if len(missing) == 1 else f"{len(missing)} layers ({missing[0]}, ...)"
+    return [f"`target_modules` names {which}, of which its file has no factors; these layers stay the base's"]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ tensor. DoRA and modules that were trained in full replace weights, which cannot
 """
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -24,7 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from relora.adapters.adapter import Adapter, Factors
-from relora.adapters.compatibility import changes_alike, check_fits, tied_groups, tied_names
+from relora.adapters.base_model import base_folder, warn_of_another_base
+from relora.adapters.compatibility import changes_alike, check_fits, tied_groups, tied_names, warn_of_notes
 from relora.adapters.multi_adapter import Adapters
 from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
 from relora.adapters.stored_model import (
@@ -47,8 +49,12 @@ from relora.seeding import keyed_generator
 RECORD = "relora_merge.json"
 """File in a merged folder that says what was merged into what."""
 
+_MOST_ROUNDING = 0.25
+"""Share of an adapter's effect on the logits that may be rounded away without a warning."""
 _CHECK_ROWS, _CHECK_LENGTH = 2, 16
 """Shape of the batch of random tokens on which a merged model is compared with base + adapter."""
+
+_log = logging.getLogger(__name__)
 
 Change = Callable[[Tensor], Tensor]
 """Function from a stored tensor to the tensor that is to replace it, in fp32 or better."""
@@ -131,22 +137,21 @@ def merge_adapter(
     base = base or adapter.base
     if not base:
         raise UserError(f"{folder}: does not name its base model; give it by --base")
-    stored = StoredModel(base)
+    warn_of_another_base(folder, adapter.base, base)
+    revision = adapter.revision if base == adapter.base else None
+    stored = StoredModel(base_folder(base, revision))
     if (stored.folder / RECORD).exists():
         earlier = _read_record(stored.folder)
         raise UserError(
             f"{base}: {earlier.adapter} is merged into it already; merge into {earlier.base}, or combine the adapters"
         )
     check_fits(adapter, stored.model, folder)
+    warn_of_notes(folder, adapter, stored.model)
     layers = len(adapter.layers)
+    unsettled = adapter
     adapter = settled(adapter, lambda key: stored.find(key).read(), lambda key: tied_names(stored.model, key), folder)
     changes = _changes(stored, adapter, lambda weight, factors: factors.added_to(weight))
-    untied = [
-        name
-        for names in tied_groups(stored.model)
-        if changes.keys() & set(names) and not changes_alike(adapter, names)
-        for name in names
-    ]
+    untied = _untied_names(stored, adapter, changes)
     difference: float | None = None
     with new_model_folder(out) as partial:
         base_files = stored.copy_to(partial)
@@ -155,10 +160,17 @@ def merge_adapter(
         names = write_untied(partial, added, stored) if untied else list(base_files)
         merged_files = {name: sha256(partial / name) or "" for name in names}
         summed = adapter_sum(folder) or ""
-        record = Record(_full_name(base), _full_name(folder), summed, base_files, merged_files, untied)
+        record = Record(
+            _full_name(stored.folder if revision else base),
+            _full_name(folder),
+            summed,
+            base_files,
+            merged_files,
+            untied,
+        )
         write_json(partial / RECORD, asdict(record))
         if check and 4 * stored.parameters < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-            difference = _largest_logit_difference(stored, folder, partial)
+            difference = _largest_logit_difference(stored, unsettled, folder, partial)
     return MergeReport(
         out=str(out),
         base=str(base),
@@ -248,6 +260,16 @@ def _changes(
     return changes | {f"{path}.weight": change_of_layer(path, factors) for path, factors in adapter.layers.items()}
 
 
+def _untied_names(stored: StoredModel, adapter: Adapter, changes: Mapping[str, Change]) -> list[str]:
+    """Return all names of the tied weights that an adapter changes under one of their names alone."""
+    return [
+        name
+        for names in tied_groups(stored.model)
+        if changes.keys() & set(names) and not changes_alike(adapter, names)
+        for name in names
+    ]
+
+
 def _changed(name: str, old: Tensor, changes: Mapping[str, Change]) -> Tensor:
     """Return the tensor that the merged model has under a name, in the dtype of the base's tensor `old`.
 
@@ -310,7 +332,7 @@ def _unmerge_by_subtraction(merged: Path, out: Path, record: Record, folder: Pat
 
 
 @torch.no_grad()
-def _largest_logit_difference(stored: StoredModel, folder: Path, merged: Path) -> float:
+def _largest_logit_difference(stored: StoredModel, adapter: Adapter, folder: Path, merged: Path) -> float:
     """Return the largest difference between the logits of base + adapter and of the merged model, on random tokens.
 
     Both models are opened in fp32, one after the other. `folder` is the adapter's.
@@ -322,13 +344,21 @@ def _largest_logit_difference(stored: StoredModel, folder: Path, merged: Path) -
     ids = torch.randint(rows, (_CHECK_ROWS, _check_length(stored)), generator=keyed_generator(0, "merge check"))
     model = open_model(stored.folder).eval()
     adapters = Adapters(model)
-    adapters.load("adapter", folder)
+    adapters.add("adapter", adapter, folder)
+    plain = model(ids, use_cache=False).logits
     adapters.use("adapter")
     logits = model(ids, use_cache=False).logits
     del model, adapters  # so that only one model is in memory
     difference: float = (open_model(merged).eval()(ids, use_cache=False).logits - logits).abs().max().item()
     if not math.isfinite(difference):
         raise NonFinite(f"{folder}: with this adapter the model's logits are not finite; nothing was written")
+    effect = (logits - plain).abs().max().item()
+    if difference > _MOST_ROUNDING * effect:
+        _log.warning(
+            "warning: %s: moves the logits by %.2g, of which the dtype of the base's weights rounds away up to %.2g; "
+            "merge into the base in fp32",
+            *(folder, effect, difference),
+        )
     return difference
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from relora.adapters.adapter import Factors
-from relora.adapters.compatibility import all_tensors, check_fits, tied_names
+from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.compatibility import all_tensors, check_fits, tied_names, warn_of_notes
 from relora.adapters.peft_format import read_adapter
 from relora.adapters.whole_tensors import settled
 from relora.errors import UserError
@@ -62,9 +62,14 @@ class Adapters:
             UserError: an adapter of this name is loaded, the folder holds no adapter, or the adapter is for another
                 base or replaces a tensor of a module that has children. Nothing has changed.
         """
+        adapter = read_adapter(folder)
+        self.add(name, adapter, folder)
+        warn_of_notes(folder, adapter, self._model)
+
+    def add(self, name: str, adapter: Adapter, folder: str | Path) -> None:
+        """Take an adapter that was read from `folder`; see `load`."""
         if name in self._sizes:
             raise UserError(f"{name}: an adapter of this name is loaded; remove it first, or give another name")
-        adapter = read_adapter(folder)
         check_fits(adapter, self._model, folder)
         tensors = all_tensors(self._model)
         adapter = settled(adapter, lambda key: tensors[key].detach(), lambda key: tied_names(self._model, key), folder)

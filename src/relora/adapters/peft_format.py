@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.adapters.adapter import Adapter, Factors
+from relora.adapters.notes import config_notes
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder, write_json
 from relora.files.untrusted import MB, check_folder, check_header, read_json
@@ -78,6 +79,7 @@ class _Config(BaseModel):
     layers_to_transform: Any = None
     bias: Literal["none", "all", "lora_only"] = "none"
     base_model_name_or_path: str | None = None
+    revision: str | None = None
     task_type: str | None = None
     fan_in_fan_out: bool | None = None
     ensure_weight_tying: bool | None = None
@@ -99,7 +101,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             not supported here.
     """
     folder = Path(folder)
-    config = _checked_config(read_config(folder), folder / CONFIG)
+    settings = read_config(folder)
+    config = _checked_config(settings, folder / CONFIG)
     where = folder / TENSORS
     with _open_tensors(where) as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no mapping
@@ -135,12 +138,14 @@ def read_adapter(folder: str | Path) -> Adapter:
         base_copies=base_copies,
         rows=rows,
         base=config.base_model_name_or_path,
+        revision=config.revision,
         targets=tuple(sorted(config.target_modules or ())) if exact else (),
         rslora=config.use_rslora,
         dropout=config.lora_dropout,
         fan_in_fan_out=bool(config.fan_in_fan_out),
         tied=bool(config.ensure_weight_tying),
         task_type=config.task_type,
+        notes=config_notes(settings, _Config.model_fields, layers, list(others), list(rows)),
     )
 
 
@@ -236,7 +241,12 @@ def _checked_config(tree: dict[str, Any], file: Path) -> _Config:
     """
     kind = tree.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{file}: peft_type {short_repr(kind)} is not LORA: only LoRA, rsLoRA and DoRA are known here")
+        line = f"{file}: peft_type {short_repr(kind)} is not LORA: only LoRA, rsLoRA and DoRA are known here"
+        if kind == "ADAPTION_PROMPT":
+            raise UserError(
+                f"{line}; prompts of LLaMA-Adapter are used beside their base (`relora generate --adapter`)"
+            )
+        raise UserError(f"{line}; merge it in PEFT (`merge_and_unload`), if it can be, and use the merged model")
     for key in _UNSUPPORTED:
         if tree.get(key):
             raise UserError(
@@ -353,6 +363,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base,
+        "revision": adapter.revision,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,

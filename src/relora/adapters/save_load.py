@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.adapters.adapter import Adapter, Factors
-from relora.adapters.compatibility import all_tensors, check_fits, check_ties
+from relora.adapters.compatibility import all_tensors, check_fits, check_ties, warn_of_notes
 from relora.adapters.peft_format import common_and_patterns, read_adapter, write_adapter
 from relora.adapters.peft_reading import misreadings, warn_of_misreadings
 from relora.errors import UserError
@@ -76,6 +76,7 @@ def load_adapter(
     adapter = read_adapter(folder)
     check_fits(adapter, model, folder)
     check_ties(adapter, model, folder)
+    warn_of_notes(folder, adapter, model)
     if adapter.beyond_linear:
         raise UserError(
             f"{folder}: {adapter.beyond_linear} can be merged and used, but not trained further; merge the adapter "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from relora.adapters.adapter import Factors
+from relora.adapters.compatibility import warn_of_notes
 from relora.adapters.contents import Summary, summarize
 from relora.adapters.peft_format import read_adapter
 from relora.adapters.peft_reading import misreadings_on_base
@@ -50,6 +51,7 @@ def show_adapter(folder: str | Path) -> Contents:
     """
     folder = Path(folder)
     adapter = read_adapter(folder)
+    warn_of_notes(folder, adapter)
     alphas = adapter.alphas()
     layers = [
         LayerSummary(path, *factors.shape, factors.r, alphas[path], factors.scaling, _update_norm(factors))

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from relora.errors import UserError
@@ -38,22 +39,23 @@ SECONDS = 10.0
 _UNAUTHORIZED = 401
 
 
-def hub_folder(name: str, kind: str, patterns: Sequence[str]) -> Path:
+def hub_folder(name: str, kind: str, patterns: Sequence[str], *, revision: str | None = None) -> Path:
     """Download the files of a hub repository that match `patterns`, unless the cache has them; return their folder.
 
     Args:
         name: hub id.
         kind: what the repository is to hold, for messages: `model` or `tokenizer`.
+        revision: branch, tag or commit; by default the main branch.
 
     Raises:
         UserError: the hub does not give the files, and the cache does not have them.
     """
     try:
-        HfApi().model_info(name, timeout=SECONDS)
+        HfApi().model_info(name, revision=revision, timeout=SECONDS)
     except Exception as error:  # of any type: the hub's client and the network raise many
-        return _cached(name, kind, patterns, error)
+        return _cached(name, kind, patterns, revision, error)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=SECONDS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), etag_timeout=SECONDS))
     except Exception as error:  # likewise
         raise UserError(f"{name}: {refusal(error, name, kind)}") from None
 
@@ -75,6 +77,8 @@ def refusal(error: BaseException, name: str, kind: str, what: str = "folder") ->
         return f"gated on the hub, and the account that is logged in has no access; accept its terms at {page}"
     if any(isinstance(cause, HFValidationError) for cause in causes):
         return f"no such {what} (and no hub id is written like that)"
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return "the hub has no such revision of it"
     answers = [cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None]
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"no such {what}, and the hub has no {kind} of that name; for a private one log in with `hf auth login`"
@@ -87,10 +91,10 @@ def refusal(error: BaseException, name: str, kind: str, what: str = "folder") ->
     return f"no such {what}; the hub {reached}, and its cache on this machine has no such {kind}"
 
 
-def _cached(name: str, kind: str, patterns: Sequence[str], error: Exception) -> Path:
+def _cached(name: str, kind: str, patterns: Sequence[str], revision: str | None, error: Exception) -> Path:
     """Return the folder of a repository in the cache; `UserError` with the reason in `error` if it is not there."""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
     except IncompleteSnapshotError:
         raise UserError(
             f"{name}: the hub's cache on this machine has only some of its files, and the hub gave no others "

@@ -9,7 +9,6 @@
 A folder is an adapter if it has an adapter_config.json, and a run if it has a config.yaml.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +16,16 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from relora.adapters.attached import AdapterFolder, Attached, find_adapter
+from relora.adapters.base_model import base_folder, warn_of_another_base
 from relora.adapters.peft_format import CONFIG
 from relora.data.tokenizer import load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.inference.conversation import ChatPrompt, Message
-from relora.messages import short_name
 from relora.model.examine import check_causal
 from relora.model.finite import check_computes
-from relora.model.load import dtype_named, max_positions, model_folder, open_model
+from relora.model.load import dtype_named, max_positions, open_model
 from relora.runs.settings import is_run, read_run_settings
-
-_log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 1024
 """The longest sequence, in tokens, for a model whose training length is not known from a run."""
@@ -129,7 +126,7 @@ def load_model_or_run(
     if source.adapter is not None:
         attached.use(attached.load(source.adapter))
     for each in more_adapters:
-        _warn_of_another_base(each, source.model)
+        warn_of_another_base(each.folder, each.base, source.model)
         attached.load(each)
     check_causal(model, model_or_run)
     check_computes(model, str(model_or_run))
@@ -172,7 +169,8 @@ def _resolve_run(run: Path) -> _ModelSource:
         return _ModelSource(adapter.base or settings.model.path, adapter, length)
     if (run / "model").is_dir():
         return _ModelSource(run / "model", None, length, settings.template)
-    raise UserError(f"{run}: has no model yet; finish the run, or write one with `relora export {run}`")
+    mend = f", or write one with `relora export {run}`" if settings.task is None else " with `relora finetune`"
+    raise UserError(f"{run}: has no model yet; finish the run{mend}")
 
 
 def _base_folder(source: _ModelSource, path: str | Path, trust_remote_code: bool) -> Path:
@@ -181,27 +179,12 @@ def _base_folder(source: _ModelSource, path: str | Path, trust_remote_code: bool
     if source.model is None:
         raise UserError(f"{path}: does not say which model it belongs to (`base_model_name_or_path`); {both}")
     try:
-        return model_folder(source.model, trust_remote_code=trust_remote_code)
+        revision = source.adapter.revision if source.adapter is not None else None
+        return base_folder(source.model, revision, trust_remote_code=trust_remote_code)
     except UserError as error:
         if source.adapter is None:
             raise
         raise UserError(f"{path}: its base cannot be opened: {error}; if it is elsewhere now, {both}") from None
-
-
-def _warn_of_another_base(adapter: AdapterFolder, model: str | Path | None) -> None:
-    """Warn if an adapter names a base other than `model`.
-
-    The shapes cannot show this: an adapter fits every model of the same shape, so its own statement is all there is.
-    Two folders are compared as folders; where one of the two names is not a local path, only the last part of the names
-    is compared.
-    """
-    if adapter.base is None or model is None:
-        return
-    named, given = Path(adapter.base), Path(model)
-    are_folders = named.exists() and given.exists()
-    is_same = named.samefile(given) if are_folders else named.name == given.resolve().name
-    if not is_same:
-        _log.warning("warning: %s was trained on %s, not on %s", adapter.folder, short_name(adapter.base, 160), model)
 
 
 def _check_text(text: str) -> None:
