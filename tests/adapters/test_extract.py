@@ -1,12 +1,14 @@
 """Adapters extracted from what a full training changed."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tests.adapters.test_merge import base_folder, built, logits, moved, tensors
 from tests.lowrank.test_inject import FAMILIES
-from transformers import PreTrainedModel
+from tests.model.small import SMALL
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from relora.adapters.extract import extract_adapter
 from relora.adapters.save_load import load_adapter
@@ -50,6 +52,43 @@ def test_what_a_smaller_rank_keeps(tmp_path: Path) -> None:
     assert len(report.layers) == 4 and report.energy_kept == pytest.approx(kept / total, rel=1e-4)
     assert 0 < report.energy_kept < 1
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= set(report.left_out)
+
+
+def test_a_head_that_training_untied_is_named(tmp_path: Path) -> None:
+    """The base's files do not hold the head under its own name, so it must be looked for under the embedding's."""
+    base, tuned = LlamaConfig(**SMALL, tie_word_embeddings=True), LlamaConfig(**SMALL, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(base)
+    model.save_pretrained(tmp_path / "base")
+    changed = AutoModelForCausalLM.from_config(tuned)
+    changed.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    changed.save_pretrained(tmp_path / "same head")
+    assert extract_adapter(tmp_path / "base", tmp_path / "same head", tmp_path / "one", r=1).left_out == []
+    with torch.no_grad():
+        changed.lm_head.weight.add_(0.1)
+    changed.save_pretrained(tmp_path / "other head")
+    report = extract_adapter(tmp_path / "base", tmp_path / "other head", tmp_path / "two", r=1)
+    assert report.left_out == ["lm_head.weight"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(0.1)
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "tied")
+    assert len(extract_adapter(tmp_path / "base", tmp_path / "tied", tmp_path / "three", r=1).left_out) == 1
+
+
+def test_settings_that_training_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, tuned = base_folder("llama", tmp_path / "base"), tuned_folder("llama", tmp_path / "tuned", 2)
+    extract_adapter(base, tuned, tmp_path / "one", r=2)
+    assert not caplog.messages
+    settings = json.loads((tuned / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 5e5
+    (tuned / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16", "eos_token_id": 5}))
+    extract_adapter(base, tuned, tmp_path / "two", r=2)
+    assert caplog.messages == [
+        f"warning: {tuned}: its config.json differs from that of {base} in rope_parameters, which is not in the adapter"
+    ]
 
 
 def test_refused_extractions(tmp_path: Path) -> None:

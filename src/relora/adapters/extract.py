@@ -7,6 +7,7 @@ layer. The price: what changed beside the targets (embeddings, norms, biases) an
 the report says how much that is.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,26 @@ import torch
 from torch import Tensor
 
 from relora.adapters.adapter import Adapter, Factors
-from relora.adapters.compatibility import all_tensors
+from relora.adapters.compatibility import all_tensors, tied_names
 from relora.adapters.low_rank_approximation import nearest_low_rank
 from relora.adapters.peft_format import write_adapter
 from relora.adapters.peft_reading import misreadings, warn_of_misreadings
-from relora.adapters.stored_model import StoredModel
+from relora.adapters.stored_model import StoredModel, StoredTensor
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.targets import find_targets
 from relora.report.progress import with_progress
 from relora.seeding import keyed_generator
+
+_log = logging.getLogger(__name__)
+
+_OF_NO_EFFECT = frozenset(
+    {
+        *("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "use_cache"),
+        *("tie_word_embeddings", "auto_map", "initializer_range"),
+    }
+)
+"""Keys of config.json that do not change what a model computes, or only by weights, which are compared."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,11 @@ def extract_adapter(
     )
     written = write_adapter(adapter, out)
     warn_of_misreadings(written, misreadings(before.model, adapter))
+    if settings := _other_settings(before, after):
+        _log.warning(
+            "warning: %s: its config.json differs from that of %s in %s, which is not in the adapter",
+            *(tuned, base, ", ".join(settings)),
+        )
     return Extraction(
         out=str(written),
         r=r,
@@ -105,9 +121,12 @@ def extract_adapter(
 
 
 def _check_alike(before: StoredModel, after: StoredModel, tuned: str | Path) -> None:
-    """Raise `UserError` unless the tuned model has every tensor of the base, in the same shape."""
-    tuned_tensors = all_tensors(after.model)
-    for name, tensor in all_tensors(before.model).items():
+    """Raise `UserError` unless the tuned model has the tensors of the base, in the same shapes, and no others."""
+    base_tensors, tuned_tensors = all_tensors(before.model), all_tensors(after.model)
+    for name in tuned_tensors:
+        if name not in base_tensors:
+            raise UserError(f"{tuned}: of another architecture than the base (which has no {name})")
+    for name, tensor in base_tensors.items():
         if name not in tuned_tensors:
             raise UserError(f"{tuned}: of another architecture than the base (it has no {name})")
         if tuned_tensors[name].shape != tensor.shape:
@@ -117,8 +136,25 @@ def _check_alike(before: StoredModel, after: StoredModel, tuned: str | Path) -> 
 
 def _other_differences(before: StoredModel, after: StoredModel, targets: set[str]) -> list[str]:
     """Return the names of the tensors that differ between the models and are not weights of targets."""
-    names = [name for name in before.tensors if name not in targets and name in after.tensors]
-    return [name for name in names if not _equal(before.tensors[name].read(), after.tensors[name].read())]
+    names = dict.fromkeys([*all_tensors(before.model), *before.tensors])  # some are stored in another form
+    pairs = {name: (_stored(before, name), _stored(after, name)) for name in names if name not in targets}
+    differ = [name for name, (old, new) in pairs.items() if old and new and not _equal(old.read(), new.read())]
+    # a weight that is tied in both models counts once
+    same = {name: pairs[name] for name in differ}
+    return [name for number, name in enumerate(differ) if same[name] not in [same[one] for one in differ[:number]]]
+
+
+def _stored(model: StoredModel, name: str) -> StoredTensor | None:
+    """Return a tensor of a model's files, a tied one under any of its names; None if they do not hold it as such."""
+    names = (name, *tied_names(model.model, name)) if name in all_tensors(model.model) else (name,)
+    return next((model.tensors[one] for one in names if one in model.tensors), None)
+
+
+def _other_settings(before: StoredModel, after: StoredModel) -> list[str]:
+    """Return the keys of config.json that differ and may change what a model computes."""
+    old, new = (model.model.config.to_dict() for model in (before, after))
+    keys = sorted({*old, *new} - _OF_NO_EFFECT)
+    return [key for key in keys if not key.endswith("_token_id") and old.get(key) != new.get(key)]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
