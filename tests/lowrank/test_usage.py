@@ -16,6 +16,8 @@ from transformers import (
     ReformerConfig,
 )
 
+from relora.lowrank import LowRankConfig, inject
+from relora.lowrank.inject import strip
 from relora.lowrank.usage import is_handed_over, usage_of, with_siblings
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -106,15 +108,36 @@ def test_attention_to_an_encoder_that_is_not_there_is_not_used() -> None:
     assert unused not in usage.called and f"{unused}.weight" not in usage.trained
 
 
-def test_reversible_layers_compute_gradients_of_parameters_that_the_graph_does_not_show() -> None:
+def reformer() -> PreTrainedModel:
+    """A model whose blocks run inside an autograd function of its own, which computes their gradients."""
     sizes = {"hidden_size": 32, "attention_head_size": 16, "num_attention_heads": 2, "feed_forward_size": 48}
     config = ReformerConfig(
         **{"vocab_size": 96, "axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local"], **sizes},
         **{"max_position_embeddings": 64, "local_attn_chunk_length": 16, **ENDS},
     )
-    model = build(config)
+    return build(config)
+
+
+def test_reversible_layers_compute_gradients_of_parameters_that_the_graph_does_not_show() -> None:
+    """The bias of Reformer's head is in no graph at all: its forward pass does not add it."""
+    model = reformer()
     usage = usage_of(model)
-    assert usage is not None and usage.trained >= really_trained(model)
+    assert usage is not None and usage.trained == really_trained(model) and "lm_head.bias" not in usage.trained
+    block = "reformer.encoder.layers.0.attention.self_attention.query"
+    assert block in usage.inside_functions and "lm_head" not in usage.inside_functions
+
+
+def test_factors_inside_an_autograd_function_train_while_the_rest_is_frozen() -> None:
+    model = reformer()
+    inject(model, LowRankConfig(r=2, rest="frozen"))
+    ids = torch.arange(32).view(2, 16)
+    model.train()(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    factors = {name: one for name, one in model.named_parameters() if name.endswith("lora_B")}
+    assert factors and all(one.grad.any() for one in factors.values())
+    with torch.inference_mode():
+        model.eval()(input_ids=ids, use_cache=False)
+    strip(model)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 class Selecting(nn.Module):

@@ -90,3 +90,10 @@ def test_what_a_class_computes_from_its_own_names_follows() -> None:
     """Dbrx's experts have the width of the model, which its class gives them."""
     config = with_overrides(transformers.DbrxConfig(), {"hidden_size": 64, "num_attention_heads": 4})
     assert (config.d_model, config.ffn_config.hidden_size) == (64, 64)
+
+
+@pytest.mark.parametrize("layers, shared", [(35, 15), (20, 9), (10, 4), (7, 2), (5, 0)])
+def test_layers_that_use_the_keys_of_others_keep_their_share_of_the_depth(layers: int, shared: int) -> None:
+    """Gemma 3n has 15 of 35; the others must be of both kinds, sliding and full, and every fifth one is full."""
+    config = with_overrides(transformers.Gemma3nTextConfig(num_hidden_layers=35), {"num_hidden_layers": layers})
+    assert config.num_kv_shared_layers == shared and len(config.kv_sharing_modes) == layers

@@ -172,3 +172,24 @@ def test_a_bf16_base_restarts_on_its_exact_master(tmp_path: Path) -> None:
         exact = exact_tensors(stage.model)[f"{name}.weight"]
         assert layer.weight.dtype == torch.bfloat16 and exact.dtype == torch.float32
         assert torch.equal(exact.bfloat16(), layer.weight) and not torch.equal(exact.bfloat16().float(), exact)
+
+
+@pytest.mark.parametrize("reached, said", [(range(0), {"extra"}), (range(2, 3), frozenset())])
+def test_what_has_no_gradient_in_the_steps_that_are_looked_at_is_said(
+    tmp_path: Path, reached: range, said: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on: a later batch may reach what the first ones did not."""
+    steps: list[int] = []
+
+    def partial_loss(model: torch.nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        summed, number = loss(model, input_ids, labels)
+        steps.append(len(steps))
+        return summed + model.extra.sum() * (1.0 if steps[-1] in reached else 0.0), number
+
+    schedule = Schedule(total_steps=10, warm_start_steps=10)
+    stage = Stage(tmp_path, loss=partial_loss, schedule=schedule, micro_sequences=99)
+    stage.model.extra = torch.nn.Parameter(torch.ones(2))
+    progress = stage.play().progress
+    assert progress is not None and progress.state.step == 10 and progress.said_without_gradient == said
+    line = "step 2: extra has had no gradient so far; what gets none stays as it is, the rest trains"
+    assert capsys.readouterr().out.count(line) == len(said)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from relora.errors import RunStopped
 from relora.lowrank import LowRankConfig, inject, low_rank_layers
+from relora.lowrank.usage import usage_of
 from relora.train.optim import named_state
 from relora.train.step import clear_nonfinite_flag, dead_tensors, train_step
 
@@ -167,6 +168,60 @@ def test_a_pair_of_zero_factors_is_found_out() -> None:
     model.zero_grad()
     loss(model, *batch())[0].backward()
     assert dead_tensors(model) == ["inner.lora_B"]
+
+
+class Scaled(Bigram):
+    """A bigram model in which a scale that begins at zero hides a layer, as in Gemma 3n, xLSTM and Zaya."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.scale = nn.Linear(8, 8), nn.Parameter(torch.zeros(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        return self.head(torch.tanh(self.inner(hidden)) + self.scale * self.hidden(hidden))
+
+
+def test_a_gradient_that_is_zero_until_its_partner_moves_stops_nothing() -> None:
+    model = Scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert one_step(model, optimizer, batch()).without_gradient == {"hidden.weight", "hidden.bias"}
+    before = model.hidden.weight.clone()
+    assert one_step(model, optimizer, batch(), step=1).without_gradient == frozenset()
+    assert not torch.equal(model.hidden.weight, before)
+
+
+def test_a_model_in_which_nothing_has_a_gradient_stops_the_run() -> None:
+    model = Scaled()
+    for parameter in (*model.embed.parameters(), *model.inner.parameters(), *model.head.parameters(), model.scale):
+        parameter.requires_grad_(False)
+    with pytest.raises(RunStopped, match=r"hidden\.weight \(and 1 more tensors\) gets no gradient"):
+        one_step(model, torch.optim.SGD(model.hidden.parameters(), lr=0.1), batch())
+
+
+class ForLongSequences(Bigram):
+    """A model one layer of which runs on more than 8 tokens alone, as the compressors of DeepSeek-V4 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long = nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        hidden = self.inner(self.embed(input_ids))
+        return (self.head(self.long(hidden) if input_ids.shape[1] > 8 else hidden),)
+
+
+def test_a_layer_that_a_short_batch_does_not_reach_stops_nothing() -> None:
+    def loss_of(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(input_ids)[0].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum"), (labels != -100).sum()
+
+    model = ForLongSequences()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert one_step(model, optimizer, batch(), loss=loss_of).without_gradient == {"long.weight", "long.bias"}
+    usage_of(model, 8)  # the run's sequences are all as short, so nothing of it would ever train
+    with pytest.raises(RunStopped, match=r"long\.weight \(and 1 more tensors\) gets no gradient"):
+        one_step(model, optimizer, batch(), loss=loss_of)
 
 
 def test_a_loss_that_no_trained_tensor_moves_stops_the_run_in_one_line() -> None:

@@ -8,6 +8,7 @@ from relora.data.tokenizer import load_tokenizer
 from relora.errors import UserError
 from relora.export.gguf import check_gguf, write_gguf
 from relora.lowrank import merge
+from relora.lowrank.usage import usage_of
 from relora.model.load import dtype_named, model_folder
 from relora.model.save import save_model
 from relora.recipes.from_settings import lowrank_of, schedule_of
@@ -59,6 +60,7 @@ def export(
         _log.warning("warning: %s; step %d is used", description, checkpoint.step)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id, trust_remote_code=trust_remote_code)
+    usage_of(model, config.data.sequence_length)  # decides, as in training, which layers have factors
     restore_weights(model, checkpoint, schedule_of(config), lowrank_of(config), seed=config.seed)
     merge(model)
     out = Path(out) if out is not None else folder / f"model-{checkpoint.step}"

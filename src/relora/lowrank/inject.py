@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from relora.errors import UserError
 from relora.lowrank.config import LowRankConfig
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.targets import choose_targets, full_rank_parameters, is_conv1d
+from relora.lowrank.usage import usage_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0, named_exac
         raise UserError("the model has low-rank layers already; relora.merge(model) first")
     chosen = choose_targets(model, config, named_exactly=named_exactly)
     full_rank = full_rank_parameters(model, config, chosen.paths)
+    usage = usage_of(model) if config.rest == "frozen" and not named_exactly else None
     targets = {}
     for name in chosen.paths:
         module = model.get_submodule(name)
@@ -72,6 +75,8 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0, named_exac
         targets[name] = (layer.out_features, layer.in_features)
     if config.rest == "frozen":
         _freeze_rest(model, full_rank)
+    if usage is not None and usage.inside_functions.intersection(targets):
+        low_rank_layers(model)[chosen.paths[0]].input_hook = _let_gradients_in(model)
     return _report(model, targets, config, tuple(chosen.notes(config.rest)))
 
 
@@ -98,6 +103,8 @@ def strip(model: nn.Module) -> None:
     for name, layer in low_rank_layers(model).items():
         for parameter, required_grad in layer.saved_requires_grad:
             parameter.requires_grad_(required_grad)
+        if layer.input_hook is not None:
+            layer.input_hook.remove()
         model.set_submodule(name, layer.unwrap())
 
 
@@ -155,6 +162,18 @@ def _freeze_rest(model: nn.Module, trained: set[int]) -> None:
             parameter.requires_grad_(trains)
             parameter.grad = None
     layers[0].saved_requires_grad = tuple(changed)
+
+
+def _let_gradients_in(model: nn.Module) -> RemovableHandle | None:
+    """Let the output of the input embeddings require a gradient, for blocks inside an autograd function.
+
+    The backward pass of such a function, which computes the gradients of the blocks' factors, runs only if a gradient
+    comes to an input of the function, and frozen embeddings ask for none.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embeddings, nn.Module):
+        return None
+    return embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:

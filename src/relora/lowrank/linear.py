@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from relora.errors import NonFinite, UserError
 from relora.lowrank.calibrate import calibrated
@@ -72,6 +73,8 @@ class LowRankLinear(FrozenLinear):
         self._weight_required_grad = self.weight.requires_grad
         self.saved_requires_grad: tuple[tuple[nn.Parameter, bool], ...] = ()
         """Parameters outside the targets whose `requires_grad` `inject` changed, with the value from before."""
+        self.input_hook: RemovableHandle | None = None
+        """Hook by which `inject` lets gradients into the blocks; at most one layer of a model has it."""
         self.base = FrozenWeight(self, config.base, config.frozen, fan_in_fan_out, keep_master=config.master)
         self.rates = config.rates or calibrated(self.weight.device)
         self._register_factors(config)

@@ -53,6 +53,9 @@ class Usage:
     """Paths of the modules whose forward pass ran."""
     trained: frozenset[str]
     """Names of the parameters to which a gradient comes back from the logits."""
+    inside_functions: frozenset[str] = frozenset()
+    """Paths of the modules that run inside an autograd function of the model's own, as reversible blocks do. Its
+    backward pass computes their gradients, and runs only if a gradient comes to an input of the function."""
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], int | None, Usage | None]] = WeakKeyDictionary()
@@ -213,17 +216,21 @@ def _passed(model: nn.Module, tokens: int) -> Usage | None:
     device = next(model.parameters()).device
     for fake in (True, False) if device.type != "meta" else (True,):
         called: set[nn.Module] = set()
+        without_graph: set[nn.Module] = set()
         try:
-            with _prepared(model, called), _fake_tensors() if fake else _unchanged(model, device):
+            with _prepared(model, called, without_graph), _fake_tensors() if fake else _unchanged(model, device):
                 ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
                 output = model(input_ids=ids, **_without_cache(model))
-                trained = _leaves(called, output.logits if hasattr(output, "logits") else output[0])
+                trained, inside = _leaves(without_graph, output.logits if hasattr(output, "logits") else output[0])
         except Exception:  # of any kind: the model may want images or states, or look at numbers
             continue
-        modules = [name for name, module in model.named_modules() if module in called]
+        modules = dict(model.named_modules())
         parameters = model.named_parameters(remove_duplicate=False)  # a tied one trains under each of its names
-        names = [name for name, parameter in parameters if id(parameter) in trained]
-        return Usage(with_siblings(model, modules), with_siblings(model, names))
+        return Usage(
+            with_siblings(model, [name for name, module in modules.items() if module in called]),
+            with_siblings(model, [name for name, parameter in parameters if id(parameter) in trained]),
+            with_siblings(model, [name for name, module in modules.items() if module in inside]),
+        )
     return None
 
 
@@ -232,13 +239,20 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def _leaves(called: set[nn.Module], output: Tensor) -> set[int]:
+def _leaves(without_graph: set[nn.Module], output: Tensor) -> tuple[set[int], set[nn.Module]]:
     """Return the identities of the parameters from which autograd's graph leads to a tensor.
 
     An operation in Python may compute gradients of parameters that it was not given as arguments (reversible layers
-    do). In a model with one, all parameters of the modules that ran are taken to have a gradient.
+    do). In a model with one, the parameters of the modules that ran without a graph are taken to have a gradient.
+
+    Args:
+        without_graph: modules that ran while autograd was off.
+
+    Returns:
+        The parameters' identities, and the modules that ran inside such an operation.
     """
     found: set[int] = set()
+    inside: set[nn.Module] = set()
     seen: set[Any] = set()
     waiting: list[Any] = [output.grad_fn]
     while waiting:
@@ -247,11 +261,11 @@ def _leaves(called: set[nn.Module], output: Tensor) -> set[int]:
             continue
         seen.add(node)
         if isinstance(node, BackwardCFunction):
-            found.update(id(p) for module in called for p in module.parameters(recurse=False))
+            inside = without_graph
         if (leaf := getattr(node, "variable", None)) is not None:
             found.add(id(leaf))
         waiting.extend(before for before, _ in node.next_functions)
-    return found
+    return found | {id(p) for module in inside for p in module.parameters(recurse=False)}, inside
 
 
 @contextmanager
@@ -275,11 +289,18 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _prepared(model: nn.Module, called: set[nn.Module]) -> Iterator[None]:
-    """Put the model in training mode with all parameters trained inside the block, and note the modules that run."""
+def _prepared(model: nn.Module, called: set[nn.Module], without_graph: set[nn.Module]) -> Iterator[None]:
+    """Put the model in training mode with all parameters trained inside the block, and note the modules that run.
+
+    Args:
+        called: gets the modules that run.
+        without_graph: gets those of them that run while autograd is off.
+    """
 
     def note(module: nn.Module, _: Any) -> None:
         called.add(module)
+        if not torch.is_grad_enabled():
+            without_graph.add(module)
 
     modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]

@@ -1,6 +1,7 @@
 """Another shape for a configuration: the keys that a user gives, and the values that follow from them.
 
-    num_hidden_layers   lists with one entry for each layer, and lists of numbers of layers
+    num_hidden_layers   lists with one entry for each layer, lists of numbers of layers, and how many of the layers use
+                        the keys and values of others
     hidden_size, heads  the size of a head, the number of key-value heads
 
 A list that the configuration's class makes by itself, such as `layer_types`, is made anew for the new number of layers.
@@ -20,6 +21,7 @@ Overrides = Mapping[str, int | bool]
 """Keys of a transformers configuration that replace those of a preset or a model folder."""
 
 _DEPTH = "num_hidden_layers"
+_SHARED = "num_kv_shared_layers"
 _NUMBERS_OF_LAYERS = ("_layers", "layer_ids", "indices", "_idxs", "layer_numbers")
 """Endings of the keys of lists that hold numbers of layers."""
 _OF_LAYERS = ("layer", "block", "pattern", "types", "schedule")
@@ -46,9 +48,12 @@ def with_overrides(config: PreTrainedConfig, overrides: Overrides) -> PreTrained
         _adjust_heads(old, new, overrides)
     try:
         # under its own names, from which a class may compute others
-        return type(config)(**{config.attribute_map.get(key, key): value for key, value in new.items()})
+        made = type(config)(**{config.attribute_map.get(key, key): value for key, value in new.items()})
     except Exception as error:  # the library has no class of its own for impossible shapes
         raise UserError(f"model: this shape cannot be: {informative_line(error)}") from None
+    if new.get(_DEPTH) != old.get(_DEPTH) and old.get(_SHARED):
+        made.num_kv_shared_layers = _shared_layers(old, made)
+    return made
 
 
 def informative_line(error: BaseException) -> str:
@@ -99,6 +104,18 @@ def _adjust_lists(config: PreTrainedConfig, old: Mapping[str, Any], new: dict[st
             new[key] = {number: keys for number, keys in value.items() if int(number) < after}
             if _is_derived(config, key, old):
                 del new[key]
+
+
+def _shared_layers(old: Mapping[str, Any], made: PreTrainedConfig) -> int:
+    """Return how many of the last layers use the keys and values of earlier ones: the share of all layers as before.
+
+    They are fewer where the earlier layers would not be of all kinds.
+    """
+    depth, kinds = made.num_hidden_layers, list(getattr(made, "layer_types", None) or [])
+    shared = round(depth * old[_SHARED] / old[_DEPTH])
+    while shared and set(kinds[: depth - shared]) != set(kinds):
+        shared -= 1
+    return int(shared)
 
 
 def _has_entry_per_layer(config: PreTrainedConfig, key: str, value: list[Any] | tuple[Any, ...]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -17,17 +18,18 @@ from relora.config import FinetuneConfig
 from relora.data.finetuning.classification import ClassBatches, HeldOutClasses, encode_classes, settle_padding
 from relora.data.finetuning.examples import ExampleBatches, HeldOutExamples
 from relora.data.finetuning.instruct import encode
-from relora.data.finetuning.packing import check_packing
 from relora.data.finetuning.labelled import read_labels, split_labelled
+from relora.data.finetuning.packing import check_packing
 from relora.data.finetuning.records import Record, Records, split
-from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.data.readers import column_names
+from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.evaluation.classification import evaluate_classes
 from relora.evaluation.scored_model import BATCH
 from relora.files.untrusted import check_folder
 from relora.lowrank.targets import find_targets
+from relora.lowrank.usage import usage_of
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.classifier import class_loss, open_classifier
 from relora.model.examine import attention_note, check_causal, leave_out_unused
@@ -135,8 +137,10 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     if config.task != "classification":
         check_causal(model, base)
         model_notes.append(own_loss_note(model, experts_train=config.method == "full"))
+    longest = _longest(batches)
+    usage_of(model, longest)  # kept for every later look at what the model uses
     if config.method == "full":
-        model_notes.append(leave_out_unused(model, config.data.sequence_length))
+        model_notes.append(leave_out_unused(model, longest))
     notes += [note for note in model_notes if note]
     if config.data.packing:
         check_packing(model, config.batch.micro_sequences)
@@ -169,6 +173,11 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     )
 
 
+def _longest(batches: ExampleBatches | ClassBatches) -> int:
+    """Return the positions of the longest batch: some layers run on long sequences alone."""
+    return batches.longest if isinstance(batches, ExampleBatches) else int(np.diff(batches.examples.bounds).max())
+
+
 def base_folder(config: FinetuneConfig) -> Path:
     """Folder of the model that is fine-tuned; `model.path` names it, a hub id, or the run that trained it."""
     assert config.model.path is not None  # checked by FinetuneConfig
@@ -189,6 +198,12 @@ def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record], li
     data = config.data
     sources = Records([data.train] if isinstance(data.train, str) else data.train, skip_bad=data.skip_bad)
     train = list(sources)
+    if data.validation is None and config.task == "classification":
+        found = read_labels(
+            train, text_columns=data.text_columns, label_column=data.label_column, unlabelled=data.unlabelled
+        )
+        parts = split_labelled(found, data.validation_share, config.seed)
+        return *parts, [*sources.notes(), *found.left_out]
     if data.validation is None:
         return *split(train, data.validation_share, config.seed), sources.notes()
     held_out_source = Records([data.validation], skip_bad=data.skip_bad)
@@ -198,12 +213,6 @@ def read_records(config: FinetuneConfig) -> tuple[list[Record], list[Record], li
 
 def _instructions(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
-    if data.validation is None and config.task == "classification":
-        found = read_labels(
-            train, text_columns=data.text_columns, label_column=data.label_column, unlabelled=data.unlabelled
-        )
-        parts = split_labelled(found, data.validation_share, config.seed)
-        return *parts, [*sources.notes(), *found.left_out]
 ) -> tuple[ExampleBatches, HeldOutExamples, str, list[str]]:
     """Encode instruction records: training batches, held-out examples, the layout's name, lines for the console."""
     data, form = config.data, form_of(config)
@@ -244,6 +253,10 @@ def _classes(
         sequence_length=data.sequence_length,
         text_columns=data.text_columns,
         label_column=data.label_column,
+        unlabelled=data.unlabelled,
+    )
+    held_out_examples = encode_classes(
+        held_out, tokenizer, sequence_length=data.sequence_length, unlabelled=data.unlabelled, like=examples
     )
     kinds = f"{len(examples.names)} classes" if examples.names else "a number"
     cut = f", {examples.cut:,} cut" if examples.cut else ""
@@ -252,17 +265,13 @@ def _classes(
     held_out_classes = HeldOutClasses(
         held_out_examples,
         sequences=config.batch.micro_sequences,
-        unlabelled=data.unlabelled,
-    )
-    held_out_examples = encode_classes(
-        held_out, tokenizer, sequence_length=data.sequence_length, unlabelled=data.unlabelled, like=examples
         tokens=config.evaluate.tokens,
         seed=config.seed,
     )
     held_out_notes = [f"held out: {one}" for one in held_out_examples.notes if one not in examples.notes]
-    return batches, held_out_classes, [note, *examples.notes, *held_out_notes]
     if lacking := held_out_examples.lacking:
         held_out_notes.append(
             f"held out: no example of {len(lacking):,} of {len(examples.names):,} classes ({column_names(lacking)}); "
             "raise data.validation_share, or give data.validation"
         )
+    return batches, held_out_classes, [note, *examples.notes, *held_out_notes]

@@ -107,6 +107,8 @@ def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
             check_gradients=_check_due(progress, step),
             sync=sync,
         )
+    if sync and _check_due(progress, step):
+        _say_without_gradient(run, progress, outcome.without_gradient)
     if outcome.nonfinite_flag is not None:
         progress.pending.append((before, outcome.nonfinite_flag))
     progress.state = before.after(outcome.tokens, outcome.loss if run.adaptive.watches_loss else None)
@@ -200,11 +202,27 @@ def _log_due(run: Run, progress: Progress, step: int) -> bool:
 
 
 def _check_due(progress: Progress, step: int) -> bool:
-    """Whether to check that every tensor has a gradient: at a cycle's first step, and at its third for lora_A.
+    """Whether to look for tensors without a gradient: at a cycle's first step, and at its third.
 
-    lora_A has a zero gradient while lora_B is zero; lora_B first moves in the step whose learning rate is not zero.
+    A tensor may have a zero gradient while its partner is zero, as lora_A has beside lora_B. The partner first moves in
+    the step whose learning rate is not zero, the second one at the latest.
     """
     return step - progress.schedule.cycle_start(step) in (0, 2)
+
+
+def _say_without_gradient(run: Run, progress: Progress, names: frozenset[str]) -> None:
+    """Warn of tensors that had a gradient neither in the first nor in the third step of a cycle; of each once."""
+    step = progress.state.step
+    if step == progress.schedule.cycle_start(step):
+        progress.without_gradient = names
+        return
+    still = sorted((progress.without_gradient & names) - progress.said_without_gradient)
+    progress.said_without_gradient |= frozenset(still)
+    if still:
+        more = f" and {len(still) - 1} more tensors have" if len(still) > 1 else " has"
+        run.reporter.warning(
+            f"step {step}: {still[0]}{more} had no gradient so far; what gets none stays as it is, the rest trains"
+        )
 
 
 def _evaluation_due(run: Run, progress: Progress, step: int) -> bool:

@@ -130,6 +130,10 @@ class Progress:
     unlogged_seconds: float = 0.0
     evaluated_loss: float = math.nan
     """Loss of the last held-out measurement."""
+    without_gradient: frozenset[str] = frozenset()
+    """Tensors that had no gradient in the first step of the cycle."""
+    said_without_gradient: frozenset[str] = frozenset()
+    """Tensors of which a warning has said that they have no gradient."""
 
     def position(self, taken: int) -> dict[str, str | int]:
         """Step, tokens, phase and cycle of a metric record; phase and cycle are those of step `taken`, the last one."""

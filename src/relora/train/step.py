@@ -10,14 +10,14 @@ it as `found_inf`. When the host synchronises later, weights and moments are sti
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
-from relora.lowrank.usage import with_siblings
+from relora.lowrank.usage import usage_of, with_siblings
 from relora.measure import IGNORED
 from relora.seeding import keyed_seed
 from relora.train.embeddings import rows_added_in_place
@@ -44,6 +44,8 @@ class StepOutcome:
     nonfinite_flag: Tensor | None = None
     """Scalar on the device, only of a step without a synchronisation: 1 where this step, or one before it since the
     flag was last cleared, was not finite. Then no weight and no moment has moved in this step."""
+    without_gradient: frozenset[str] = frozenset()
+    """Trainable tensors that got no gradient in this step, and may get one in another; only if that was looked at."""
 
 
 def train_step(
@@ -70,12 +72,13 @@ def train_step(
         micro_sequences: sequences of one micro-batch.
         clip_grad_norm: largest norm of the gradient; 0 for no clipping.
         autocast: dtype of matrix products, where it is not that of the weights.
-        check_gradients: whether to raise where a trainable tensor has no gradient; only with `sync`.
+        check_gradients: look for trainable tensors without a gradient; only with `sync`.
         sync: wait for loss and gradient norm before anything moves. Without, `optimizer` must be a fused one.
 
     Raises:
         NonFinite: loss or gradient is not finite, and `sync` is set. No weight and no moment has moved.
-        RunStopped: a trainable tensor has no gradient, and `sync` is set. No weight and no moment has moved.
+        RunStopped: a trainable tensor can never have a gradient, and `check_gradients` and `sync` are set. No weight
+            and no moment has moved.
     """
     torch.manual_seed(keyed_seed(seed, "step", step))
     device = next(model.parameters()).device
@@ -104,7 +107,7 @@ def train_step(
             optimizer.zero_grad()
             raise failure
         if check_gradients:
-            _stop_if_dead(model, step)
+            outcome = replace(outcome, without_gradient=_waiting_tensors(model, step))
     else:
         outcome = StepOutcome(math.nan, math.nan, valid_tokens, _update_nonfinite_flag(optimizer, figures))
     if clip_grad_norm:
@@ -118,7 +121,7 @@ def clear_nonfinite_flag(optimizer: torch.optim.Optimizer) -> None:
     """Let the optimizer update again, once the host knows which step was the first that failed."""
     del optimizer.found_inf  # type: ignore[attr-defined]
     for parameter, state in list(optimizer.state.items()):
-        if not state["step"]:  # allocated by a first update that was then skipped
+        if not state.get("step", 1):  # allocated by a first update that was then skipped
             del optimizer.state[parameter]
 
 
@@ -177,10 +180,33 @@ def _non_finite(
     )
 
 
-def _stop_if_dead(model: nn.Module, step: int) -> None:
+def _waiting_tensors(model: nn.Module, step: int) -> frozenset[str]:
+    """Name the dead tensors that another step may give a gradient.
+
+    A gradient of zero may be right for now: a partner begins at zero and has to move first (Gemma 3n's output scales),
+    or this batch does not reach the tensor. So may an absent one, where the length of a sequence decides which layers
+    run.
+
+    Raises:
+        RunStopped: a tensor is dead for good: nothing trains, the model's logits do not depend on it, or it is a factor
+            whose partner is zero, too.
+    """
     dead = dead_tensors(model)
-    if dead:
-        others = f" (and {len(dead) - 1} more tensors)" if len(dead) > 1 else ""
+    if not dead:
+        return frozenset()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = low_rank_layers(model)
+    pairs = {path for path, layer in layers.items() if not (layer.lora_A.any() or layer.lora_B.any())}
+    for_good = [name for name in dead if name.rpartition(".")[0] in pairs]
+    absent = [name for name in dead if parameters[name].grad is None]
+    if absent:
+        usage = usage_of(model)
+        for_good += [name for name in absent if usage is None or name not in usage.trained]
+    if all(one.grad is None or not one.grad.any() for one in parameters.values()):
+        for_good = for_good or dead
+    if for_good:
+        others = f" (and {len(for_good) - 1} more tensors)" if len(for_good) > 1 else ""
         raise RunStopped(
-            f"step {step}: {dead[0]}{others} gets no gradient, so it would never train; freeze it or mend the model"
+            f"step {step}: {for_good[0]}{others} gets no gradient, so it would never train; freeze it or mend the model"
         )
+    return frozenset(dead)

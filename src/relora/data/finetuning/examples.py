@@ -105,6 +105,11 @@ class ExampleBatches:
         return -(-len(self.rows) // self.sequences)
 
     @property
+    def longest(self) -> int:
+        """Positions of the longest batch."""
+        return _width(int(self._lengths.max()), self.sequence_length)
+
+    @property
     def content(self) -> str:
         """A fingerprint of the examples, as far as a model sees them."""
         return fingerprint(self.examples)
@@ -214,6 +219,11 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
+def _width(longest: int, most: int) -> int:
+    """Return the positions of a batch, given those of its longest row and the most that a row may have."""
+    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, most))
+
+
 def _padded(
     rows: Sequence[Sequence[Example]], pad_id: int, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -228,8 +238,7 @@ def _padded(
         (input_ids, labels, position_ids), each [rows, positions] int64. Position numbers start at 0 with every example,
         and with the padding, which so is not part of the last example.
     """
-    longest = max(sum(example.positions for example in row) for row in rows)
-    width = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, most))
+    width = _width(max(sum(example.positions for example in row) for row in rows), most)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     positions = np.empty((len(rows), width), dtype=np.int64)
