@@ -32,6 +32,9 @@ def test_the_list_of_records_in_an_object_is_read(indent: int | None, more: dict
 def test_a_record_that_holds_lists_of_objects_is_one_record() -> None:
     chat = {"messages": [{"role": "user", "content": "Why?"}], "tools": [{"type": "function"}]}
     assert read(json.dumps(chat)) == ([("w.json, line 1", chat)], [])
+    for record in ({"text": "a", "spans": [{"start": 0}]}, {"messages": [{"type": "human", "content": "Why?"}]}):
+        for indent, place in ((None, "line 1"), (1, "record 1")):
+            assert read(json.dumps(record, indent=indent)) == ([(f"w.json, {place}", record)], [])
     called = {"prompt": "Why?", "tools": [{"type": "function"}]}
     both = f"{json.dumps(called)}\n{json.dumps(called)}\n"
     assert read(both) == ([("w.json, line 1", called), ("w.json, line 2", called)], [])

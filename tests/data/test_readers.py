@@ -2,10 +2,13 @@ import io
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
 from relora.data import json_files
+from relora.data.finetuning.records import Records
 from relora.data.json_files import read_json
 from relora.data.readers import column_names, hub_revision, read_hub_dataset
 from relora.errors import UserError
@@ -60,3 +63,25 @@ def test_column_names_are_few_and_printable() -> None:
     assert column_names([]) == "none"
     assert column_names(str(number) for number in range(8)).endswith("`6`, `7`")
     assert column_names(str(number) for number in range(99)).endswith("`7`, ...")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_fields_that_only_other_records_have_are_no_nulls(tmp_path: Path, saved: bool) -> None:
+    """Arrow gives all objects of a column the same fields; calls would be trained with arguments of other records."""
+
+    def record(arguments: dict[str, object], content: str | None) -> dict[str, object]:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        properties = {key: {"type": "x"} for key in arguments}
+        return {
+            "messages": [{"role": "assistant", "content": content, "tool_calls": calls}],
+            "tools": [{"function": {"name": "f", "parameters": {"properties": properties}}}],
+            "label": None,
+        }
+
+    records = [record({"city": "Rome"}, None), record({"unit": "C", "list": [1, None]}, "So.")]
+    path = tmp_path / ("saved" if saved else "a.parquet")
+    if saved:
+        Dataset.from_list(records).save_to_disk(path)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    assert [one.fields for one in Records([str(path)])] == records

@@ -38,6 +38,12 @@ LARGEST_WHOLE = 1 << 28
 MESSAGE_KEYS = frozenset(("role", "from"))
 """Keys of the objects in a list that is a conversation, and so part of one record."""
 
+CHAT_KEYS = ("conversation", "conversations", "messages")
+RECORD_KEYS = frozenset(
+    (*CHAT_KEYS, "answer", "completion", "instruction", "output", "prompt", "question", "response", "sentence", "text")
+)
+"""Usual keys of a record; an object with one of them is no file of records, though it may hold lists of objects."""
+
 LIST_KEYS = frozenset(("data", "examples", "instances", "items", "records", "rows", "samples", "train"))
 """Usual keys of the list of records in an object: one with such an empty list is no record."""
 
@@ -118,14 +124,16 @@ def _begins_whole(line: bytes, following: bytes) -> bool:
 
 
 def _lists_of_records(value: Mapping[str, Any]) -> list[str]:
-    """Return the keys of an object under which there are lists of objects, if these are no messages of a chat."""
+    """Return the keys of an object under which there are lists of objects, if it is no record itself."""
+    if RECORD_KEYS & value.keys():
+        return []
     lists = [key for key, one in value.items() if isinstance(one, list) and one and isinstance(one[0], dict)]
     return [] if any(MESSAGE_KEYS & value[key][0].keys() for key in lists) else lists
 
 
 def _empty_list(value: Mapping[str, Any]) -> str:
     """Return the key of the list of records in an object if it is empty; the empty text if there is no such list."""
-    if any(isinstance(one, list | dict) and one for one in value.values()):
+    if RECORD_KEYS & value.keys() or any(isinstance(one, list | dict) and one for one in value.values()):
         return ""
     return next((key for key, one in value.items() if one == [] and (key in LIST_KEYS or len(value) == 1)), "")
 

@@ -110,11 +110,26 @@ def read_parquet(stream: BinaryIO, name: str, bad: BadRecord, column: str | None
         for cells in zip(*batch.columns, strict=True):
             row += 1
             try:
-                fields = {key: cell.as_py() for key, cell in zip(batch.schema.names, cells, strict=True)}
+                fields = {
+                    key: _without_absent(cell.as_py()) for key, cell in zip(batch.schema.names, cells, strict=True)
+                }
             except UnicodeDecodeError:
                 bad(f"{name}, row {row}: not UTF-8")
             else:
                 yield f"{name}, row {row}", fields
+
+
+def _without_absent(value: Any, level: int = 0) -> Any:
+    """Return the value of a column without the null fields of objects inside of objects, which no record had.
+
+    All objects of an Arrow column have the fields of all of them: arguments of tools {"city": "Rome"} and {"unit": "C"}
+    come back as {"city": "Rome", "unit": None} and {"city": None, "unit": "C"}. The outermost objects, such as
+    messages, keep theirs: that a message has no content is told by a null.
+    """
+    if isinstance(value, dict):
+        kept = ((key, one) for key, one in value.items() if one is not None or not level)
+        return {key: _without_absent(one, level + 1) for key, one in kept}
+    return [_without_absent(one, level) for one in value] if isinstance(value, list) else value
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -203,7 +218,7 @@ def read_saved_dataset(
     for batch in dataset.iter(batch_size=BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             row += 1
-            yield f"{path}, row {row}", dict(zip(batch, values, strict=True))
+            yield f"{path}, row {row}", dict(zip(batch, map(_without_absent, values), strict=True))
         note_share(row / len(dataset))
 
 

@@ -114,3 +114,14 @@ def test_a_later_record_without_a_column() -> None:
     layout = find_layout(records({"instruction": "a", "output": "b"})[0])
     with pytest.raises(BadRecord, match="no column `output`; there are `instruction`, `x`"):
         layout.conversation({"instruction": "a", "x": 1})
+
+
+def test_an_answer_to_a_question_about_a_text_is_read_with_the_text() -> None:
+    fields = {"question": "How many?", "context": "CREATE TABLE t (x INT)", "answer": "SELECT COUNT(*) FROM t"}
+    assert read(fields) == [("user", fields["question"], fields["context"]), ("assistant", fields["answer"], "")]
+    assert str(find_layout(records(fields)[0])) == "layout columns (question, context, answer)"
+
+
+def test_a_system_message_may_be_in_text_parts() -> None:
+    found = conversation_of({"system": [{"type": "text", "text": "Be kind."}], "messages": [ASKED, ANSWERED]})
+    assert (found.messages[0].role, found.messages[0].content, found.unused) == ("system", "Be kind.", ())

@@ -206,3 +206,60 @@ def test_tools_that_are_no_descriptions_are_refused() -> None:
         UserError, match="`tools` is not a list of descriptions of tools; rename the column if it is som"
     ):
         encoded({"instruction": "a", "output": "b", "tools": "a hammer"})
+
+
+def test_parts_that_call_tools_and_their_results_are_read_as_tool_calls_and_tool_messages() -> None:
+    use = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Rome"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "21 C"}]}
+    messages = read_messages(
+        [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": [{"type": "text", "text": "Let me look."}, use]},
+            {"role": "user", "content": [result, {"type": "text", "text": "And?"}]},
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result]},
+            {"role": "assistant", "content": "21 C."},
+        ],
+        "messages",
+    )
+    call = {"type": "function", "id": "t1", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    assert [(one.role, one.content) for one in messages] == [
+        ("user", "Weather?"),
+        ("assistant", "Let me look."),
+        ("tool", "21 C"),
+        ("user", "And?"),
+        ("assistant", ""),
+        ("tool", "21 C"),
+        ("assistant", "21 C."),
+    ]
+    assert [messages[place].extra["tool_calls"] for place in (1, 4)] == [[call], [call]]
+    assert [messages[place].extra["tool_call_id"] for place in (2, 5)] == ["t1", "t1"]
+    for role, part in (("user", use), ("assistant", result)):
+        with pytest.raises(BadRecord, match=f"part of the type '{part['type']}'"):
+            read_messages([{"role": role, "content": [part]}], "messages")
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_refusal_is_the_text_of_a_response_without_another(content: str | None) -> None:
+    entry = {"role": "assistant", "refusal": "I cannot help."}
+    [message] = read_messages([entry | {"content": content}], "messages")
+    assert message.content == "I cannot help." and not message.extra
+    [message] = read_messages([entry | {"content": [{"type": "refusal", "refusal": "No."}], "refusal": None}], "m")
+    assert message.content == "No."
+    [message] = read_messages([entry | {"content": "Yes."}], "messages")
+    assert message.content == "Yes." and message.extra == {"refusal": "I cannot help."}  # named as not used
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [("model", "assistant"), ("GPT", "assistant"), ("User", "user"), ("ipython", "tool"), ("tool_response", "tool")],
+)
+def test_roles_have_several_names(role: str, meant: str) -> None:
+    [message] = read_messages([{"role": role, "content": "x"}], "messages")
+    assert message.role == meant
+
+
+def test_the_text_of_a_role_that_calls_tools_is_read_as_its_calls() -> None:
+    [message] = read_messages([{"from": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}], "messages")
+    assert message.role == "assistant"
+    assert message.extra["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]

@@ -3,7 +3,7 @@
     alpaca      instruction, input (may be missing), output        Taori et al. 2023, Stanford Alpaca
     dolly       instruction, context (may be missing), response    Conover et al. 2023, databricks-dolly-15k
     chat        messages [{role, content}], or ShareGPT's conversations [{from, value}]; any number of turns
-    columns     a prompt and a response, in columns that the user names
+    columns     a prompt and a response, in columns that the user names; question, context (may be missing), answer
     completion  text, which is a response without a prompt
 
 Except in completions, a column `system` or `system_prompt` gives the first message of the conversation, the system
@@ -20,6 +20,7 @@ from relora.data.finetuning.messages import (
     BadRecord,
     Message,
     checked_text,
+    content_text,
     nested_texts,
     read_messages,
     read_tools,
@@ -101,10 +102,10 @@ class Layout:
             tools = read_tools(fields)
             used.add("tools" if fields.get("tools") else "functions")
         if self.name != "completion" and not any(message.role in ("system", "developer") for message in messages):
-            column = next((column for column in SYSTEM_COLUMNS if checked_text(fields.get(column), column)), None)
+            column = next((column for column in SYSTEM_COLUMNS if content_text(fields.get(column), column)), None)
             if column is not None:
                 used.add(column)
-                messages = [Message("system", fields[column]), *messages]
+                messages = [Message("system", content_text(fields[column], column)), *messages]
         chars = sum(len(message.content) + len(message.input) for message in messages)
         chars += sum(map(len, nested_texts([[message.extra for message in messages], tools], -4)))
         if chars > LONGEST_TEXT:
@@ -135,11 +136,12 @@ class Layout:
 KNOWN = (
     Layout("chat", "messages"),
     Layout("chat", "conversations"),
+    Layout("chat", "conversation"),
     Layout("alpaca", response="output", prompt="instruction", input="input"),
     Layout("dolly", response="response", prompt="instruction", input="context"),
     Layout("columns", response="completion", prompt="prompt"),
     Layout("columns", response="response", prompt="prompt"),
-    Layout("columns", response="answer", prompt="question"),
+    Layout("columns", response="answer", prompt="question", input="context"),
     Layout("completion", "text"),
 )
 """The layouts that are found by their columns, in the order in which they are tried."""

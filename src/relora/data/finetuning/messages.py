@@ -1,8 +1,9 @@
 """Messages of a conversation: read from the objects in which records hold them.
 
-    role            `role` or `from`; the names in `ROLES`
-    text            `content` or `value`: a text, null, or a list of text parts, which are joined
-    tool calls      `tool_calls`, OpenAI's older `function_call`, or the text of ShareGPT's role function_call
+    role            `role` or `from`; the names in `ROLES`, in small or capital letters
+    text            `content` or `value`: a text, null, or a list of text parts, which are joined; without it `refusal`
+    tool calls      `tool_calls`, OpenAI's older `function_call`, the text of ShareGPT's role function_call, or
+                    Anthropic's parts of the type `tool_use`; results of tools may be parts of the type `tool_result`
     reasoning       `reasoning_content`, `thinking` or `reasoning`, or parts of the type `thinking`
     scored or not   `weight` (0 or 1: OpenAI, Mistral, Together), `train` (axolotl), `loss` (ms-swift, ChatGLM),
                     `trainable`: a response with a false one is seen and not scored
@@ -26,12 +27,20 @@ ROLES = {
     "human": "user",  # ShareGPT's name
     "assistant": "assistant",
     "gpt": "assistant",  # ShareGPT's name
+    "chatgpt": "assistant",  # its older one
+    "model": "assistant",  # Gemini's and Gemma's name
     "function_call": "assistant",  # ShareGPT's name of a response that calls a tool
+    "tool_call": "assistant",  # that of ms-swift
     "tool": "tool",
     "observation": "tool",  # ShareGPT's name
     "function": "tool",  # OpenAI's older name
+    "tool_response": "tool",  # that of ms-swift
+    "ipython": "tool",  # Llama 3's name
 }
 """Roles in records -> roles of `Message`."""
+
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles whose text spells tool calls."""
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys that may hold the reasoning before a response, in the order in which transformers looks for them."""
@@ -106,7 +115,7 @@ def read_messages(value: Any, column: str, *, scored: bool = True) -> list[Messa
         if not isinstance(entry, dict):
             raise BadRecord(f"message {number} of `{column}` is not an object")
         try:
-            messages.append(_message(entry, scored))
+            messages += [_message(one, scored) for one in _without_tool_parts(entry)]
         except BadRecord as error:
             separator = ": " if str(error).startswith("`") else " "
             raise BadRecord(f"message {number} of `{column}`{separator}{error}") from None
@@ -118,16 +127,16 @@ def _message(entry: Mapping[str, Any], scored: bool) -> Message:
     entry = {key: value for key, value in entry.items() if value is not None or key in ("content", "value")}
     role_key, content_key = "role" if "role" in entry else "from", "content" if "content" in entry else "value"
     calls = _tool_calls(entry)
+    if entry.get("refusal") and not entry.get(content_key):
+        entry[content_key] = entry.pop("refusal")
     if role_key not in entry or not (content_key in entry or calls):
         raise BadRecord("has neither role and content nor from and value")
-    role = entry[role_key]
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f"is from {short_repr(role)}; known are {', '.join(ROLES)}")
+    role = _role(entry[role_key])
     content, thinking = _content(entry.get(content_key), content_key)
     extra = {key: value for key, value in entry.items() if key not in _READ_KEYS and value not in ("", [], {})}
     if ROLES[role] != "assistant":  # it is not scored, so that it should be is left to be named as not used
         extra |= {key: entry[key] for key in SCORE_KEYS if entry.get(key)}
-    if role == "function_call":
+    if role in CALL_ROLES:
         calls, content = [_tool_call(call) for call in _calls_in_text(content)], ""
     if calls:
         extra["tool_calls"] = calls
@@ -143,6 +152,41 @@ def _message(entry: Mapping[str, Any], scored: bool) -> Message:
 _READ_KEYS = frozenset(
     ("role", "from", "content", "value", "tool_calls", "function_call", *REASONING_KEYS, *SCORE_KEYS, *DETAIL_KEYS)
 )
+
+
+def _role(value: Any) -> str:
+    """Return the role of a message, in small letters; `BadRecord` if it is none of `ROLES`."""
+    role = value.lower() if isinstance(value, str) else ""
+    if role not in ROLES:
+        raise BadRecord(f"is from {short_repr(value)}; known are {', '.join(ROLES)}")
+    return role
+
+
+def _without_tool_parts(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a message with its parts that call tools as `tool_calls`, behind one message for each result of a tool."""
+    parts, role = entry.get("content"), str(entry.get("role")).lower()
+    if not isinstance(parts, list):
+        return [entry]
+    calls: list[dict[str, Any]] = []
+    results: list[Mapping[str, Any]] = []
+    rest: list[Any] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "tool_use" and ROLES.get(role) == "assistant":
+            function = {"name": part.get("name"), "arguments": part.get("input")}
+            calls.append({"function": function} | ({"id": part["id"]} if "id" in part else {}))
+        elif kind == "tool_result" and role == "user":
+            others = {key: value for key, value in part.items() if key not in ("type", "content", "tool_use_id")}
+            result = {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")}
+            results.append(result | others)
+        else:
+            rest.append(part)
+    if not (calls or results):
+        return [entry]
+    message = {**entry, "content": rest or None}
+    if calls:
+        message["tool_calls"] = calls
+    return [*results, *([message] if rest or calls else [])]
 
 
 def _is_scored(entry: Mapping[str, Any], scored: bool) -> bool:
@@ -169,7 +213,7 @@ def _content(value: Any, key: str) -> tuple[str | None, str]:
     for number, part in enumerate(value, start=1):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind not in ("text", "input_text", "output_text", "thinking"):
+        if kind not in ("text", "input_text", "output_text", "refusal", "thinking"):
             raise BadRecord(
                 f"has a part of the type {short_repr(kind)} (part {number} of `{key}`); only text can be trained on"
             )
@@ -178,8 +222,14 @@ def _content(value: Any, key: str) -> tuple[str | None, str]:
         if kind == "thinking":
             reasoning.append(_content(part.get("thinking"), key)[0] or "")
         else:
-            texts.append(checked_text(part.get("text"), f"{key}, part {number}"))
+            text = part.get("refusal" if kind == "refusal" else "text")
+            texts.append(checked_text(text, f"{key}, part {number}"))
     return "".join(texts), "".join(reasoning)
+
+
+def content_text(value: Any, key: str) -> str:
+    """Return the text of a content: a text, null, or a list of text parts; raises `BadRecord` if it is none."""
+    return _content(value, key)[0] or ""
 
 
 def _tool_calls(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
