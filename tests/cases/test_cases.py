@@ -2,7 +2,7 @@
 
 | what it shows | test that pins the right value |
 |---|---|
-| a class without SDPA opens with its own attention | here; `tests/model/test_examine.py` |
+| a class without SDPA opens with its own attention | here; `tests/model/test_attention.py` |
 | a weight beyond fp16 is not written in it | `tests/export/test_checkpoint.py`, `tests/model/test_save.py` |
 | a router with a forward pass of its own gets no factors | here; `tests/lowrank/test_targets.py` |
 | a response of weight 0 is seen and not trained on | here; `tests/data/finetuning/test_messages.py` |

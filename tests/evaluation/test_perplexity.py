@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_is_no_score(model_folder: Path, text_file: str
     weights["model.embed_tokens.weight"][met] = math.nan  # the first token of the vocabulary does not meet it
     assert met > 0
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFinite, match=r"text\.txt: the model's loss is nan: model\.embed_tokens\.weight holds 0 inf"):
+    with pytest.raises(NonFinite, match=r"text\.txt: the model's loss is nan: model\.embed_tokens\.weight .*damaged"):
         evaluate_model(broken, [text_file])
     write_prepared(tmp_path / "prepared", load_tokenizer(str(model_folder)))
     with pytest.raises(NonFinite, match="prepared: the model's loss is nan"):

@@ -149,6 +149,15 @@ def test_a_pattern_that_names_fused_experts_is_refused_with_the_reason(pattern: 
         choose_targets(build(MIXTURE), LowRankConfig(r=4, target_modules=targets))
 
 
+@pytest.mark.parametrize("pattern", ["experts.w1", "experts.0.w1", "w3", r".*\.experts\.\d+\.gate_proj"])
+def test_a_name_that_experts_have_elsewhere_is_refused_with_how_they_are_here(pattern: str) -> None:
+    """Other libraries, and the files of Mixtral, hold each expert's layers apart; transformers fuses them."""
+    targets = pattern if pattern.startswith(".*") else ("q_proj", pattern)
+    line = r"matches no linear layer; .*q_proj.*; its experts are fused into tensors \(model\.layers\.0\.mlp"
+    with pytest.raises(UserError, match=line):
+        choose_targets(build(MIXTURE), LowRankConfig(r=4, target_modules=targets))
+
+
 def test_a_name_of_dense_layers_and_of_experts_takes_the_dense_ones_and_says_what_it_does_not() -> None:
     found = choose_targets(build(GLM4_MOE), LowRankConfig(r=4, target_modules=("down_proj",)))
     assert found.paths == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.down_proj"]

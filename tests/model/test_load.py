@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.model.small import SMALL, is_tied, logits
 from tests.paths import DATA
+from tests.zoo.tiny_models import POSITIONS, make_tiny_model
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     AutoTokenizer,
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from relora.errors import UserError
-from relora.model import build_model, check_fit, open_model
+from relora.model import build_model, check_fit, max_positions, open_model
 
 STORIES = DATA / "models" / "stories260K-llama-hf"
 needs_data = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared test data is not here")
@@ -264,6 +265,35 @@ def test_fit_names_both_numbers_and_the_key(family_folder: Path) -> None:
         check_fit(model, 97, 8)
     with pytest.raises(UserError, match=rf"data\.sequence_length \({positions + 1:,}\).*max_position_embeddings"):
         check_fit(model, 96, positions + 1)
+
+
+@pytest.mark.parametrize(
+    "family, remedy",
+    [
+        ("llama", "raise `model.max_position_embeddings`$"),
+        ("gpt2", r"raise `model.max_position_embeddings` \(`n_positions` in its config.json\)$"),
+        ("mpt", r"raise `model.max_position_embeddings` \(`max_seq_len` in its config.json\)$"),
+        ("whisper", r"raise `model.max_position_embeddings` \(`max_target_positions` in its config.json\)$"),
+        ("gemma4", "raise `max_position_embeddings` of the text part in its config.json$"),
+    ],
+)
+def test_too_long_sequences_name_the_key_of_the_architecture(tmp_path: Path, family: str, remedy: str) -> None:
+    make_tiny_model(family, tmp_path)
+    with torch.device("meta"):
+        model = open_model(tmp_path)
+        assert max_positions(model) == POSITIONS
+        with pytest.raises(UserError, match=remedy):
+            check_fit(model, 300, POSITIONS + 1)
+        if "model.max" in remedy:
+            key = {"max_position_embeddings": 2 * POSITIONS}
+            assert max_positions(open_model(tmp_path, from_scratch=True, overrides=key)) == 2 * POSITIONS
+
+
+def test_a_number_of_positions_that_is_not_positive_is_no_limit(tmp_path: Path) -> None:
+    make_tiny_model("xlnet", tmp_path)
+    model = open_model(tmp_path)
+    assert model.config.max_position_embeddings == -1 and max_positions(model) is None
+    check_fit(model, 300, 10**6)
 
 
 def test_safetensors_are_taken_and_a_pickle_beside_them_is_not(tmp_path: Path) -> None:

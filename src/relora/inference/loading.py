@@ -22,7 +22,7 @@ from relora.data.tokenizer import load_tokenizer
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.inference.conversation import ChatPrompt, Message
-from relora.model.examine import check_causal
+from relora.model.attention import check_causal
 from relora.model.finite import check_computes
 from relora.model.load import dtype_named, max_positions, open_model
 from relora.runs.settings import is_run, read_run_settings

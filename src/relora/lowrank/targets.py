@@ -44,6 +44,12 @@ class Fused:
     experts: bool
     """Whether all of them are experts."""
 
+    def reason(self) -> str:
+        """Say that they are no linear layers, and name the first."""
+        name, shape = next(iter(self.shapes.items()))
+        what = "its experts are fused into tensors" if self.experts else "some weights are 3-D tensors"
+        return f"{what} ({name}, {' x '.join(map(str, shape))}), beside which there can be no factors yet"
+
     def note(self, rest: str) -> str:
         """Say what happens to them; `rest` is that setting of `LowRankConfig`."""
         what = "experts" if self.experts else f"3-D weights ({_kinds(self.shapes)})"
@@ -261,7 +267,9 @@ def _matching(
     if missing or not matches:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
         what = f"{missing[0]!r} matches no linear layer" if missing else "no pattern given"
-        raise UserError(f"lowrank.target_modules: {what}; the model has {known}")
+        fused = _fused(model)
+        not_there = f"; {fused.reason()}" if fused else ""
+        raise UserError(f"lowrank.target_modules: {what}; the model has {known}{not_there}")
     named = {name for names in matches.values() for name in names}
     found = [name for name in linears if name in named and name not in reasons]
     return found, {name: reason for name, reason in reasons.items() if name in named}

@@ -202,9 +202,9 @@ def _find_usage(model: nn.Module, tokens: int | None) -> Usage | None:
     parameters = dict(model.named_parameters())
     if not parameters or "input_ids" not in inspect.signature(model.forward).parameters:
         return None
-    longest = tokens or min(
-        MOST_TOKENS, getattr(getattr(model, "config", None), "max_position_embeddings", MOST_TOKENS)
-    )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = positions if isinstance(positions, int) and positions > 0 else MOST_TOKENS  # XLNet's, -1, is none
+    longest = tokens or min(MOST_TOKENS, limit)
     found = _passed(model, min(FEWEST_TOKENS, longest))
     if longest > FEWEST_TOKENS and (found is None or parameters.keys() - found.trained):
         found = _passed(model, longest) or found

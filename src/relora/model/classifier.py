@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from relora.errors import UserError
 from relora.files.untrusted import CONFIG_BYTES
 from relora.messages import first_line
-from relora.model.examine import check_causal
+from relora.model.attention import check_causal
 from relora.model.head import IGNORED
 from relora.model.load import open_model, quiet_transformers
 from relora.seeding import keyed_generator

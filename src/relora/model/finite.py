@@ -5,6 +5,7 @@ it. bf16 has the range of fp32.
 """
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,45 @@ def check_computes(model: PreTrainedModel, source: str) -> None:
         raise NonFinite(f"{source}: what the model computes is not a number: {why_not_finite(model)}")
 
 
-def why_not_finite(model: nn.Module) -> str:
-    """Name the first parameter of a model with an entry that is not finite, as a reason why its outputs are not."""
+def check_weights(model: PreTrainedModel, path: str | Path) -> None:
+    """Raise `UserError` if a weight of an opened model holds an entry that is not a number, and name the weight.
+
+    Infinite entries pass: some models have a bias of minus infinity for what is never to be chosen.
+
+    Args:
+        path: the model's name for the message.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.detach().isfinite().all():
-            infinite, nan = int(parameter.isinf().sum()), int(parameter.isnan().sum())
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            held = f"{name} holds {infinite:,} infinite entries and {nan:,} that are not numbers"
-            return f"{held}, in {dtype}; try bf16 or fp32, or write the model again"
-    return "its weights are finite, so it computes numbers beyond the range of their dtype; try fp32 or bf16"
+        if parameter.device.type == "meta":
+            return
+        weight = parameter.detach()
+        if weight.sum().isnan() and weight.isnan().any():
+            raise UserError(f"{path}: {_damage(name, int(weight.isnan().sum()))}")
+
+
+def why_not_finite(model: nn.Module) -> str:
+    """Say why the outputs of a model are not finite: name the first parameter that is not, one with NaN before others.
+
+    A cast makes no NaN, and only one to fp16 makes infinities of ordinary weights. So any others are in the files.
+    """
+    infinite = ""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.detach().isfinite().all():
+            continue
+        if number := int(parameter.isnan().sum()):
+            return _damage(name, number)
+        held = f"{name} holds {int(parameter.isinf().sum()):,} infinite entries"
+        cast = parameter.dtype == torch.float16
+        reason = ", in float16, whose range ends at 65,504; try bf16 or fp32" if cast else ": they are in its files"
+        infinite = infinite or f"{held}{reason}"
+    return (
+        infinite or "its weights are finite, so it computes numbers beyond the range of their dtype; try fp32 or bf16"
+    )
+
+
+def _damage(name: str, entries: int) -> str:
+    """Say that a parameter holds entries that are not numbers."""
+    return (
+        f"{name} holds {entries:,} entries that are not numbers, so the checkpoint itself is damaged; "
+        "copy or download it again, or take an older one"
+    )

@@ -36,7 +36,7 @@ from relora.files.untrusted import (
 from relora.lowrank.blocks import block_lists
 from relora.messages import short_name
 from relora.model.presets import preset_settings
-from relora.model.shape import Overrides, informative_line, with_overrides
+from relora.model.shape import POSITIONS, Overrides, informative_line, with_overrides
 from relora.seeding import keyed_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,7 +79,7 @@ def open_model(
     """Open the causal LM in a folder or on the hub, on the CPU.
 
     Its attention is torch's `scaled_dot_product_attention` or, in a class that transformers gives none, the class's own
-    (see `relora.model.examine.attention_note`). Within `torch.device("meta")` no weights are read, and the model has
+    (see `relora.model.attention.attention_note`). Within `torch.device("meta")` no weights are read, and the model has
     shapes only.
 
     Args:
@@ -161,11 +161,11 @@ def check_fit(
             f"set `model.vocab_size: {tokenizer_vocab_size}`, or prepare the data with the model's tokenizer"
         )
         raise UserError(f"model: has {rows:,} ids, the tokenizer {tokenizer_vocab_size:,}; {remedy}")
-    positions = max_positions(model)
+    key, positions = _positions(model.config)
     if positions is not None and sequence_length > positions:
         raise UserError(
             f"data.sequence_length ({sequence_length:,}) is more than the model's {positions:,} positions; "
-            "shorten it or, for a model from scratch, raise `model.max_position_embeddings`"
+            f"shorten it or, for a model from scratch, raise {_positions_remedy(model.config, key)}"
         )
 
 
@@ -178,9 +178,32 @@ def dtype_named(name: str) -> torch.dtype:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return the longest sequence for which the model was built, in tokens; None if its configuration has no limit."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    # MPT's biases of attention, a table of fixed length, have a key of their own.
-    return getattr(model.config, "max_seq_len", None) if positions is None else positions
+    return _positions(model.config)[1]
+
+
+def _positions(config: PreTrainedConfig) -> tuple[str, int | None]:
+    """Return the key of the number of positions, as it stands in config.json, and the number; None if it has no limit.
+
+    A limit that is not positive is none (XLNet's is -1). In a model with an image tower the text part has it.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in POSITIONS:
+            found = getattr(part, key, None)
+            if isinstance(found, int) and found > 0:
+                return part.attribute_map.get(key, key), found
+    return "", None
+
+
+def _positions_remedy(config: PreTrainedConfig, own: str) -> str:
+    """Name what to raise in a model from scratch: the key of a run's configuration, and that of config.json.
+
+    Args:
+        own: key in config.json.
+    """
+    if not hasattr(config, own) and own not in config.attribute_map.values():
+        return f"`{own}` of the text part in its config.json"
+    named = "" if own == POSITIONS[0] else f" (`{own}` in its config.json)"
+    return f"`model.{POSITIONS[0]}`{named}"
 
 
 @contextmanager

@@ -20,6 +20,9 @@ from relora.messages import first_line
 Overrides = Mapping[str, int | bool]
 """Keys of a transformers configuration that replace those of a preset or a model folder."""
 
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""Keys of the length of the longest sequence: the common one, then those of MPT and Whisper, which have it not."""
+
 _DEPTH = "num_hidden_layers"
 _SHARED = "num_kv_shared_layers"
 _NUMBERS_OF_LAYERS = ("_layers", "layer_ids", "indices", "_idxs", "layer_numbers")
@@ -37,7 +40,8 @@ def with_overrides(config: PreTrainedConfig, overrides: Overrides) -> PreTrained
     if not overrides:
         return config
     # the architecture's own names of keys -> the common ones; GPT-2 calls hidden_size n_embd
-    common_names = {own_name: common_name for common_name, own_name in config.attribute_map.items()}
+    own_names = {**_own_positions(config), **config.attribute_map}
+    common_names = {own_name: common_name for common_name, own_name in own_names.items()}
     old = {common_names.get(key, key): value for key, value in config.to_dict().items()}
     for key in overrides:
         _check_key(config, key, old)
@@ -48,12 +52,19 @@ def with_overrides(config: PreTrainedConfig, overrides: Overrides) -> PreTrained
         _adjust_heads(old, new, overrides)
     try:
         # under its own names, from which a class may compute others
-        made = type(config)(**{config.attribute_map.get(key, key): value for key, value in new.items()})
+        made = type(config)(**{own_names.get(key, key): value for key, value in new.items()})
     except Exception as error:  # the library has no class of its own for impossible shapes
         raise UserError(f"model: this shape cannot be: {informative_line(error)}") from None
     if new.get(_DEPTH) != old.get(_DEPTH) and old.get(_SHARED):
         made.num_kv_shared_layers = _shared_layers(old, made)
     return made
+
+
+def _own_positions(config: PreTrainedConfig) -> dict[str, str]:
+    """Return the common key of the number of positions -> the architecture's own, if transformers does not know it."""
+    common, *others = POSITIONS
+    own = next((key for key in others if hasattr(config, key)), None)
+    return {} if own is None or hasattr(config, common) else {common: own}
 
 
 def informative_line(error: BaseException) -> str:

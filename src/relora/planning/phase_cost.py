@@ -20,7 +20,7 @@ from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.messages import first_line
 from relora.model.blocks import training_blocks
-from relora.model.examine import leave_out_unused
+from relora.model.unused import leave_out_unused
 from relora.planning.moments import moments_of
 from relora.planning.probe import Measured
 from relora.planning.step import StepFigures, StepShape, simulate

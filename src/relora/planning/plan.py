@@ -10,7 +10,7 @@ import torch
 
 from relora.config import RunConfig
 from relora.device import choose_device
-from relora.model.examine import leave_out_unused
+from relora.model.unused import leave_out_unused
 from relora.planning.alternatives import Alternative, alternatives_of
 from relora.planning.phase_cost import PhaseCost, phase_cost, phases_of
 from relora.planning.probe import probe, process_bytes

@@ -27,7 +27,7 @@ from relora.lowrank import inject
 from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
-from relora.model.examine import leave_out_unused
+from relora.model.unused import leave_out_unused
 from relora.processes import Call, OutOfMemory, run_in_processes
 from relora.recipes.from_settings import autocast_of, lowrank_of, optimizer_of, settled_lowrank
 from relora.recipes.pretraining_inputs import open_configured_model

@@ -10,7 +10,7 @@ import torch
 from relora.config import RunConfig
 from relora.device import choose_device
 from relora.lowrank import inject
-from relora.model.examine import leave_out_unused
+from relora.model.unused import leave_out_unused
 from relora.recipes.from_settings import adaptive_of, lowrank_notes, lowrank_of, most_restarts, schedule_of
 from relora.recipes.pretraining_inputs import open_data, open_fitting_model
 from relora.train.optim import check_optimizer

@@ -31,10 +31,12 @@ from relora.files.untrusted import check_folder
 from relora.lowrank.targets import find_targets
 from relora.lowrank.usage import usage_of
 from relora.measure import Evaluation, evaluate, token_loss
+from relora.model.attention import attention_note, check_causal
 from relora.model.classifier import class_loss, open_classifier
-from relora.model.examine import attention_note, check_causal, leave_out_unused
+from relora.model.finite import check_weights
 from relora.model.load import model_folder, open_model
 from relora.model.own_loss import own_loss_note
+from relora.model.unused import leave_out_unused
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
 from relora.recipes.pretraining_inputs import marked_as_sample
 from relora.report.reporter import Reporter
@@ -132,6 +134,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     rows = model.get_input_embeddings().num_embeddings
     resize = config.model.resize_vocabulary == "auto"
     notes += fit_vocabulary(model, vocabulary_size(tokenizer), config.data.sequence_length, resize=resize)
+    check_weights(model, base)
     model.to(device)
     model_notes = [attention_note(model)]
     if config.task != "classification":

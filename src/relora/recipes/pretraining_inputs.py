@@ -20,9 +20,11 @@ from relora.evaluation.scored_model import BATCH
 from relora.lowrank.targets import find_targets
 from relora.lowrank.usage import usage_of
 from relora.measure import Evaluation, evaluate
-from relora.model.examine import attention_note, check_causal, leave_out_unused
+from relora.model.attention import attention_note, check_causal
+from relora.model.finite import check_weights
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.model.own_loss import own_loss_note
+from relora.model.unused import leave_out_unused
 from relora.recipes.from_settings import autocast_of, lowrank_of
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
@@ -89,6 +91,7 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
         content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
     model.to(device)
     if config.model.path is not None:
+        check_weights(model, config.model.path)
         check_causal(model, config.model.path)
     notes = [
         attention_note(model),

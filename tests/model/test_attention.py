@@ -1,4 +1,4 @@
-"""Models are examined before they train: how they attend, whether they are causal, and what they do not use."""
+"""It is seen before training how a model attends: by which code, and to which tokens."""
 
 import copy
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from relora.errors import UserError
 from relora.model import open_model
-from relora.model.examine import attention_note, check_causal, leave_out_unused
+from relora.model.attention import attention_note, check_causal
 
 SMALL = {"vocab_size": 96, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
 SHAPE = {**SMALL, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,17 +33,6 @@ NO_SDPA = {
 }
 BERT = transformers.BertConfig(
     vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-)
-BART = transformers.BartConfig(
-    vocab_size=96,
-    d_model=16,
-    encoder_layers=1,
-    decoder_layers=2,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=24,
-    decoder_ffn_dim=24,
-    max_position_embeddings=64,
 )
 
 
@@ -75,18 +64,15 @@ def test_a_class_with_sdpa_has_nothing_to_say(tmp_path: Path) -> None:
     model = open_model(folder)
     assert model.config._attn_implementation == "sdpa"
     assert attention_note(model) is None
-    assert leave_out_unused(model, 16) is None
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_examination_changes_nothing(tmp_path: Path) -> None:
+def test_the_check_changes_nothing(tmp_path: Path) -> None:
     model = open_model(saved(transformers.LlamaConfig(**SHAPE, attention_dropout=0.5), tmp_path)).train()
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stream = torch.get_rng_state()
     check_causal(model, tmp_path)
-    leave_out_unused(model, 16)
     assert torch.equal(torch.get_rng_state(), stream)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -155,17 +141,3 @@ def test_a_model_that_needs_more_than_tokens_is_refused_in_one_line(tmp_path: Pa
         UserError, match=r"a llama model cannot be run on tokens alone: You have to specify pixel_values$"
     ):
         check_causal(model, tmp_path)
-
-
-def test_the_cross_attention_of_half_a_model_is_left_out_of_training(tmp_path: Path) -> None:
-    model = open_model(saved(BART, tmp_path))
-    line = leave_out_unused(model, 16)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, _ in model.named_parameters() if ".encoder_attn" in name}
-    number = sum(model.get_parameter(name).numel() for name in frozen)
-    assert line is not None
-    assert line.startswith(f"left out of training: {number:,} parameters to which no gradient comes back")
-    assert "model.decoder.layers.*.encoder_attn.k_proj.weight" in line
-    ids = torch.arange(12)[None] % 7 + 3
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())

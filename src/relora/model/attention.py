@@ -1,13 +1,11 @@
-"""Examination of an opened model, before anything is trained or scored: how it attends, and what it uses.
+"""How an opened model attends, seen before anything is trained or scored.
 
     attention_note        the class computes attention by its own code, because transformers has no SDPA for it
     check_causal          a token's logits depend on later tokens, so the model would be trained on its own answers
-    leave_out_unused      parameters that no logit depends on, such as the cross-attention of half an encoder-decoder
 
 Which classes are of which kind is not looked up in a list. The price is a forward pass of a few tokens.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora.errors import UserError
-from relora.lowrank.usage import usage_of
 from relora.messages import first_line
 
 POSITIONS = 8
@@ -28,7 +25,6 @@ LOGIT_TOLERANCE = 1e-5
 
 _CAUSAL_KEYS = {"is_decoder": True, "causal": True, "is_causal": True, "use_bidirectional_attention": False}
 """Keys of configurations that make attention causal, and the value that does."""
-_MOST_KINDS = 3
 
 
 def attention_note(model: PreTrainedModel) -> str | None:
@@ -65,32 +61,6 @@ def check_causal(model: PreTrainedModel, path: str | Path) -> None:
         keys = [f"`{key}: {str(value).lower()}`" for key, value in _causal_keys(model.config)]
         remedy = f"set {' or '.join(keys)} in its config.json, or give" if keys else "give"
         raise UserError(f"{path}: its attention is not causal, each token sees those after it; {remedy} a causal LM")
-
-
-def leave_out_unused(model: PreTrainedModel, length: int) -> str | None:
-    """Freeze the parameters that no logit depends on in a way that has a gradient (see `lowrank.usage`).
-
-    Args:
-        length: tokens of a sequence in training.
-
-    Returns:
-        A line that names them; None if there are none.
-    """
-    usage = usage_of(model, length)
-    if usage is None:
-        return None
-    unused = {name: one for name, one in model.named_parameters() if name not in usage.trained and one.requires_grad}
-    for parameter in unused.values():
-        parameter.requires_grad_(False)
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in unused))
-    if not kinds:
-        return None
-    more = f" and {len(kinds) - _MOST_KINDS} more" if len(kinds) > _MOST_KINDS else ""
-    number = sum(parameter.numel() for parameter in unused.values())
-    return (
-        f"left out of training: {number:,} parameters to which no gradient comes back "
-        f"({', '.join(kinds[:_MOST_KINDS])}{more})"
-    )
 
 
 @contextmanager
