@@ -1,5 +1,6 @@
 """Scores agree with the published definitions, worked out by hand, and with the libraries' own calls."""
 
+import logging
 import math
 import sys
 from collections import Counter
@@ -17,6 +18,13 @@ REFERENCE = "The quick brown fox jumps over the lazy dog."
 @pytest.fixture(scope="module")
 def scorer() -> TextScorer:
     return TextScorer()
+
+
+def test_the_log_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that writes to an unused log puts a handler there, and every warning gets a prefix."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    TextScorer()
+    assert not logging.root.handlers
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ factors of LoRA adapters stay in memory. A model has room for the prompts of one
 the model when that adapter is selected and removed afterwards; the price is to read a few MB each time.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from relora.adapters.llama_adapter import KIND as PROMPTS
 from relora.adapters.llama_adapter import load_prompts, remove_prompts
 from relora.adapters.multi_adapter import Adapters
+from relora.adapters.own_tokenizer import chat_templates
 from relora.adapters.peft_format import CONFIG, read_config
 from relora.errors import UserError
 from relora.files.untrusted import no_address
@@ -42,6 +44,8 @@ class AdapterFolder:
     """Revision of the base on the hub; None for its main branch."""
     template: str | None
     """`data.template` of the run that trained the adapter; None if the folder is not a run."""
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    """Chat templates that lie in the folder, by their names."""
 
 
 def find_adapter(place: str | Path) -> AdapterFolder:
@@ -63,7 +67,7 @@ def find_adapter(place: str | Path) -> AdapterFolder:
     if kind not in KINDS:
         raise UserError(f"{folder / CONFIG}: `peft_type` is {short_repr(kind)}; known are {' and '.join(KINDS)}")
     base, revision = (value if isinstance(value, str) and value else None for value in (base, settings.get("revision")))
-    return AdapterFolder(name, folder, kind, base, revision, template)
+    return AdapterFolder(name, folder, kind, base, revision, template, chat_templates(folder))
 
 
 class Attached:
@@ -83,6 +87,10 @@ class Attached:
     def template(self, name: str) -> str | None:
         """Return `data.template` of the run that trained the adapter `name`; None for the base."""
         return None if name == BASE else self._known[name].template
+
+    def chat_templates(self, name: str) -> Mapping[str, str]:
+        """Return the chat templates that lie in the folder of the adapter `name`; none for the base."""
+        return {} if name == BASE else self._known[name].chat_templates
 
     def load(self, adapter: AdapterFolder) -> str:
         """Load an adapter, check that it fits the model, and leave in use the one that was in use.

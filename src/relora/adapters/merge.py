@@ -28,6 +28,7 @@ from relora.adapters.adapter import Adapter, Factors
 from relora.adapters.base_model import base_folder, warn_of_another_base
 from relora.adapters.compatibility import changes_alike, check_fits, tied_groups, tied_names, warn_of_notes
 from relora.adapters.multi_adapter import Adapters
+from relora.adapters.own_tokenizer import warn_of_what_stays_behind
 from relora.adapters.peft_format import CONFIG, TENSORS, read_adapter
 from relora.adapters.stored_model import (
     INDEX,
@@ -147,6 +148,7 @@ def merge_adapter(
         )
     check_fits(adapter, stored.model, folder)
     warn_of_notes(folder, adapter, stored.model)
+    warn_of_what_stays_behind(folder, stored.folder)
     layers = len(adapter.layers)
     unsettled = adapter
     adapter = settled(adapter, lambda key: stored.find(key).read(), lambda key: tied_names(stored.model, key), folder)

@@ -28,6 +28,7 @@ from relora.evaluation.output_folder import check_free, save_scores
 from relora.evaluation.scored_model import BATCH, check_counts, check_loss, open_scored_model, scored_length
 from relora.evaluation.text_metrics import TextScorer, TextScores
 from relora.inference.decoding import end_token_ids, generate_ids, without_generation_settings
+from relora.inference.generation_settings import check_generation_settings
 from relora.measure import evaluate, evaluating
 from relora.model.load import max_positions, quiet_transformers
 from relora.report.progress import with_progress
@@ -141,6 +142,7 @@ def evaluate_instructions(
     reader = Records([source])
     records = list(islice(reader, limit))
     loaded = open_scored_model(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_generation_settings(loaded)
     trained_with = loaded.adapters.template(loaded.adapters.in_use) or loaded.template
     form = InstructionForm(
         template=template or trained_with or "auto",  # type: ignore[arg-type]  # one of its names
@@ -149,7 +151,7 @@ def evaluate_instructions(
     )
     scores, samples = score_records(
         loaded.model,
-        loaded.tokenizer,
+        loaded.tokenizer_of(loaded.adapters.in_use),
         records,
         form,
         sequence_length=scored_length(loaded, sequence_length),

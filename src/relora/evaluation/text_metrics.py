@@ -52,13 +52,15 @@ class TextScorer:
     def __init__(self) -> None:
         try:
             from rouge_score.rouge_scorer import RougeScorer
+            from rouge_score.tokenizers import DefaultTokenizer
             from sacrebleu.metrics import BLEU
         except ImportError as error:
             missing = str(error.name).partition(".")[0]
             raise UserError(
                 f"BLEU and ROUGE need {missing}, which is not installed; run: pip install 'relora[eval]'"
             ) from None
-        self._rouge = RougeScorer(ROUGE, use_stemmer=True)
+        # its default tokenizer, given: without one it writes to the log, which puts a handler there for all lines
+        self._rouge = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=True))
         # force: do not warn about texts that look tokenized already
         self._bleu, self._single_text_bleu = BLEU(force=True), BLEU(force=True, effective_order=True)
 

@@ -20,6 +20,7 @@ from relora.files.atomic import write_json
 from relora.inference.conversation import Conversation, Turn
 from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
 from relora.inference.generate import Speed
+from relora.inference.generation_settings import check_generation_settings
 from relora.inference.loading import LoadedModel, load_model_or_run
 from relora.messages import short_repr
 from relora.model.load import max_positions
@@ -188,6 +189,7 @@ def chat(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    check_generation_settings(loaded)
     names = loaded.adapters.names
     loaded.adapters.use(BASE if BASE in adapters or not names else names[0])
     loaded.encode_chat([{"role": "user", "content": "?"}])  # refuses a model without a chat template before any input

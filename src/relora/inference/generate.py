@@ -15,6 +15,7 @@ from relora.device import peak_memory_bytes
 from relora.errors import UserError
 from relora.inference.conversation import Conversation
 from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
+from relora.inference.generation_settings import check_generation_settings
 from relora.inference.loading import LoadedModel, load_model_or_run
 from relora.model.load import max_positions
 
@@ -102,6 +103,7 @@ def generate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    check_generation_settings(loaded)
     names = _adapters_in_turn(loaded, with_base=compare or BASE in adapters, compare=compare)
     pairs = [(prompt, name) for prompt in prompts for name in names]
     jobs = [(name, _encode_prompt(loaded, prompt, sampling, name if chat else None, system)) for prompt, name in pairs]

@@ -9,6 +9,7 @@
 A folder is an adapter if it has an adapter_config.json, and a run if it has a config.yaml.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from relora.adapters.attached import AdapterFolder, Attached, find_adapter
 from relora.adapters.base_model import base_folder, warn_of_another_base
+from relora.adapters.own_tokenizer import warn_of_other_ids
 from relora.adapters.peft_format import CONFIG
 from relora.data.tokenizer import load_tokenizer
 from relora.device import choose_device
@@ -43,8 +45,8 @@ class LoadedModel:
     """The loaded adapters. If the path itself led to an adapter, that one is in use; otherwise none is."""
     template: str | None = None
     """`data.template` of the run that fine-tuned the whole model; None for any other model."""
-    _prompts: dict[str | None, ChatPrompt] = field(default_factory=dict)
-    """The chat prompts made so far, by template."""
+    _prompts: dict[tuple[str | None, str | None], ChatPrompt] = field(default_factory=dict)
+    """The chat prompts made so far, by template and by the adapter that brings a chat template of its own."""
 
     @property
     def start_token(self) -> int:
@@ -67,8 +69,8 @@ class LoadedModel:
     def encode_chat(self, messages: Sequence[Message], adapter: str | None = None) -> list[int]:
         """Return the token ids of the prompt that the model answers with `adapter` (by default the one in use).
 
-        The prompt is written with the template of the run that trained the adapter or the model, or with the
-        tokenizer's chat template.
+        The prompt is written with the template of the run that trained the adapter or the model, or with the chat
+        template of the adapter's folder or else of the tokenizer.
 
         Args:
             messages: the conversation so far; the last message is the user's.
@@ -76,12 +78,23 @@ class LoadedModel:
         Raises:
             UserError: there is no chat template, the template refuses the messages, or as for `encode`.
         """
-        template = self.adapters.template(adapter or self.adapters.in_use) or self.template
-        if template not in self._prompts:
-            self._prompts[template] = ChatPrompt(self.tokenizer, template)
+        adapter = adapter or self.adapters.in_use
+        template = self.adapters.template(adapter) or self.template
+        key = template, adapter if self.adapters.chat_templates(adapter) else None
+        if key not in self._prompts:
+            self._prompts[key] = ChatPrompt(self.tokenizer_of(adapter), template)
         for message in messages:
             _check_text(message["content"])
-        return self._checked(self._prompts[template].ids(messages))
+        return self._checked(self._prompts[key].ids(messages))
+
+    def tokenizer_of(self, adapter: str) -> PreTrainedTokenizerFast:
+        """Return the tokenizer, with the chat templates that lie in the folder of an adapter if there are some."""
+        templates = self.adapters.chat_templates(adapter)
+        if not templates:
+            return self.tokenizer
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = templates["default"] if templates.keys() == {"default"} else dict(templates)
+        return tokenizer
 
     def _checked(self, ids: list[int]) -> list[int]:
         """Return `ids`; raise `UserError` if one of them has no row in the model's embedding."""
@@ -123,6 +136,8 @@ def load_model_or_run(
     length = source.sequence_length or min(max_positions(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     attached = Attached(model)
+    for each in (*more_adapters, *([source.adapter] if source.adapter else [])):
+        warn_of_other_ids(each.folder, folder)
     if source.adapter is not None:
         attached.use(attached.load(source.adapter))
     for each in more_adapters:
