@@ -96,6 +96,30 @@ def test_mistakes_leave_nothing(run: Path, tmp_path: Path) -> None:
     assert {path: names(path) for path in (run, tmp_path)} == before
 
 
+@pytest.mark.parametrize(
+    ("result", "remedy"),
+    [
+        ("adapter", "relora adapters merge .*/adapter --out MODEL"),
+        ("model", "its model is .*/model"),
+        (None, "finish it"),
+    ],
+)
+def test_of_a_fine_tuning_run_the_line_says_where_its_result_is(
+    result: str | None, remedy: str, tmp_path: Path
+) -> None:
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "config.yaml").write_text("output_dir: x\ntask: instruct\nmodel: {path: y}\ndata: {train: z.jsonl}\n")
+    if result:
+        (tuned / result).mkdir()
+    with pytest.raises(UserError, match=f"a fine-tuning run.*{remedy}"):
+        export(tuned, out=tmp_path / "out")
+    if result != "model":  # of one that has a model, a GGUF file is written
+        with pytest.raises(UserError, match=f"a fine-tuning run.*{remedy}"):
+            export_gguf(tuned, out=tmp_path / "out.gguf")
+    assert names(tmp_path) == {"tuned"}
+
+
 def test_a_weight_beyond_fp16_is_refused_in_each_format(run: Path, prepared: Path, tmp_path: Path) -> None:
     """A model folder and a GGUF file alike: the weight is named, nothing is written, and bf16 holds it."""
     large = Path(shutil.copytree(run / "model", tmp_path / "large"))

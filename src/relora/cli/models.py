@@ -32,14 +32,17 @@ _OPTIONS_OF_DATA_KIND = {
 
 @app.command(epilog="Example: relora export runs/quickstart --format gguf --dtype q8_0")
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder; with --format gguf also a model folder or a hub id.")],
+    run: Annotated[str, typer.Argument(help="Folder of a pretraining run; with --format gguf also a model.")],
     checkpoint: Annotated[int | None, typer.Option(help="Step; by default the newest, of gguf RUN/model.")] = None,
     out: Annotated[Path | None, typer.Option(help="By default RUN/model-STEP or RUN/model-DTYPE.gguf.")] = None,
     form: Annotated[str, typer.Option("--format", help="folder (Hugging Face) or gguf (llama.cpp).")] = "folder",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; of gguf also q8_0.")] = "fp32",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write any checkpoint as a plain Hugging Face model folder, factors merged; or a model as a GGUF file."""
+    """Write a pretraining run's checkpoint as a plain Hugging Face model folder, factors merged; or a model as GGUF.
+
+    Of a fine-tuning run, `relora adapters merge RUN/adapter` writes the model folder.
+    """
     from relora.export.checkpoint import export as export_folder
     from relora.export.checkpoint import export_gguf
 

@@ -4,17 +4,18 @@ import logging
 import shutil
 from pathlib import Path
 
-from relora.data.tokenizer import load_tokenizer
+from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.errors import UserError
 from relora.export.gguf import check_gguf, write_gguf
 from relora.lowrank import merge
 from relora.lowrank.usage import usage_of
 from relora.model.load import dtype_named, model_folder
 from relora.model.save import save_model
+from relora.model.vocabulary import grow_vocabulary
 from relora.recipes.from_settings import lowrank_of, schedule_of
 from relora.recipes.pretraining_inputs import open_configured_model
 from relora.runs.folder import open_run
-from relora.runs.settings import is_run
+from relora.runs.settings import is_run, read_run_settings, run_folder
 from relora.train.checkpoint import Checkpoints
 from relora.train.run import restore_weights
 
@@ -43,10 +44,11 @@ def export(
         The folder written.
 
     Raises:
-        UserError: `run` is not a run folder, there is no such checkpoint, it is damaged, there is no such dtype, or
+        UserError: `run` is not the folder of a pretraining run, there is no such checkpoint, it is damaged, there is no such dtype, or
             `out` holds something other than a model.
         RunStopped: the disk is full or refuses the write.
     """
+    _check_pretraining(run_folder(run))
     folder, config = open_run(run)
     stored_dtype = dtype_named(dtype)
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -60,6 +62,9 @@ def export(
         _log.warning("warning: %s; step %d is used", description, checkpoint.step)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     model = open_configured_model(config, eos_token_id=tokenizer.eos_token_id, trust_remote_code=trust_remote_code)
+    rows = vocabulary_size(tokenizer)
+    if config.model.resize_vocabulary == "auto" and rows > model.get_input_embeddings().num_embeddings:
+        grow_vocabulary(model, rows)
     usage_of(model, config.data.sequence_length)  # decides, as in training, which layers have factors
     restore_weights(model, checkpoint, schedule_of(config), lowrank_of(config), seed=config.seed)
     merge(model)
@@ -109,6 +114,19 @@ def export_gguf(
         return write_gguf(exported, out, load_tokenizer(str(exported)), dtype)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_pretraining(run: Path) -> None:
+    """Raise `UserError` for a fine-tuning run; the line says where its result is, or how it gets one."""
+    if read_run_settings(run).task is None:
+        return
+    line = f"{run}: a fine-tuning run, of which no checkpoint is exported; "
+    if (run / "adapter").is_dir():
+        merging = f"`relora adapters merge {run / 'adapter'} --out MODEL` writes its model as a folder"
+        raise UserError(f"{line}{merging}, and `relora export MODEL --format gguf` that one as a GGUF file")
+    if (run / "model").is_dir():
+        raise UserError(f"{line}its model is {run / 'model'}")
+    raise UserError(f"{line}finish it with `relora finetune`")
 
 
 def _default_gguf_file(path: Path, from_run: bool, step: int | None, dtype: str) -> Path:
