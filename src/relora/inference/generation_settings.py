@@ -1,4 +1,6 @@
-"""Generation settings of a model: its end tokens are used, and what has no effect is said.
+"""Generation settings of a model: its end tokens are used, and what has no effect is said."""
+
+import logging
 
 from relora.errors import UserError
 from relora.inference.decoding import end_token_ids
