@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
@@ -40,6 +42,13 @@ def _parquet() -> bytes:
     return bytes(sink.getvalue())
 
 
+def _arrow(new: Callable[[Any, pyarrow.Schema], Any]) -> bytes:
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(RECORDS)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return bytes(sink.getvalue())
+
+
 LINES = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS).encode()
 CONTENTS: dict[str, bytes] = {
     "a.jsonl": LINES,
@@ -48,6 +57,8 @@ CONTENTS: dict[str, bytes] = {
     "a.csv": _csv(","),
     "a.tsv": _csv("\t", quoting=csv.QUOTE_NONE, quotechar=None),
     "a.parquet": _parquet(),
+    "stream.arrow": _arrow(pyarrow.ipc.new_stream),
+    "file.arrow": _arrow(pyarrow.ipc.new_file),
 }
 """Files that hold `RECORDS`."""
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -74,15 +85,30 @@ def test_every_kind_of_file_has_a_case() -> None:
 def test_a_file_of_records_is_read_by_both(tmp_path: Path, name: str, compression: str) -> None:
     file = tmp_path / f"{name}{compression}"
     file.write_bytes(COMPRESS[compression](CONTENTS[name]))
-    if compression and name == "a.parquet":  # it is read from its end, and compresses its columns itself
+    if compression and name.endswith((".parquet", ".arrow")):  # they are not read from beginning to end
         for read in (_documents, _fields):
-            with pytest.raises(UserError, match="a compressed parquet file; decompress it first"):
+            with pytest.raises(UserError, match=r"a compressed (parquet|Arrow) file; decompress it first"):
                 read(file)
         return
     for source in (file, tmp_path):  # named itself, and found in its folder
         assert _documents(source) == TEXTS
         assert _fields(source) == RECORDS
     assert list(Corpus([str(file)], text_field="id").documents()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow"])
+def test_a_damaged_arrow_file_is_one_line_or_other_values(tmp_path: Path, name: str) -> None:
+    """Its messages say where values are, so damage must not lead out of the file."""
+    file, whole = tmp_path / name, CONTENTS[name]
+    for at in range(0, len(whole), 3):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+        try:
+            assert len(_fields(file)) <= len(TEXTS)
+        except UserError as error:
+            assert "\n" not in str(error)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: "):
+        _fields(file)
 
 
 @pytest.mark.parametrize("name", ["A.JSONL", "a.Json", "A.CSV", "A.TSV", "A.PARQUET", "a.jsonl.GZ", "A.JSON.ZST"])

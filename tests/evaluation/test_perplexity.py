@@ -212,6 +212,9 @@ def test_sources_that_cannot_be_scored(model_folder: Path, tmp_path: Path) -> No
         evaluate_model(model_folder, [])
     with pytest.raises(UserError, match=r"no-such\.txt: no such file"):
         evaluate_model(model_folder, [str(tmp_path / "no-such.txt")])
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(UserError, match=r"`body`; relora prepare --text-field names another \(relora prepare --sk"):
+        evaluate_model(model_folder, [str(tmp_path / "a.jsonl")])
 
 
 def test_it_is_silent_and_its_scores_are_json(model_folder: Path, text_file: str, capfd) -> None:

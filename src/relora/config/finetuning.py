@@ -41,7 +41,7 @@ class ExampleSettings(Settings):
     """Records with a prompt and a response each, or with a text and its class."""
 
     train: Place | Annotated[tuple[Place, ...], Field(min_length=1)]
-    """File or folder (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md), hub dataset id, or a list of these."""
+    """File or folder (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, .md), hub dataset id, or a list of these."""
     validation: Place | None = None
     """Held-out records, given like `train`; unless given, `validation_share` of the training records."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05

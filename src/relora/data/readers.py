@@ -4,6 +4,7 @@
     .csv        a line of column names, then one record per row (RFC 4180)
     .tsv        the same, separated by tabs; quotation marks are ordinary characters, as in the files of GLUE
     .parquet    one record per row; not inside .gz or .zst, since it compresses its columns itself
+    .arrow      the same, of Arrow's two formats
     .txt .md    see `plain_text`: one record per document, or several of a long one
     saved       a folder written by `datasets.save_to_disk`: one record per row
     hub         a dataset on the Hugging Face hub, streamed: one record per row
@@ -22,12 +23,14 @@ Plain text has one column, named `column`, or `text` where none is given.
 
 import csv
 import io
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 from huggingface_hub import HfApi
 
@@ -39,6 +42,9 @@ from relora.messages import first_line, short_name
 
 COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 """Suffix of a compressed file -> Arrow's name of its codec."""
+
+ARROW_FILE = b"ARROW1"
+"""First bytes of an Arrow file that is not in the stream format."""
 
 BATCH_ROWS = 256
 """Rows of a parquet file or saved dataset that are decoded at a time."""
@@ -99,14 +105,49 @@ def read_parquet(stream: BinaryIO, name: str, bad: BadRecord, column: str | None
         bad(f"{name}: a compressed parquet file; decompress it first, since parquet compresses its columns itself")
         return
     file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-    columns = file.schema_arrow.names
-    if _lacks_column(columns, column, name, bad):
+    if _has_text(file.schema_arrow, column, name, bad):
+        columns = None if column is None else [column]
+        yield from _arrow_rows(file.iter_batches(batch_size=BATCH_ROWS, columns=columns), name, bad)
+
+
+def read_arrow(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the rows of an Arrow file, in the stream format, as `datasets` stores it, or in the file format."""
+    if not stream.seekable():
+        bad(f"{name}: a compressed Arrow file; decompress it first")
         return
-    if column is not None and not _is_text(kind := file.schema_arrow.types[columns.index(column)]):
-        bad(f"{name}: column `{column}` is not text but {short_name(str(kind))}")
+    if not (start := stream.read(len(ARROW_FILE))):
         return
+    # Mapped, since a damaged file may state any size, for which a reader would ask for memory.
+    mapped = pyarrow.py_buffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    is_file = start == ARROW_FILE
+    reader = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
+    if not _has_text(reader.schema, column, name, bad):
+        return
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    yield from _arrow_rows((_checked(batch, column) for batch in batches), name, bad)
+
+
+def _checked(batch: pyarrow.RecordBatch, column: str | None) -> pyarrow.RecordBatch:
+    """Return a batch, or one column of it, after a check of where its values are, which a file could state wrongly."""
+    batch = batch if column is None else batch.select([column])
+    batch.validate(full=True)
+    return batch
+
+
+def _has_text(schema: pyarrow.Schema, column: str | None, name: str, bad: BadRecord) -> bool:
+    """Return whether a table has the needed column, and it is text; otherwise that is reported to `bad`."""
+    if _lacks_column(schema.names, column, name, bad):
+        return False
+    if column is None or _is_text(kind := schema.field(column).type):
+        return True
+    bad(f"{name}: column `{column}` is not text but {short_name(str(kind))}")
+    return False
+
+
+def _arrow_rows(batches: Iterable[pyarrow.RecordBatch], name: str, bad: BadRecord) -> Iterator[Row]:
+    """Yield the rows of batches, numbered from 1."""
     row = 0
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=None if column is None else [column]):
+    for batch in batches:
         for cells in zip(*batch.columns, strict=True):
             row += 1
             try:
@@ -148,6 +189,7 @@ READERS: Mapping[str, Reader] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_text,
     ".md": read_text,
 }

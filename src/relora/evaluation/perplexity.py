@@ -187,9 +187,16 @@ def _score_text(loaded: LoadedModel, source: str, length: int, stride: int, toke
     )
 
 
+class _EvaluatedText(Corpus):
+    """Text that is evaluated as it is; only `relora prepare` has options for how it is read."""
+
+    skip_option = "relora prepare --skip-bad"
+    field_option = "relora prepare --text-field"
+
+
 def _read_text(loaded: LoadedModel, source: str, tokens: int | None) -> _Text:
     """Tokenize the first `tokens` tokens of a source, document by document."""
-    corpus = Corpus([source])
+    corpus = _EvaluatedText([source])
     corpus.separators = separators_of(None, str(loaded.tokenizer.eos_token))
     # a document of a plain text file is scored as one, but in a folder a long one is several
     corpus.cut_long_texts = not (Path(source).is_file() and file_kind(Path(source)) in PLAIN_TEXT_KINDS)

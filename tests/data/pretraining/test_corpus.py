@@ -119,7 +119,7 @@ def test_a_missing_or_null_parquet_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet, row 2: field `text` is not text but NoneType"):
         _documents(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: no column `body`; there are `text`"):
+    with pytest.raises(UserError, match=r"a\.parquet: no column `body`; there are `text`; --text-field names another"):
         _documents(tmp_path / "a.parquet", text_field="body")
 
 

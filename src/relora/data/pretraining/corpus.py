@@ -5,10 +5,11 @@ separators between them; a long one is cut at blank lines (see `data.plain_text`
 there are and how they are read.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from relora.data.plain_text import PLAIN_TEXT_KINDS, Separators, separators_of
 from relora.data.pretraining.shards import Source
@@ -34,6 +35,8 @@ class Corpus(SourceReader[str]):
     preferred_kinds = (".txt", ".md", ".jsonl", ".parquet")
     item_name = "text"
     skip_option = "--skip-bad"
+    field_option: ClassVar[str] = "--text-field"
+    """The name under which the user knows `text_field`."""
 
     def __init__(
         self,
@@ -124,6 +127,11 @@ class Corpus(SourceReader[str]):
                     remaining_chars -= len(text)
                     if remaining_chars <= 0:
                         break
+
+    def bad(self, message: str) -> None:
+        """Raise `UserError` about a record or file that cannot be used, or count it; see `SourceReader.bad`."""
+        lacks_text = re.search(r": no (field|column) `", message)
+        super().bad(f"{message}; {self.field_option} names another" if lacks_text else message)
 
     def item_of(self, where: str, fields: Mapping[str, Any]) -> str | None:
         """Return the text of a record; None if it is empty, since there is nothing to train on, or not a text."""
