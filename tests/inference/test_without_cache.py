@@ -4,11 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BartConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tests.zoo.tiny_models import tiny_config
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.bart.modeling_bart import BartForCausalLM
 
 from relora.errors import UserError
 from relora.inference.decoding import generate_ids
+from relora.model.load import quiet_transformers
 
 PROMPT = torch.tensor([[5, 6, 7]])
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -55,3 +64,29 @@ def test_a_class_that_cannot_generate_says_so_in_one_line() -> None:
     model = Silent(LlamaConfig(**SMALL)).eval()
     with pytest.raises(UserError, match=r"^a llama model cannot generate text: no text$"):
         generate_ids(model, PROMPT, torch.ones_like(PROMPT), settings())
+
+
+def test_an_error_in_the_middle_of_a_text_is_not_taken_for_a_missing_cache() -> None:
+    class Stumbles(LlamaForCausalLM):
+        def forward(self, input_ids: Any, **others: Any) -> Any:
+            if int(input_ids[0, -1]) == 7:
+                raise ValueError("seven")
+            return super().forward(input_ids, **others)
+
+    model = Stumbles(LlamaConfig(**SMALL)).eval()
+    with pytest.raises(ValueError, match="seven"):
+        generate_ids(model, PROMPT, torch.ones_like(PROMPT), settings())
+
+
+@pytest.mark.parametrize("family", ["xlstm", "prophetnet", "blt"])
+def test_classes_whose_cache_fails_generate_what_they_generate_without_it(family: str) -> None:
+    """xLSTM fails with an error of another kind for each length of a prompt."""
+    torch.manual_seed(1)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+        for length in (3, 20):
+            ids = torch.arange(2, 2 + length)[None]
+            alone = settings()
+            alone.use_cache = False
+            expected = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=alone)
+            assert torch.equal(generate_ids(model, ids, torch.ones_like(ids), settings()), expected)

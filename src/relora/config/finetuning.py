@@ -31,11 +31,6 @@ class FinetuneModelSettings(ModelSettings):
     """`auto`: embedding and head get rows for ids that only the tokenizer has. Each is the mean of the old rows; a run
     that leaves an adapter then writes its base, RUN/base."""
 
-    @property
-    def overrides(self) -> dict[str, int | bool]:
-        """Shape keys that were given, under the names of `transformers`, with their values."""
-        return {key: value for key, value in super().overrides.items() if key != "resize_vocabulary"}
-
 
 class ExampleSettings(Settings):
     """Records with a prompt and a response each, or with a text and its class."""

@@ -21,6 +21,9 @@ from relora.config.values import (
     Text,
 )
 
+_NO_SHAPE = {"preset", "path", "from_scratch", "trust_remote_code", "resize_vocabulary"}
+"""Keys of the model that do not change its shape."""
+
 
 class ModelSettings(Settings):
     """Model to train: a preset to build, or a Hugging Face causal LM to open.
@@ -36,6 +39,9 @@ class ModelSettings(Settings):
     """Take only the architecture of `path`, and draw new weights from `seed`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model at `path`; only for a model whose code you have read."""
+    resize_vocabulary: Literal["never", "auto"] = "never"
+    """`auto`: embedding and head of a trained model get rows for ids that only the tokenizer of the data has. Each is
+    the mean of the old rows."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding; at least as many as the tokenizer has ids."""
     hidden_size: PositiveInt | None = None
@@ -56,13 +62,15 @@ class ModelSettings(Settings):
     @property
     def overrides(self) -> dict[str, int | bool]:
         """Shape keys that were given, under the names of `transformers`, with their values."""
-        return self.model_dump(exclude={"preset", "path", "from_scratch", "trust_remote_code"}, exclude_none=True)
+        return self.model_dump(exclude=_NO_SHAPE, exclude_none=True)
 
     @model_validator(mode="after")
     def _check_source(self) -> "ModelSettings":
         """Refuse both or neither of `preset` and `path`, and a shape key on a trained model."""
         if (self.preset is None) == (self.path is None):
             raise ValueError("give either `preset` (a shape to build) or `path` (a model to open), one of the two")
+        if self.resize_vocabulary == "auto" and (self.preset is not None or self.from_scratch):
+            raise ValueError("`resize_vocabulary` is for a trained model; a new one gets its rows by `vocab_size`")
         if self.path is not None and self.overrides and not self.from_scratch:
             raise ValueError(
                 f"`{next(iter(self.overrides))}` changes a trained model's shape; drop it or set `from_scratch: true`"

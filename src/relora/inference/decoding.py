@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ STREAM_SECONDS = 0.05
 """Shortest time between two streamed pieces of text; updates that come faster cannot be read."""
 _TOKENS_PER_CHAR = 4
 """The most tokens that one character takes: one that the vocabulary lacks is spelled as up to four bytes."""
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
-"""Errors of a class of transformers that does not fit what `generate` does with it."""
+_TRIED_TOKENS = 2
+"""Length of the prompt, and of its continuation, with which a model's cache is tried."""
+_CACHES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Models that have generated -> whether with a cache."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """The text that the first bytes of a character decode to as long as its last byte is missing."""
 
@@ -159,25 +162,36 @@ def generate_ids(
     Raises:
         UserError: the class cannot generate text.
     """
+    if model not in _CACHES:
+        _CACHES[model] = _has_cache(model)
+    if not _CACHES[model]:
+        settings.use_cache = False
     criteria = None if growing is None else [growing]
+    found: Tensor = model.generate(
+        input_ids, attention_mask=attention_mask, generation_config=settings, stopping_criteria=criteria
+    )
+    return found
 
-    def attempt() -> Tensor:
-        found: Tensor = model.generate(
-            input_ids, attention_mask=attention_mask, generation_config=settings, stopping_criteria=criteria
+
+def _has_cache(model: PreTrainedModel) -> bool:
+    """Try whether the cache that transformers makes fits the model's class: a few tokens are generated with it.
+
+    Raises:
+        UserError: the class cannot generate text without a cache either.
+    """
+    ids = torch.zeros(1, _TRIED_TOKENS, dtype=torch.long, device=model.device)
+    reason = ""
+    for cached in (True, False):
+        settings = GenerationConfig(
+            max_new_tokens=_TRIED_TOKENS, do_sample=False, use_cache=cached, pad_token_id=0, eos_token_id=None
         )
-        return found
-
-    try:
-        return attempt()
-    except _FAILURES:  # of a class whose configuration or layers do not fit the cache that is made for them
-        if growing is not None and growing.has_begun:
-            raise
-    settings.use_cache = False
-    try:
-        return attempt()
-    except _FAILURES as error:
-        reason = first_line(str(error)) or type(error).__name__
-        raise UserError(f"a {model.config.model_type} model cannot generate text: {reason}") from None
+        try:
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        except Exception as error:  # of any kind: the class's layers may stumble anywhere over a cache of another shape
+            reason = first_line(str(error)) or type(error).__name__
+        else:
+            return cached
+    raise UserError(f"a {model.config.model_type} model cannot generate text: {reason}")
 
 
 def _generation_config(
@@ -268,11 +282,6 @@ class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         self._written_chars, self._written_at = 0, 0.0
         longest = max(map(len, stop), default=0)
         self._stop_tokens = 1 + _TOKENS_PER_CHAR * longest  # a stop string that has just ended lies within so many
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a token has been generated."""
-        return len(self._ids) > self._prompt_tokens
 
     @property
     def is_needed(self) -> bool:

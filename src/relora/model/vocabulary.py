@@ -19,6 +19,8 @@ from relora.model.load import quiet_transformers
 def grow_vocabulary(model: PreTrainedModel, rows: int) -> str:
     """Give a model more ids, in place; its logits for the old ids do not change.
 
+    On the meta device the shapes change, and are not tried.
+
     Args:
         rows: number of ids afterwards, more than before.
 
@@ -37,10 +39,7 @@ def grow_vocabulary(model: PreTrainedModel, rows: int) -> str:
             if tensor is not None:
                 mean = tensor[:before].mean(0, dtype=torch.float64)
                 tensor[before:] = mean.to(dtype).to(tensor.dtype)  # so that the model can still be stored in `dtype`
-        last = torch.tensor([[0, rows - 1]], device=model.device)
-        training = model.training
-        fits = model.eval()(input_ids=last, use_cache=False).logits.shape[-1] == rows
-        model.train(training)
+        fits = model.device.type == "meta" or _has_logits(model, rows)
     except Exception as error:  # of any type: architectures differ in where the number of ids stands
         kind, reason = model.config.model_type, first_line(str(error)) or type(error).__name__
         raise UserError(f"model.resize_vocabulary: a {kind} model cannot be given more ids: {reason}") from None
@@ -49,8 +48,22 @@ def grow_vocabulary(model: PreTrainedModel, rows: int) -> str:
     return f"vocabulary: {rows - before:,} rows were added to the model's {before:,}, each the mean of those"
 
 
+def _has_logits(model: PreTrainedModel, rows: int) -> bool:
+    """Tell whether the model takes the last of `rows` ids and returns a logit for each of them."""
+    last = torch.tensor([[0, rows - 1]], device=model.device)
+    training = model.training
+    logits = model.eval()(input_ids=last, use_cache=False).logits
+    model.train(training)
+    return bool(logits.shape[-1] == rows)
+
+
 def narrowest_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of fewest bits that holds the parameters of a model exactly: that in which they were stored."""
+    """Return the dtype of fewest bits that holds the parameters of a model exactly: that in which they were stored.
+
+    On the meta device, where they have no numbers, it is fp32.
+    """
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return torch.float32
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(parameter, parameter.to(dtype).to(parameter.dtype)) for parameter in model.parameters()):
             return dtype

@@ -64,9 +64,9 @@ def timetable_of(config: RunConfig) -> Timetable:
     check_optimizer(config.optimizer.name)
     batches, held_out = open_data(config)
     with torch.device("meta"):
-        model = open_fitting_model(config, held_out.folder)
+        model, vocabulary_notes = open_fitting_model(config, held_out.folder)
     unused = leave_out_unused(model, config.data.sequence_length)
-    notes = [*([unused] if unused else []), *lowrank_notes(config, model)]
+    notes = [*vocabulary_notes, *([unused] if unused else []), *lowrank_notes(config, model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total, switch = schedule.total_steps, min(schedule.warm_start_steps, schedule.total_steps)

@@ -25,6 +25,7 @@ from relora.model.finite import check_weights
 from relora.model.load import build_model, check_fit, model_folder, open_model
 from relora.model.own_loss import own_loss_note
 from relora.model.unused import leave_out_unused
+from relora.model.vocabulary import grow_vocabulary
 from relora.recipes.from_settings import autocast_of, lowrank_of
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
@@ -77,7 +78,7 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
     device = choose_device(config.device)
     batches, held_out = open_data(config)
     validation = held_out.folder
-    model = open_fitting_model(config, validation)
+    model, vocabulary_notes = open_fitting_model(config, validation)
     for folder in (*batches.folders, validation):
         folder.verify()
     tokenizer = load_tokenizer(str(validation.tokenizer_path))
@@ -94,6 +95,7 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
         check_weights(model, config.model.path)
         check_causal(model, config.model.path)
     notes = [
+        *vocabulary_notes,
         attention_note(model),
         own_loss_note(model, experts_train=True),
         leave_out_unused(model, config.data.sequence_length),
@@ -121,18 +123,27 @@ def open_data(config: RunConfig) -> tuple[TrainBatches, HeldOut]:
     return batches, HeldOut(validation, length, config.evaluate.tokens, micro_sequences, seed=config.seed)
 
 
-def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> PreTrainedModel:
-    """Open the model of a configuration; `UserError` if the data or the low-rank settings do not fit it."""
+def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> tuple[PreTrainedModel, list[str]]:
+    """Open the model of a configuration, with a row for every id of the data, and say in a line what rows were added.
+
+    Raises:
+        UserError: the data or the low-rank settings do not fit the model.
+    """
     model = open_configured_model(
         config, eos_token_id=validation.index.eos_token_id, trust_remote_code=config.model.trust_remote_code
     )
+    lines = []
+    if config.model.resize_vocabulary == "auto" and validation.vocab_size > model.get_input_embeddings().num_embeddings:
+        lines.append(grow_vocabulary(model, validation.vocab_size))
     trained = config.model.path is not None and not config.model.from_scratch
-    remedy = "prepare the data with the model's tokenizer" if trained else None
-    check_fit(model, validation.vocab_size, config.data.sequence_length, remedy=remedy)
+    remedy = (
+        "set `model.resize_vocabulary: auto` to add rows for the others, or prepare the data with the model's tokenizer"
+    )
+    check_fit(model, validation.vocab_size, config.data.sequence_length, remedy=remedy if trained else None)
     usage_of(model, config.data.sequence_length)  # kept for every later look at what the model uses
     if config.method != "full":
         find_targets(model, lowrank_of(config))
-    return model
+    return model, lines
 
 
 def open_configured_model(
