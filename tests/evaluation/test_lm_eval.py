@@ -205,6 +205,30 @@ def test_tasks_that_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_requests_that_are_cut_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluate_tasks(STORIES, ["colours"], tasks_folder=folder)
+    assert not caplog.messages
+    tokenizer = load_tokenizer(str(STORIES))
+    lengths = [len(tokenizer(f"{one['question']} {end}").input_ids) for one in RECORDS for end in one["options"]]
+    at_most = sorted(lengths)[3] - 1  # the last token is not given to the model
+    evaluate_tasks(STORIES, ["colours"], tasks_folder=folder, sequence_length=at_most)
+    longer = sum(length > at_most + 1 for length in lengths)
+    assert 0 < longer < 6
+    assert [
+        f"{longer} of 6 requests are, with their answers, longer than {at_most} tokens" in one
+        for one in caplog.messages
+    ] == [True]
+
+
+def test_a_tokenizer_of_more_ids_than_the_model(folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(STORIES, tmp_path / "model"))
+    tokenizer = load_tokenizer(str(STORIES))
+    tokenizer.add_tokens(["Once"])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match="the tokenizer has 513 ids and the model 512; they do not belong together"):
+        evaluate_tasks(model, ["colours"], tasks_folder=folder)
+
+
 def test_a_missing_library_names_its_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
     message = r"^tasks need lm_eval, which is not installed; run: pip install 'relora\[eval\]'$"

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from relora.data.tokenizer import vocabulary_size
 from relora.errors import ReloraError, UserError
 from relora.evaluation.output_folder import check_free, save_scores
 from relora.evaluation.scored_model import BATCH, check_counts, open_scored_model, scored_length
@@ -26,6 +27,8 @@ from relora.files.untrusted import check_folder, inside, read_yaml
 from relora.inference.loading import LoadedModel
 from relora.messages import first_line, short_name, short_repr
 from relora.model.load import quiet_transformers
+
+_log = logging.getLogger(__name__)
 
 FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Permitted values of `dataset_path` in a task file: kinds of local files. Other values name data sets on the hub."""
@@ -107,6 +110,11 @@ def evaluate_tasks(
     is_sandboxed = folder is not None and not trust_remote_code
     with _quiet(), harness.template_environment(sandboxed=is_sandboxed):
         results = harness.evaluate(loaded, tasks, length=length, batch=batch, limit=limit)
+    if harness.cut:
+        _log.warning(
+            "warning: %s of %s requests are, with their answers, longer than %s tokens and lost their beginning",
+            *(f"{number:,}" for number in (harness.cut, harness.requests, length)),
+        )
     scores = _scores(results)
     if out is not None:
         settings: dict[str, Any] = {"model": str(model_or_run), "adapter": adapter, "tasks_folder": tasks_folder}
@@ -135,6 +143,8 @@ class _Harness:
         self._lm_eval, self._metrics = lm_eval, metric_registry
         self._model_class, self._manager_class = HFLM, TaskManager
         self._tasks: Any = None
+        self.requests, self.cut = 0, 0
+        """Number of requests of the last evaluation, and of those that were too long for the model."""
 
     def check_folder(self, folder: Path, *, trusted: bool) -> None:
         """Raise `UserError` if a folder has no task files or, unless it is trusted, if one of them names code."""
@@ -205,10 +215,23 @@ class _Harness:
             results: Mapping[str, Any] = self._lm_eval.evaluate(model, found, limit=limit, bootstrap_iters=_RESAMPLINGS)
         except (ReloraError, RuntimeError, MemoryError):  # errors of the model and of the machine
             raise
+        except IndexError as error:
+            rows, ids = loaded.model.get_input_embeddings().num_embeddings, vocabulary_size(loaded.tokenizer)
+            if ids > rows:
+                raise UserError(
+                    f"the tokenizer has {ids:,} ids and the model {rows:,}; they do not belong together"
+                ) from None
+            raise self._unusable(tasks, error) from None
         except Exception as error:  # whatever the harness, its data sets and its templates raise about a task
-            reason = first_line(str(error)) or type(error).__name__
-            raise UserError(f"{', '.join(map(short_name, tasks))}: the harness cannot use it: {reason}") from None
+            raise self._unusable(tasks, error) from None
+        requests = [(model, request) for sample in _all_samples(results) for request in sample["arguments"]]
+        self.requests, self.cut = len(requests), sum(_is_cut(*each, length) for each in requests)
         return results
+
+    def _unusable(self, tasks: Sequence[str], error: Exception) -> UserError:
+        """Return the error for tasks that made the harness raise `error`."""
+        reason = first_line(str(error)) or type(error).__name__
+        return UserError(f"{', '.join(map(short_name, tasks))}: the harness cannot use it: {reason}")
 
     def _check_file(self, file: Path) -> list[Path]:
         """Return the files that a task file includes; raise `UserError` if it names code, or data that are not local.
@@ -297,6 +320,29 @@ def _scores(results: Mapping[str, Any]) -> list[TaskScore]:
                 )
             )
     return scores
+
+
+def _all_samples(results: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the harness's record of every question of every task."""
+    for samples in results["samples"].values():
+        yield from samples
+
+
+def _is_cut(model: Any, request: Sequence[Any], length: int) -> bool:
+    """Tell whether the harness's model shortened a request, which it does at the beginning.
+
+    Args:
+        request: a context and the continuation whose likelihood is asked for, or the settings of a generation; one text
+            alone is scored in windows, as a whole.
+        length: most tokens that the model is given.
+    """
+    if len(request) < 2:
+        return False
+    context, asked = request[0], request[1]
+    if isinstance(asked, str):
+        return len(model.tok_encode(context + asked)) > length + 1  # the last token is not given to the model
+    most = asked.get("max_gen_toks", model.max_gen_toks) if isinstance(asked, Mapping) else 0
+    return len(model.tok_encode(context)) > length - most
 
 
 def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
