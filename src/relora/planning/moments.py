@@ -1,7 +1,7 @@
 """Tensors that an optimizer keeps for a parameter, built without training, so that a plan can count their bytes.
 
 adamw                    m and v, each of the parameter's shape, in fp32
-muon                     m, of the parameter's shape, in fp32
+muon                     m, of the parameter's shape, in fp32; of a factor also one number for each of its features
 adamw-8bit               m and v in one byte a number, and an fp32 scale for each block of them
 galore, apollo, fira     m, v and the projection of a matrix in the blocks, at low rank; of anything else m and v
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from relora.config import RunConfig
 from relora.recipes.from_settings import lowrank_of, optimizer_of
-from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES, OptimizerConfig, parameters_under_muon
+from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES, OptimizerConfig, rules_of
 from relora.train.projected_optimizers import PROJECTED_OPTIMIZERS, projected_matrices, state_shapes
 
 Moments = Callable[[nn.Parameter], list[Tensor]]
@@ -42,11 +42,14 @@ def _full(parameter: nn.Parameter) -> list[Tensor]:
 
 
 def _adamw_with_muon(model: nn.Module, optimizer: OptimizerConfig) -> Moments:
-    """Return a function that gives m of a parameter under Muon, and m and v of any other."""
-    under_muon = cache(lambda: parameters_under_muon(model, optimizer))  # at the first call, as for the projected ones
+    """Return a function that gives what Muon keeps of a parameter under it, and m and v of any other."""
+    rules = cache(lambda: rules_of(model, optimizer))  # at the first call, as for the projected ones
 
     def moments(parameter: nn.Parameter) -> list[Tensor]:
-        return _full(parameter)[: 1 if id(parameter) in under_muon() else 2]
+        rule, (first, second) = rules().get(id(parameter), "adamw"), _full(parameter)
+        if rule == "adamw":
+            return [first, second]
+        return [first] if rule == "muon" else [first, parameter.data.new_empty(max(parameter.shape))]
 
     return moments
 

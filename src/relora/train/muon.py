@@ -1,18 +1,21 @@
 """Muon for the factors and for full-rank matrices, beside AdamW for everything else, in one optimizer.
 
-    m <- μ m + (1 - μ) g                    momentum, the only state: half of AdamW's
-    u  = μ m + (1 - μ) g                    Nesterov's look ahead
-    p <- p - η · 0.2 sqrt(max(p.shape)) · polar(u)
+    m <- μ m + (1 - μ) g                          momentum, half of AdamW's state
+    u  = μ m + (1 - μ) g                          Nesterov's look ahead
+    o  = polar(u)                                 [r, n], for a factor with r ranks and n features
+    v <- β v + (1 - β) mean over ranks of o²      [n]
+    p <- p - η · 0.2 sqrt(n) · o / sqrt(v)        scaled back to the norm that o had
 
 The polar factor U Vᵀ of u = U S Vᵀ has all its singular values at 1: every direction of the momentum moves equally far,
 where AdamW moves every entry equally far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). The factor
-0.2 sqrt(max(p.shape)) gives the update of every shape the root mean square 0.2, which is that of AdamW's updates in
-practice, so that a learning rate holds across widths, ranks and both optimizers (Liu et al. 2025, arXiv 2502.16982,
-section 2.2).
+0.2 sqrt(n) gives the update of every shape the root mean square 0.2, which is that of AdamW's updates in practice, so
+that a learning rate holds across widths, ranks and both optimizers (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+The polar factor still moves some features much farther than others; v evens that out, as NorMuon does for the neurons
+of a full-rank matrix (Li et al. 2025, arXiv 2510.05491).
 
 A factor has r rows or columns, so its polar factor is exact and cheap: (u uᵀ)^(-1/2) u, with an eigendecomposition of
 order r. For full-rank matrices torch's own Muon is used, whose Newton-Schulz iteration in bf16 gets singular values
-between 0.7 and 1.2 and needs products only.
+between 0.7 and 1.2 and needs products only; it has no v.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,12 +34,17 @@ RMS = 0.2
 _ZERO_SINGULAR_VALUE = 1e-6
 """Singular values below this share of the largest are rounding errors of fp32; their directions do not move."""
 
+_SQUARE_DECAY = 0.95
+"""Decay β of the features' mean squares."""
+_ENTRIES_AT_A_TIME = 2**20
+"""Size of the factors of one shape whose polar factors are computed together: few calls, and few bytes."""
+
 
 class AdamWWithMuon(torch.optim.AdamW):
     """AdamW in whose parameter groups the entry `rule` may ask for Muon.
 
-    State of a parameter under Muon: `momentum_buffer`, of its shape. A flag `found_inf` on the optimizer, as the fused
-    kernels of AdamW read it, withholds the update of every group alike.
+    State of a parameter under Muon: `momentum_buffer`, of its shape, and for a factor `feature_squares` [n]. A flag
+    `found_inf` on the optimizer, as the fused kernels of AdamW read it, withholds the update of every group alike.
     """
 
     def __init__(
@@ -89,20 +97,20 @@ class AdamWWithMuon(torch.optim.AdamW):
             self.param_groups = groups
 
     def _exact_step(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        """Update the factors of one group, all of one rank together."""
-        updated = [parameter for parameter in group["params"] if parameter.grad is not None]
-        updates = [self._look_ahead(parameter, found_inf) for parameter in updated]
-        by_rank = sorted(range(len(updated)), key=lambda index: min(updated[index].shape))
-        for _, members in groupby(by_rank, key=lambda index: min(updated[index].shape)):
-            indices = list(members)
-            for index, polar in zip(indices, polar_factors([updates[i] for i in indices]), strict=True):
-                parameter = updated[index]
-                change = polar.mul_(-group["lr"] * RMS * max(parameter.shape) ** 0.5)
-                if group["weight_decay"]:
-                    change.add_(parameter, alpha=-group["lr"] * group["weight_decay"])
-                if found_inf is not None:
-                    change.masked_fill_(found_inf > 0, 0.0)
-                parameter.add_(change)
+        """Update the factors of one group, those of one shape together."""
+        updated = sorted((p for p in group["params"] if p.grad is not None), key=_wide_shape)
+        for shape, same in groupby(updated, key=_wide_shape):
+            of_shape, at_a_time = list(same), max(1, _ENTRIES_AT_A_TIME // (shape[0] * shape[1]))
+            for first in range(0, len(of_shape), at_a_time):
+                parameters = of_shape[first : first + at_a_time]
+                updates = torch.stack([_wide(self._look_ahead(parameter, found_inf)) for parameter in parameters])
+                for parameter, polar in zip(parameters, polar_factors(updates), strict=True):
+                    change = self._evened(parameter, polar, found_inf).mul_(-group["lr"] * RMS * shape[1] ** 0.5)
+                    if group["weight_decay"]:
+                        change.add_(_wide(parameter), alpha=-group["lr"] * group["weight_decay"])
+                    if found_inf is not None:
+                        change.masked_fill_(found_inf > 0, 0.0)
+                    _wide(parameter).add_(change)
 
     def _look_ahead(self, parameter: nn.Parameter, found_inf: Tensor | None) -> Tensor:
         """Move a parameter's momentum towards its gradient, and return Nesterov's combination of the two."""
@@ -117,24 +125,45 @@ class AdamWWithMuon(torch.optim.AdamW):
         buffer.copy_(moved if found_inf is None else torch.where(found_inf > 0, buffer, moved))
         return gradient.lerp(buffer, self.momentum)
 
+    def _evened(self, parameter: nn.Parameter, polar: Tensor, found_inf: Tensor | None) -> Tensor:
+        """Divide the polar factor [r, n] of a factor by the root mean squares of its features, and keep its norm."""
+        squares, state = polar.square().mean(0), self.state[parameter]
+        before: Tensor = state.get("feature_squares", torch.zeros_like(squares))
+        moved = torch.where(before > 0, before.lerp(squares, 1 - _SQUARE_DECAY), squares)  # begins at the first one
+        state["feature_squares"] = moved if found_inf is None else torch.where(found_inf > 0, before, moved)
+        tiny = torch.finfo(polar.dtype).tiny
+        evened: Tensor = polar * state["feature_squares"].clamp_min(tiny).rsqrt()
+        return evened.mul_(polar.norm() / evened.norm().clamp_min(tiny))
 
-def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
+
+def polar_factors(matrices: Tensor) -> Tensor:
     """Return the polar factor U Vᵀ of each matrix U S Vᵀ; directions whose singular value is zero stay zero.
 
-    All is computed in float64, so that singular values down to a millionth of the largest keep
-    their directions. On a GPU the eigendecomposition makes the host wait.
+    All is computed in float64, so that singular values down to a millionth of the largest keep their directions. On a
+    GPU the eigendecomposition makes the host wait.
 
     Args:
-        matrices: of any shapes whose smaller sides are equal, r; the price is O(r² · larger side + r³) for each.
+        matrices: [k, r, n] with r <= n; the price is O(r² n + r³) for each.
     """
-    wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T for matrix in matrices]  # [r, n]
-    exact = [matrix.to("cpu" if matrix.device.type == "mps" else matrix.device, torch.float64) for matrix in wide]
-    values, vectors = torch.linalg.eigh(torch.stack([matrix @ matrix.T for matrix in exact]))  # [k, r], [k, r, r]
+    device = "cpu" if matrices.device.type == "mps" else matrices.device  # MPS has no float64
+    exact = matrices.to(device, torch.float64)
+    values, vectors = torch.linalg.eigh(exact @ exact.mT)  # [k, r], [k, r, r]
     smallest = (_ZERO_SINGULAR_VALUE**2 * values[:, -1:]).clamp_min(torch.finfo(values.dtype).tiny)
     scales = values.clamp_min(smallest).rsqrt().where(values > smallest, 0.0)
     roots = (vectors * scales[:, None, :]) @ vectors.mT  # (M Mᵀ)^(-1/2) [k, r, r]
-    polar = [(root @ matrix).to(matrices[0]) for root, matrix in zip(roots, exact, strict=True)]
-    return [p if p.shape == matrix.shape else p.T for p, matrix in zip(polar, matrices, strict=True)]
+    polar: Tensor = (roots @ exact).to(matrices)
+    return polar
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """Return a view of a matrix whose first side is the smaller one."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def _wide_shape(matrix: Tensor) -> tuple[int, int]:
+    """Return the sides of a matrix, the smaller one first."""
+    small, large = sorted(matrix.shape)
+    return small, large
 
 
 def _own(group: dict[str, Any]) -> dict[str, Any]:

@@ -102,10 +102,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
-def parameters_under_muon(model: nn.Module, config: OptimizerConfig) -> frozenset[int]:
-    """Return the ids (in the sense of `id`) of the trainable parameters that Muon updates."""
-    groups = (group for group in _groups(model, config) if group["rule"] != "adamw")
-    return frozenset(id(parameter) for group in groups for parameter in group["params"])
+def rules_of(model: nn.Module, config: OptimizerConfig) -> dict[int, Rule]:
+    """Return the update rule of every trainable parameter, by its id in the sense of `id`."""
+    return {id(parameter): group["rule"] for group in _groups(model, config) for parameter in group["params"]}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
@@ -241,7 +240,7 @@ def _check_state(
     if (projected := projected_optimizer_name(optimizer)) is not None:
         kind, expected = projected, projected_layout(optimizer, parameter)
     elif _rule_of(optimizer, parameter) != "adamw":
-        kind, expected = "muon", {"momentum_buffer": (parameter.shape, True)}
+        kind, expected = "muon", _muon_layout(parameter, _rule_of(optimizer, parameter))
     elif isinstance(optimizer, torch.optim.AdamW):
         kind, expected = "adamw", _adamw_layout(parameter)
     else:
@@ -253,6 +252,14 @@ def _check_state(
 def _adamw_layout(parameter: nn.Parameter) -> Layout:
     """Layout of one parameter's state in torch's AdamW."""
     return {"exp_avg": (parameter.shape, True), "exp_avg_sq": (parameter.shape, True), "step": (torch.Size(), True)}
+
+
+def _muon_layout(parameter: nn.Parameter, rule: Rule) -> Layout:
+    """Layout of one parameter's state under Muon."""
+    momentum: Layout = {"momentum_buffer": (parameter.shape, True)}
+    if rule == "muon":
+        return momentum
+    return momentum | {"feature_squares": (torch.Size([max(parameter.shape)]), True)}
 
 
 def _eight_bit_layout(parameter: nn.Parameter) -> Layout:
