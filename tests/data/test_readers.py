@@ -74,7 +74,7 @@ def test_fields_that_only_other_records_have_are_no_nulls(tmp_path: Path, saved:
         properties = {key: {"type": "x"} for key in arguments}
         return {
             "messages": [{"role": "assistant", "content": content, "tool_calls": calls}],
-            "tools": [{"function": {"name": "f", "parameters": {"properties": properties}}}],
+            "tools": [{"function": {"name": "f", "parameters": {"properties": properties}}, **properties}],
             "label": None,
         }
 

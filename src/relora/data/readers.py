@@ -46,6 +46,9 @@ COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 ARROW_FILE = b"ARROW1"
 """First bytes of an Arrow file that is not in the stream format."""
 
+CONTENT_KEYS = ("content", "value")
+"""Fields of messages that are null where a message has no text."""
+
 BATCH_ROWS = 256
 """Rows of a parquet file or saved dataset that are decoded at a time."""
 
@@ -160,17 +163,16 @@ def _arrow_rows(batches: Iterable[pyarrow.RecordBatch], name: str, bad: BadRecor
                 yield f"{name}, row {row}", fields
 
 
-def _without_absent(value: Any, level: int = 0) -> Any:
-    """Return the value of a column without the null fields of objects inside of objects, which no record had.
+def _without_absent(value: Any) -> Any:
+    """Return the value of a column without the null fields of objects, which no record had.
 
     All objects of an Arrow column have the fields of all of them: arguments of tools {"city": "Rome"} and {"unit": "C"}
-    come back as {"city": "Rome", "unit": None} and {"city": None, "unit": "C"}. The outermost objects, such as
-    messages, keep theirs: that a message has no content is told by a null.
+    come back as {"city": "Rome", "unit": None} and {"city": None, "unit": "C"}. Contents of messages may be null.
     """
     if isinstance(value, dict):
-        kept = ((key, one) for key, one in value.items() if one is not None or not level)
-        return {key: _without_absent(one, level + 1) for key, one in kept}
-    return [_without_absent(one, level) for one in value] if isinstance(value, list) else value
+        kept = ((key, one) for key, one in value.items() if one is not None or key in CONTENT_KEYS)
+        return {key: _without_absent(one) for key, one in kept}
+    return [_without_absent(one) for one in value] if isinstance(value, list) else value
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:

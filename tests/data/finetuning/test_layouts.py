@@ -24,6 +24,7 @@ def read(fields: dict[str, Any], **options: Any) -> list[tuple[str, str, str]]:
     ("fields", "name", "conversation"),
     [
         ({"instruction": "a", "input": "b", "output": "c"}, "alpaca", [("user", "a", "b"), ("assistant", "c", "")]),
+        ({"instruction": "a", "input": " ", "output": "c"}, "alpaca", [("user", "a", ""), ("assistant", "c", "")]),
         ({"instruction": "a", "output": "c", "id": 3}, "alpaca", [("user", "a", ""), ("assistant", "c", "")]),
         ({"instruction": "a", "context": None, "response": "c"}, "dolly", [("user", "a", ""), ("assistant", "c", "")]),
         ({"messages": [ASKED, ANSWERED]}, "chat", [("user", "Why?", ""), ("assistant", "So.", "")]),

@@ -8,7 +8,7 @@ from tests.data.tongues import TOOLS, gpt2_like, records
 
 from relora.data.finetuning.instruct import InstructionForm, InstructionSet, encode, render_example
 from relora.data.finetuning.layouts import find_layout
-from relora.data.finetuning.messages import BadRecord, Message, read_messages
+from relora.data.finetuning.messages import BadRecord, Message, read_messages, read_tools
 from relora.errors import UserError
 
 ASKED, ANSWERED = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -199,6 +199,13 @@ def test_what_is_not_used_is_named_once_with_its_count() -> None:
     assert encoded(own).notes == ("not used: column `system` (1 record)",)
     many = {"text": "x", **{f"column {number}": 1 for number in range(20)}}
     assert encoded(many).notes[0].endswith("column `column 7` (1 record), 12 more")
+
+
+def test_descriptions_of_tools_with_an_input_schema_are_given_as_functions() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    fields = {"tools": [{"name": "weather", "description": "d", "input_schema": schema}, {"name": "bare"}]}
+    function = {"name": "weather", "description": "d", "parameters": schema}
+    assert read_tools(fields) == ({"type": "function", "function": function}, {"name": "bare"})
 
 
 def test_tools_that_are_no_descriptions_are_refused() -> None:

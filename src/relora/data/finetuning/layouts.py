@@ -129,6 +129,7 @@ class Layout:
         if isinstance(prompt, list):  # what is scored is the completion, as in TRL
             return [*read_messages(prompt, self.prompt, scored=False), *answers]
         about = "" if self.input is None else checked_text(fields.get(self.input), short_name(self.input))
+        about = about if about.strip() else ""
         asked = Message("user", checked_text(prompt, short_name(self.prompt)), about)
         return [*(_history(fields.get(HISTORY)) if self.name == "alpaca" else []), asked, *answers]
 
@@ -181,7 +182,10 @@ def find_layout(
         lacking = column_names(sorted(candidates[0].needed - first.fields.keys()))
         raise UserError(f"{there}; layout {candidates[0].name} also needs {lacking}")
     if name == "auto":
-        raise UserError(f"{there}, which is no known layout; name the prompt's and the response's column")
+        raise UserError(
+            f"{there}, which is no known layout; name the prompt's and the response's column (data.layout: columns, "
+            "data.prompt_column, data.response_column)"
+        )
     wanted = " or ".join(column_names(sorted(layout.needed)) for layout in candidates)
     mend = ", or columns named by you" if name == "columns" else ""
     raise UserError(f"{there}; layout {name} needs {wanted}{mend}")

@@ -273,6 +273,8 @@ def from_json(value: Any, name: str) -> Any:
 def read_tools(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Return the tools that a record describes in its column `tools`, or in OpenAI's older column `functions`.
 
+    Anthropic's descriptions, with an `input_schema`, are given as OpenAI's, which chat templates take.
+
     Raises:
         BadRecord: the column does not hold a list of objects.
     """
@@ -285,7 +287,15 @@ def read_tools(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRecord(f"`{key}` is not a list of descriptions of tools; rename the column if it is something else")
     check_nested(tools)
-    return tuple({"type": "function", "function": tool} if key == "functions" else tool for tool in tools)
+    return tuple(_tool(tool, is_function=key == "functions") for tool in tools)
+
+
+def _tool(tool: dict[str, Any], *, is_function: bool) -> dict[str, Any]:
+    """Return the description of a tool as {"type": "function", "function": ...} if it is that of a function alone."""
+    if "input_schema" in tool and "function" not in tool:
+        others = {key: value for key, value in tool.items() if key not in ("type", "input_schema")}
+        return {"type": "function", "function": {**others, "parameters": tool["input_schema"]}}
+    return {"type": "function", "function": tool} if is_function else tool
 
 
 def checked_text(value: Any, name: str) -> str:
