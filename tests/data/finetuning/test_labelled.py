@@ -33,6 +33,17 @@ def test_records_without_a_label_are_in_no_part_of_a_split(mark: Any) -> None:
     assert counts(train) == {0: 11, 1: 11} and counts(held_out) == {0: 1, 1: 1}
 
 
+def test_a_record_without_the_column_has_no_label() -> None:
+    rows = [{"text": f"text {number}", **({"score": number % 2} if number % 3 else {})} for number in range(30)]
+    records = [Record(f"line {number}", row) for number, row in enumerate(rows, start=1)]
+    for options in ({}, {"label_column": "score"}):
+        found = read_labels(records, **options)
+        assert (found.columns.label, len(found.records)) == ("score", 20)
+        assert found.left_out == ("records left out, without a label (null, NaN or empty): 10, first in line 1",)
+    with pytest.raises(UserError, match="line 1: no column `label`; there are `text`"):
+        read_labels(records, label_column="label")
+
+
 def test_each_class_gives_its_share() -> None:
     found = read_labels(records_of(["often"] * 900 + ["rare"] * 40 + ["single"]))
     train, held_out = split_labelled(found, 0.05, seed=3)

@@ -68,6 +68,8 @@ def read_labels(
 ) -> LabelledRecords:
     """Find the columns of a data set, and the records that have a label.
 
+    A record without the column of labels has no label, as one with a null there.
+
     Args:
         records: the records of one data set.
         text_columns: one or two columns; unless given, they are found by their usual names.
@@ -81,8 +83,10 @@ def read_labels(
     records = list(records)
     if not records:
         raise UserError("classification: there is no record to read")
-    columns = like[0] if like else _find_columns(records[0], text_columns, label_column)
-    labels = [label_of(record, columns.label) for record in records]
+    usual = {label_column} if label_column else set(LABEL_COLUMNS)
+    first = next((record for record in records if usual & record.fields.keys()), records[0])
+    columns = like[0] if like else _find_columns(first, text_columns, label_column)
+    labels = [label_of(record, columns.label) if columns.label in record.fields else None for record in records]
     reasons = why_unlabelled(labels, None if like is None else like[1], unlabelled)
     left_out, unused, kept = RecordNotes(), RecordNotes(), []
     for record, label, reason in zip(records, labels, reasons, strict=True):
@@ -143,7 +147,7 @@ def split_labelled(found: LabelledRecords, share: float, seed: int) -> tuple[lis
 
 
 def _find_columns(record: Record, text_columns: Sequence[str], label_column: str | None) -> ClassColumns:
-    """Return the named columns, or find those with usual names; `UserError` if the first record lacks one."""
+    """Return the named columns, or find those with usual names; `UserError` if the record lacks one."""
     there = record.fields.keys()
     named = [*text_columns, label_column] if label_column else text_columns
     for name in named:
