@@ -319,7 +319,7 @@ def test_several_adapters_lie_in_folders_of_their_names(bases: dict[str, Path], 
     model.add_adapter("law", peft.LoraConfig(r=3, target_modules=["v_proj"]))
     moved(model)
     model.save_pretrained(tmp_path / "both")
-    with pytest.raises(UserError, match=r"both: not an adapter .*; there are french, law below it"):
+    with pytest.raises(UserError, match=r"both: not an adapter .*; below it: french, law"):
         read_adapter(tmp_path / "both")
     for name, r in (("french", 2), ("law", 3)):
         model.set_adapter(name)

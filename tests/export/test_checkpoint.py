@@ -120,6 +120,15 @@ def test_of_a_fine_tuning_run_the_line_says_where_its_result_is(
     assert names(tmp_path) == {"tuned"}
 
 
+def test_prompts_of_llama_adapter_are_not_sent_to_be_merged(tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    (tuned / "adapter").mkdir(parents=True)
+    (tuned / "config.yaml").write_text("output_dir: x\ntask: instruct\nmodel: {path: y}\ndata: {train: z.jsonl}\n")
+    (tuned / "adapter" / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
+    with pytest.raises(UserError, match="its prompts are used beside their base"):
+        export(tuned)
+
+
 def test_a_weight_beyond_fp16_is_refused_in_each_format(run: Path, prepared: Path, tmp_path: Path) -> None:
     """A model folder and a GGUF file alike: the weight is named, nothing is written, and bf16 holds it."""
     large = Path(shutil.copytree(run / "model", tmp_path / "large"))

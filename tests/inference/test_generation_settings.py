@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.command import call
 from tests.model.small import SMALL
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig
 
 from relora.adapters.adapter import Adapter, Factors
@@ -22,7 +23,10 @@ from relora.inference.generate import generate
 from relora.inference.loading import load_model_or_run
 from relora.model import build_model, save_model
 
-OURS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+OURS = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 THEIRS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -146,6 +150,21 @@ def test_tokens_that_only_the_adapters_tokenizer_has_are_named(
         merge_adapter(adapter, tmp_path / "merged", check=False)
     (message,) = caplog.messages
     assert f"{adapter}: its tokenizer has tokens that {model}'s has not ('<|call|>')" in message
+
+
+def test_a_tokenizer_that_begins_a_text_otherwise_is_said(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GLM's, for example, puts two tokens in front; a prompt has one start token here, as in pretraining."""
+    tokenizer = load_tokenizer(str(model))
+    for front in ("<|endoftext|>", "<|pad|> <|endoftext|>"):
+        ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in front.split()]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{front} $A", special_tokens=ids)
+        tokenizer.save_pretrained(model)
+        assert load_tokenizer(str(model))("to").input_ids[: len(ids)] == [number for _, number in ids]
+        assert not caplog.messages
+        generate(model, ["to"])
+    assert caplog.messages == [
+        "warning: the tokenizer begins a text with <|pad|> <|endoftext|>, prompts begin with <|endoftext|> here"
+    ]
 
 
 def test_several_chat_templates_without_a_default(model: Path) -> None:

@@ -160,7 +160,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     if not (folder / CONFIG).is_file():
         below = ", ".join(sorted(short_name(file.parent.name) for file in folder.glob(f"*/{CONFIG}")))
-        which = f"; there are {below} below it, give one of them" if below else ""  # as PEFT saves several adapters
+        which = f"; below it: {below}; give one of these" if below else ""  # as PEFT saves several adapters
         raise UserError(f"{folder}: not an adapter (it has no {CONFIG}){which}")
     tree = read_json(folder / CONFIG, MB)
     if not isinstance(tree, dict):

@@ -7,6 +7,7 @@ from pathlib import Path
 from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.errors import UserError
 from relora.export.gguf import check_gguf, write_gguf
+from relora.files.untrusted import read_json
 from relora.lowrank import merge
 from relora.lowrank.usage import usage_of
 from relora.model.load import dtype_named, model_folder
@@ -44,8 +45,8 @@ def export(
         The folder written.
 
     Raises:
-        UserError: `run` is not the folder of a pretraining run, there is no such checkpoint, it is damaged, there is no such dtype, or
-            `out` holds something other than a model.
+        UserError: `run` is not the folder of a pretraining run, there is no such checkpoint, it is damaged,
+            there is no such dtype, or `out` holds something other than a model.
         RunStopped: the disk is full or refuses the write.
     """
     _check_pretraining(run_folder(run))
@@ -121,6 +122,9 @@ def _check_pretraining(run: Path) -> None:
     if read_run_settings(run).task is None:
         return
     line = f"{run}: a fine-tuning run, of which no checkpoint is exported; "
+    settings = run / "adapter" / "adapter_config.json"
+    if settings.is_file() and read_json(settings).get("peft_type") != "LORA":
+        raise UserError(f"{line}its prompts are used beside their base (`relora generate {run}`)")
     if (run / "adapter").is_dir():
         merging = f"`relora adapters merge {run / 'adapter'} --out MODEL` writes its model as a folder"
         raise UserError(f"{line}{merging}, and `relora export MODEL --format gguf` that one as a GGUF file")

@@ -103,7 +103,7 @@ def generate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    check_generation_settings(loaded)
+    check_generation_settings(loaded, continues=not chat)
     names = _adapters_in_turn(loaded, with_base=compare or BASE in adapters, compare=compare)
     pairs = [(prompt, name) for prompt in prompts for name in names]
     jobs = [(name, _encode_prompt(loaded, prompt, sampling, name if chat else None, system)) for prompt, name in pairs]

@@ -15,12 +15,17 @@ _WITHOUT_EFFECT = ("transformers_version", "_from_model_config", "use_cache", "r
 """Settings that do not change which tokens are chosen; nor do special tokens' ids and kinds of output."""
 
 
-def check_generation_settings(loaded: LoadedModel) -> None:
+def check_generation_settings(loaded: LoadedModel, *, continues: bool = False) -> None:
     """Warn of generation settings that have no effect here, and of end tokens that the model cannot write.
+
+    Args:
+        continues: prompts are continued as plain text, so warn if the tokenizer begins a text otherwise.
 
     Raises:
         UserError: an end token is no id.
     """
+    if continues:
+        _warn_of_another_start(loaded)
     settings = loaded.model.generation_config
     ends = end_token_ids(loaded.model, loaded.tokenizer)
     rows = loaded.model.get_input_embeddings().num_embeddings
@@ -44,3 +49,15 @@ def check_generation_settings(loaded: LoadedModel) -> None:
     ]
     if unused:
         _log.warning("warning: generation_config.json: no effect here: %s", ", ".join(sorted(unused)))
+
+
+def _warn_of_another_start(loaded: LoadedModel) -> None:
+    """Warn if the tokenizer begins a text otherwise than prompts to be continued begin here: with one start token."""
+    plain: list[int] = loaded.tokenizer("a", add_special_tokens=False).input_ids
+    ids: list[int] = loaded.tokenizer("a").input_ids
+    front: list[int] = next((ids[:at] for at in range(len(ids)) if ids[at : at + len(plain)] == plain), [])
+    if front and front != [loaded.start_token]:
+        tokens = [
+            " ".join(map(str, loaded.tokenizer.convert_ids_to_tokens(some))) for some in (front, [loaded.start_token])
+        ]
+        _log.warning("warning: the tokenizer begins a text with %s, prompts begin with %s here", *tokens)
