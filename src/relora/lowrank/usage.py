@@ -24,7 +24,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,8 +36,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.distributions import Distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FEWEST_TOKENS = 16
-"""Tokens of the first pass; a second one is longer, if something is not used in the first."""
+from relora.messages import first_line
+
+FEWEST_TOKENS = 23
+"""Tokens of the first pass; a second one is longer, if something is not used in the first. The number is a prime, so
+that a model which takes only multiples of a number is found out."""
 MOST_TOKENS = 512
 """Tokens of the second pass where the length of a sequence is not given: some layers work on blocks of many tokens."""
 _NO_COMPUTATION = {"isinstance", "getattr", "hasattr", "id", "type"}
@@ -53,6 +56,8 @@ class Usage:
     """Paths of the modules whose forward pass ran."""
     trained: frozenset[str]
     """Names of the parameters to which a gradient comes back from the logits."""
+    tokens: int
+    """Length of the shortest sequence that was tried and taken."""
     inside_functions: frozenset[str] = frozenset()
     """Paths of the modules that run inside an autograd function of the model's own, as reversible blocks do. Its
     backward pass computes their gradients, and runs only if a gradient comes to an input of the function."""
@@ -207,8 +212,26 @@ def _find_usage(model: nn.Module, tokens: int | None) -> Usage | None:
     longest = tokens or min(MOST_TOKENS, limit)
     found = _passed(model, min(FEWEST_TOKENS, longest))
     if longest > FEWEST_TOKENS and (found is None or parameters.keys() - found.trained):
-        found = _passed(model, longest) or found
+        longer = _passed(model, longest)
+        if longer is not None:
+            found = replace(longer, tokens=longer.tokens if found is None else found.tokens)
     return found
+
+
+def why_not_on(model: nn.Module, tokens: int) -> str | None:
+    """Return the reason why a model does not train on sequences of a length, in its own words; None if it does.
+
+    A model on the meta device, which has no numbers to compute with, is not tried.
+    """
+    device = next(model.parameters()).device
+    if device.type == "meta" or _passed(model, tokens) is not None:
+        return None
+    try:
+        with _prepared(model, set(), set()), _unchanged(model, device):
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device), **_without_cache(model))
+    except Exception as error:  # of any kind: it is the model's own
+        return first_line(str(error)) or type(error).__name__
+    return None
 
 
 def _passed(model: nn.Module, tokens: int) -> Usage | None:
@@ -229,6 +252,7 @@ def _passed(model: nn.Module, tokens: int) -> Usage | None:
         return Usage(
             with_siblings(model, [name for name, module in modules.items() if module in called]),
             with_siblings(model, [name for name, parameter in parameters if id(parameter) in trained]),
+            tokens,
             with_siblings(model, [name for name, module in modules.items() if module in inside]),
         )
     return None

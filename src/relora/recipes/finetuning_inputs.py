@@ -16,7 +16,7 @@ from relora.adapters.added_tokens import fit_vocabulary, train_token_rows
 from relora.adapters.llama_adapter import add_prompts
 from relora.config import FinetuneConfig
 from relora.data.finetuning.classification import ClassBatches, HeldOutClasses, encode_classes, settle_padding
-from relora.data.finetuning.examples import ExampleBatches, HeldOutExamples
+from relora.data.finetuning.examples import MULTIPLE, ExampleBatches, HeldOutExamples
 from relora.data.finetuning.instruct import encode
 from relora.data.finetuning.labelled import read_labels, split_labelled
 from relora.data.finetuning.packing import check_packing
@@ -29,7 +29,7 @@ from relora.evaluation.classification import evaluate_classes
 from relora.evaluation.scored_model import BATCH
 from relora.files.untrusted import check_folder
 from relora.lowrank.targets import find_targets
-from relora.lowrank.usage import usage_of
+from relora.lowrank.usage import FEWEST_TOKENS, usage_of, why_not_on
 from relora.measure import Evaluation, evaluate, token_loss
 from relora.model.attention import attention_note, check_causal
 from relora.model.classifier import class_loss, open_classifier
@@ -140,8 +140,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     if config.task != "classification":
         check_causal(model, base)
         model_notes.append(own_loss_note(model, experts_train=config.method == "full"))
-    longest = _longest(batches)
-    usage_of(model, longest)  # kept for every later look at what the model uses
+    longest = _settle_length(model, batches)
     if config.method == "full":
         model_notes.append(leave_out_unused(model, longest))
     notes += [note for note in model_notes if note]
@@ -176,9 +175,40 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     )
 
 
-def _longest(batches: ExampleBatches | ClassBatches) -> int:
-    """Return the positions of the longest batch: some layers run on long sequences alone."""
-    return batches.longest if isinstance(batches, ExampleBatches) else int(np.diff(batches.examples.bounds).max())
+def _settle_multiple(model: PreTrainedModel, batches: ExampleBatches) -> None:
+    """Let rows be padded to lengths on which the model trains: for Reformer, multiples of the length of its chunks.
+
+    Raises:
+        UserError: there is none up to the sequence length, or that is no such multiple.
+    """
+    usage, kind, most = usage_of(model, batches.longest), model.config.model_type, batches.sequence_length
+    if usage is not None and usage.tokens == FEWEST_TOKENS:  # a prime number
+        return
+    reason, multiple = why_not_on(model, FEWEST_TOKENS), MULTIPLE
+    while reason is not None and multiple <= most:
+        reason = why_not_on(model, multiple if 3 * multiple > most else 3 * multiple)
+        if reason is None:
+            batches.multiple = multiple
+            if batches.longest % multiple:
+                raise UserError(f"data.sequence_length ({most}) must be a multiple of {multiple} for a {kind} model")
+        multiple *= 2
+    if reason is not None:
+        raise UserError(f"data.sequence_length: a {kind} model does not train on {most} positions: {reason}")
+
+
+def _settle_length(model: PreTrainedModel, batches: ExampleBatches | ClassBatches) -> int:
+    """Return the positions of the longest batch; what the model uses on so many is kept for every later look.
+
+    Raises:
+        UserError: see `_settle_multiple`.
+    """
+    if isinstance(batches, ClassBatches):
+        longest = int(np.diff(batches.examples.bounds).max())
+    else:
+        _settle_multiple(model, batches)
+        longest = batches.longest
+    usage_of(model, longest)
+    return longest
 
 
 def base_folder(config: FinetuneConfig) -> Path:

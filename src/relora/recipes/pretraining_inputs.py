@@ -18,7 +18,7 @@ from relora.device import choose_device
 from relora.errors import UserError
 from relora.evaluation.scored_model import BATCH
 from relora.lowrank.targets import find_targets
-from relora.lowrank.usage import usage_of
+from relora.lowrank.usage import usage_of, why_not_on
 from relora.measure import Evaluation, evaluate
 from relora.model.attention import attention_note, check_causal
 from relora.model.finite import check_weights
@@ -140,7 +140,12 @@ def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> tuple[P
         "set `model.resize_vocabulary: auto` to add rows for the others, or prepare the data with the model's tokenizer"
     )
     check_fit(model, validation.vocab_size, config.data.sequence_length, remedy=remedy if trained else None)
-    usage_of(model, config.data.sequence_length)  # kept for every later look at what the model uses
+    length = config.data.sequence_length
+    # the usage is kept for every later look at what the model uses
+    if usage_of(model, length) is None and (reason := why_not_on(model, length)):
+        raise UserError(
+            f"data.sequence_length: a {model.config.model_type} model does not train on {length} positions: {reason}"
+        )
     if config.method != "full":
         find_targets(model, lowrank_of(config))
     return model, lines

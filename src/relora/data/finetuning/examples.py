@@ -85,6 +85,8 @@ class ExampleBatches:
         self.sequences = sequences
         self.sequence_length = sequence_length
         self.packing = packing
+        self.multiple = MULTIPLE
+        """Rows are padded to a multiple of this many positions; a model may take no others."""
         self._pad_id = pad_id
         self._seed = seed
         lengths = [example.positions for example in examples]
@@ -107,7 +109,7 @@ class ExampleBatches:
     @property
     def longest(self) -> int:
         """Positions of the longest batch."""
-        return _width(int(self._lengths.max()), self.sequence_length)
+        return _width(int(self._lengths.max()), self.sequence_length, self.multiple)
 
     @property
     def content(self) -> str:
@@ -121,7 +123,7 @@ class ExampleBatches:
             (input_ids, labels), with packing (input_ids, labels, position_ids); each [sequences, length] int64.
         """
         rows = [[self.examples[index] for index in self.rows[row]] for row in self._rows_of(number)]
-        input_ids, labels, positions = _padded(rows, self._pad_id, self.sequence_length)
+        input_ids, labels, positions = _padded(rows, self._pad_id, self.sequence_length, self.multiple)
         return (input_ids, labels, positions) if self.packing else (input_ids, labels)
 
     def place(self, number: int, sequences: range) -> str:
@@ -219,13 +221,13 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _width(longest: int, most: int) -> int:
+def _width(longest: int, most: int, multiple: int) -> int:
     """Return the positions of a batch, given those of its longest row and the most that a row may have."""
-    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, most))
+    return max(longest, min(-(-longest // multiple) * multiple, most))
 
 
 def _padded(
-    rows: Sequence[Sequence[Example]], pad_id: int, most: int
+    rows: Sequence[Sequence[Example]], pad_id: int, most: int, multiple: int = MULTIPLE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put examples into rows of equal length.
 
@@ -233,12 +235,13 @@ def _padded(
         rows: the examples of each row.
         pad_id: the id for padding.
         most: most positions of a row.
+        multiple: what their number is rounded up to, if that is not more.
 
     Returns:
         (input_ids, labels, position_ids), each [rows, positions] int64. Position numbers start at 0 with every example,
         and with the padding, which so is not part of the last example.
     """
-    width = _width(max(sum(example.positions for example in row) for row in rows), most)
+    width = _width(max(sum(example.positions for example in row) for row in rows), most, multiple)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     positions = np.empty((len(rows), width), dtype=np.int64)
