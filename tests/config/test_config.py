@@ -164,6 +164,12 @@ def test_auto_is_a_word_for_a_section() -> None:
     assert {"const": "auto", "type": "string"} in accepted
 
 
+@pytest.mark.parametrize("restart", [{"init": "kaiming"}, {"init": "balanced", "stagger": "ranks", "turns": 2}])
+def test_directions_are_retained_by_balanced_factors_alone(restart: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="`retain` goes with `init: balanced`"):
+        parse_config(MINIMAL | {"restart": restart | {"retain": 0.5, "warmup_steps": 0, "optimizer": "keep"}})
+
+
 @pytest.mark.parametrize("key", ["factors", "matrices"])
 @pytest.mark.parametrize("name", ["adamw-8bit", "galore"])
 def test_muon_stands_beside_adamw_alone(key: str, name: str) -> None:

@@ -38,6 +38,7 @@ CONFIGS = [
         RestartConfig(init="balanced", directions=directions)
         for directions in ("orthogonal", "gradient-svd", "weight-svd")
     ),
+    *(RestartConfig(init="balanced", directions=directions, retain=0.5) for directions in ("orthogonal", "weight-svd")),
     RestartConfig(init="balanced", stagger="ranks", turns=3),
     RestartConfig(init="orthogonal", stagger="layers", turns=2),
 ]
@@ -96,6 +97,45 @@ def test_balanced_factors_have_the_norms_of_the_old_ones_and_a_gradient_in_the_f
             torch.testing.assert_close(rows @ rows.T, torch.eye(3) * rows[0].square().sum(), rtol=1e-5, atol=1e-6)
     train(model, optimizer, x, 1)
     assert all(layer.lora_A.grad.any() for layer in layers.values())  # beside B = 0 it would be zero
+
+
+@pytest.mark.parametrize("directions", ["orthogonal", "gradient-svd", "weight-svd"])
+def test_leading_directions_are_retained_and_the_others_are_new(directions: str) -> None:
+    model, optimizer, x = trained()
+    layers = low_rank_layers(model)
+    old = {name: torch.linalg.svd((layer.lora_B @ layer.lora_A).detach().double()) for name, layer in layers.items()}
+    how = RestartConfig(init="balanced", directions=directions, retain=0.67)
+    restart(model, optimizer, how, cycle=1, loss_of=lambda model: loss(model, x))
+    for name, layer in layers.items():
+        u, values, vt = (part.float() for part in old[name])
+        product = layer.lora_B @ layer.lora_A
+        for i in range(2):  # 0.67 of 3 ranks, rounded down
+            torch.testing.assert_close(product @ vt[i], values[i] * u[:, i], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.lora_A[i].norm(), values[i].sqrt(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.lora_A[2].norm(), values[:3].mean().sqrt(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.lora_A[2] @ vt[:2].T, torch.zeros(2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.lora_B[:, 2] @ u[:, :2], torch.zeros(2), rtol=0, atol=1e-5)
+        assert abs(layer.lora_A[2] @ vt[2]) < 0.99 * layer.lora_A[2].norm()  # the weakest direction is given up
+
+
+def test_the_momentum_of_retained_directions_goes_along() -> None:
+    """lora_A's gradient in rank i is s·b_iᵀ dW, so with the whole product retained, dW is seen as before."""
+    model, optimizer, _ = trained()
+    layer = low_rank_layers(model)["2"]
+    old_b, momentum = layer.lora_B.detach().clone(), optimizer.state[layer.lora_A]["exp_avg"].clone()
+    restart(model, optimizer, RestartConfig(init="balanced", optimizer="project", retain=0.67), cycle=1)
+    seen = torch.linalg.pinv(old_b.T) @ momentum  # the part of dW [out, in] that the old factors saw
+    now = optimizer.state[layer.lora_A]["exp_avg"]
+    torch.testing.assert_close(now[:2], layer.lora_B.T[:2] @ seen, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_whose_product_is_zero_retain_nothing() -> None:
+    model, optimizer, x = trained(steps=0)
+    restart(model, optimizer, RestartConfig(init="balanced", retain=0.5), cycle=1)
+    layer = low_rank_layers(model)["0"]
+    assert layer.lora_A.any()  # beside B = 0; a pair of zeros would never move
+    train(model, optimizer, x, 1)
+    assert layer.lora_B.grad.any()
 
 
 def test_each_turn_restarts_one_part() -> None:

@@ -199,6 +199,9 @@ class RestartSettings(Settings):
     weight. `balanced` gives both the norms that they had reached, and subtracts their product from the weight."""
     directions: Literal["orthogonal", "gradient-svd", "weight-svd"] = "orthogonal"
     """Directions of the factors that `init: balanced` draws."""
+    retain: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the ranks that `init: balanced` leaves to the leading directions of the old factors' product; only the
+    others are drawn anew."""
     stagger: Literal["none", "layers", "ranks"] = "none"
     """Parts that restart in turn: groups of layers, or of ranks in every layer; `none` restarts all at once."""
     turns: Annotated[int, Number, Field(ge=2, le=1000)] = 4
@@ -216,6 +219,8 @@ class RestartSettings(Settings):
         """Refuse what cannot restart in parts, and a fixed timetable for restarts that the run decides on."""
         if self.stagger == "ranks" and self.optimizer not in ("zero", "keep"):
             raise ValueError(f"`stagger: ranks` knows `optimizer: zero` and `keep`, not `{self.optimizer}`")
+        if self.retain and (self.init != "balanced" or self.stagger == "ranks"):
+            raise ValueError("`retain` goes with `init: balanced` and restarts of whole layers; set `retain: 0`")
         if self.stagger == "ranks" and self.warmup_steps:
             raise ValueError("`stagger: ranks` has no rate for a part of a factor; set `warmup_steps: 0`")
         if self.stagger == "layers" and self.warmup_steps and self.ramp == "all":

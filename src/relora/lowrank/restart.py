@@ -12,7 +12,9 @@ updates would be up to 6.6 times too long, which makes the published code diverg
 after every restart. The price of a restart is that r·(in + out) parameters per layer start without moments.
 
 Beside B' = 0 the gradient of A' is zero, so a restart of the paper begins at a saddle point. `balanced` factors avoid
-it: A' and B' are both non-zero, with the norms that A and B had reached.
+it: A' and B' are both non-zero, with the norms that A and B had reached. They may retain the leading directions of the
+old product, so that only its weak directions are given up for new ones (SwitchLoRA, Zhou et al. 2024, arXiv 2406.06564,
+renews single vectors).
 
 Steps of `restart`, in order:
 
@@ -33,7 +35,15 @@ import torch
 from torch import Tensor, nn
 
 from relora.errors import NonFinite, UserError
-from relora.lowrank.directions import Directions, SingularBasis, gradient_bases, leading_basis, random_basis
+from relora.lowrank.directions import (
+    Directions,
+    SingularBasis,
+    factored_svd,
+    gradient_bases,
+    leading_basis,
+    outside,
+    random_basis,
+)
 from relora.lowrank.init import DRAW_A
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
@@ -58,6 +68,8 @@ class RestartConfig:
     norms of the old factors, along `directions`."""
     directions: Directions = "orthogonal"
     """Directions of `balanced` factors."""
+    retain: float = 0.0
+    """Share of the ranks that `balanced` factors give to the leading singular directions of the old s·B A."""
     stagger: Stagger = "none"
     """Extent of one restart: everything, every `turns`-th layer, or one of `turns` parts of every layer's ranks."""
     turns: int = 1
@@ -269,9 +281,30 @@ def _new_factors(
         u, v = u[:, ranks], v[:, ranks]
     if config.init != "balanced":
         return v.T, None
+    if (retained := int(config.retain * k)) and layer.lora_B.any():
+        return _retaining_factors(layer, u, v, retained)
     row_norm_a = layer.lora_A[ranks].norm() / math.sqrt(k)  # root mean square of the old rows' norms
     column_norm_b = layer.lora_B[:, ranks].norm() / math.sqrt(k)
     return row_norm_a * v.T, column_norm_b * u
+
+
+def _retaining_factors(layer: LowRankLinear, u: Tensor, v: Tensor, retained: int) -> tuple[Tensor, Tensor]:
+    """Return A' [r, in] and B' [out, r] with the leading directions of B A, and new ones in place of the others.
+
+    With B A = U S Vᵀ a retained direction i keeps its share of the product, as s_i^(1/2) u_i and s_i^(1/2) v_i. New
+    directions get the root of the mean singular value as their norm in both factors.
+
+    Args:
+        u, v: orthonormal directions [out, r] and [in, r], of which the first are taken as far as they are new.
+        retained: number of directions that stay.
+    """
+    old_u, values, old_v = factored_svd(layer.lora_A, layer.lora_B)
+    norms = values.mean().sqrt().repeat(layer.r)
+    norms[:retained] = values[:retained].sqrt()
+    old_u, old_v, new = old_u[:, :retained], old_v[:, :retained], layer.r - retained
+    new_u = torch.cat([old_u, outside(u[:, :new], old_u)], dim=1)
+    new_v = torch.cat([old_v, outside(v[:, :new], old_v)], dim=1)
+    return (new_v * norms).T, new_u * norms
 
 
 def _reset_moments(

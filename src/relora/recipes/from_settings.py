@@ -79,6 +79,7 @@ def restart_of(config: TrainingConfig) -> RestartConfig:
         keep_ratio=restart.keep_ratio,
         init=restart.init,
         directions=restart.directions,
+        retain=restart.retain,
         stagger=restart.stagger,
         turns=1 if restart.stagger == "none" else restart.turns,
     )
