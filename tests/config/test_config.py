@@ -164,6 +164,21 @@ def test_auto_is_a_word_for_a_section() -> None:
     assert {"const": "auto", "type": "string"} in accepted
 
 
+@pytest.mark.parametrize(
+    ("between_restarts", "between_measurements", "measured"),
+    [(1000, 500, 1), (200, 250, 1), (50, 250, 3), (20, 200, 5)],
+)
+def test_restarts_are_measured_at_most_twice_as_often_as_the_run(
+    between_restarts: int, between_measurements: int, measured: int
+) -> None:
+    config = parse_config(
+        MINIMAL
+        | {"restart": {"every_steps": between_restarts, "warmup_steps": 0}}
+        | {"evaluate": {"every_steps": between_measurements}}
+    )
+    assert config.measured_restarts == measured
+
+
 @pytest.mark.parametrize("restart", [{"init": "kaiming"}, {"init": "balanced", "stagger": "ranks", "turns": 2}])
 def test_directions_are_retained_by_balanced_factors_alone(restart: dict[str, object]) -> None:
     with pytest.raises(UserError, match="`retain` goes with `init: balanced`"):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from relora.report.console import Console, format_duration, format_figure
+from relora.report.console import Console, describe_restart, format_duration, format_figure
 from relora.report.spikes import Boundary, Rise
 
 EVALUATION = {
@@ -231,3 +231,8 @@ def test_format_duration(seconds: float, text: str) -> None:
 
 def test_format_figure() -> None:
     assert [format_figure(value, 2) for value in (None, float("nan"), 1234.567)] == ["-", "-", "1,234.57"]
+
+
+def test_a_restart_that_was_not_measured_says_no_losses() -> None:
+    assert "held-out loss 3.2144 -> 3.2144, 0.2 s" in describe_restart(RESTART)
+    assert describe_restart(RESTART | {"loss_before": None, "loss_after": None}).endswith("effective rank 41.2, 0.2 s")

@@ -57,6 +57,14 @@ def test_evaluations_in_between(tmp_path: Path) -> None:
     assert [line["step"] for line in stage.lines(kind="evaluation")] == [0, 2, 3, 4, 6, 8, 9, 10]
 
 
+def test_of_frequent_restarts_every_nth_is_measured(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, measured_restarts=2).play()
+    assert [line["step"] for line in stage.lines(kind="evaluation")] == [0, 3, 6, 10]
+    measured, other = stage.lines("restarts.jsonl")
+    assert measured["loss_after"] == pytest.approx(measured["loss_before"], abs=1e-6)
+    assert (other["step"], other["loss_before"], other["loss_after"]) == (9, None, None)
+
+
 @pytest.mark.parametrize("boundary", [3, 6, 9])
 def test_continued_at_a_boundary_crosses_it_once(tmp_path: Path, boundary: int) -> None:
     """A checkpoint at a boundary is written before its evaluation and the boundary, and both are done again."""

@@ -361,10 +361,11 @@ class NonFiniteSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Held-out loss: measured in the loop, at the start, around the switch and every restart, and at the end."""
+    """Held-out loss: measured in the loop, at the start, around the switch and restarts, and at the end."""
 
     every_steps: PositiveInt = 500
-    """Steps from one measurement of the held-out loss to the next."""
+    """Steps from one measurement of the held-out loss to the next. Restarts that come oftener than twice as often are
+    not all measured, but every n-th."""
     tokens: PositiveInt = 200_000
     """Most held-out tokens of a measurement in training: a sample of them at equal distances, or all. It is the same
     sample every time; the result is measured on the whole held-out part in any case."""

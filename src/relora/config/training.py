@@ -55,6 +55,11 @@ class TrainingConfig(Settings):
         optimizer = self.optimizer
         return optimizer.lowrank_lr or 2 * (optimizer.matrix_lr or optimizer.lr)
 
+    @property
+    def measured_restarts(self) -> int:
+        """n, where the held-out loss is measured around every n-th restart: not oftener than twice as often as else."""
+        return max(1, -(-self.evaluate.every_steps // (2 * self.restart.every_steps)))  # rounded up
+
     @model_validator(mode="after")
     def _check_optimizer(self) -> "TrainingConfig":
         """Refuse an optimizer with low-rank moments, except with `method: full`."""

@@ -147,6 +147,7 @@ def assemble(job: Job, start: Start, reporter: Reporter, checkpoints: Checkpoint
         sync_every_steps=SYNC_EVERY_STEPS if runs_ahead else 1,
         log_every_steps=config.log.every_steps,
         evaluate_every_steps=config.evaluate.every_steps,
+        measured_restarts=config.measured_restarts,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
 

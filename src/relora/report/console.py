@@ -208,13 +208,15 @@ def describe_size(record: Record) -> str:
 
 
 def describe_restart(record: Record) -> str:
-    """Format size and effective rank of the merged update, and the held-out loss on both sides of the restart."""
+    """Format size and effective rank of the merged update, and the held-out loss on both sides where it is known."""
+    losses = ""
+    if record["loss_before"] is not None:
+        losses = f"held-out loss {format_figure(record['loss_before'])} -> {format_figure(record['loss_after'])}, "
     return (
         f"restart {record['cycle']}: merged {len(record['layers'])} layers, "
         f"|ΔW|/|W| {format_figure(mean_relative_update(record), 3)}, "
         f"effective rank {format_figure(mean_effective_rank(record), 1)}, "
-        f"held-out loss {format_figure(record['loss_before'])} -> {format_figure(record['loss_after'])}, "
-        f"{record['seconds']:.1f} s"
+        f"{losses}{record['seconds']:.1f} s"
     )
 
 

@@ -132,8 +132,10 @@ def _switch(run: Run, progress: Progress) -> None:
 
 
 def _restart(run: Run, progress: Progress) -> None:
-    """Restart the factors, and record the held-out loss before and after: the model's function must not change."""
+    """Restart the factors; record the held-out loss before and after where it is measured: it must not change."""
     step = progress.state.step
+    losses: dict[str, float | None] = {"loss_before": None, "loss_after": None}
+    measured = _restart_measured(run, progress, step)
     report = restart(
         run.model,
         progress.optimizer,
@@ -141,8 +143,9 @@ def _restart(run: Run, progress: Progress) -> None:
         cycle=progress.schedule.cycle(step),
         loss_of=lambda model: next_loss(run, progress, model),
     )
-    # A signal does not interrupt this evaluation: between a restart and the next step no checkpoint can be written.
-    losses = {"loss_before": progress.evaluated_loss, "loss_after": run.evaluate(run.model, lambda: None).loss}
+    if measured:
+        # A signal does not interrupt this evaluation: between a restart and the next step no checkpoint can be written.
+        losses = {"loss_before": progress.evaluated_loss, "loss_after": run.evaluate(run.model, lambda: None).loss}
     run.reporter.restart({"step": step, "tokens": progress.state.tokens, **losses, **asdict(report)})
 
 
@@ -226,6 +229,12 @@ def _say_without_gradient(run: Run, progress: Progress, names: frozenset[str]) -
 
 
 def _evaluation_due(run: Run, progress: Progress, step: int) -> bool:
-    """Whether to evaluate: every so many steps, at the start and the end, before the switch and every restart."""
-    boundary = progress.schedule.switch_due(step) or progress.schedule.restart_due(step)
+    """Whether to evaluate: every so many steps, at the start and the end, before the switch and measured restarts."""
+    boundary = progress.schedule.switch_due(step) or _restart_measured(run, progress, step)
     return boundary or step == run.schedule.total_steps or step % run.evaluate_every_steps == 0
+
+
+def _restart_measured(run: Run, progress: Progress, step: int) -> bool:
+    """Whether a restart is due at a step and the held-out loss is measured on both sides of it."""
+    schedule = progress.schedule
+    return schedule.restart_due(step) and (schedule.cycle(step) - 1) % run.measured_restarts == 0

@@ -113,6 +113,8 @@ class Run(Task):
     """The host waits for the device's figures at least so often, and before logging, saving and evaluating."""
     log_every_steps: int
     evaluate_every_steps: int
+    measured_restarts: int = 1
+    """n, where the held-out loss is measured on both sides of every n-th restart, beginning with the first."""
     checkpoint_every_steps: int
 
 
