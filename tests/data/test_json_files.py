@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 
 from relora.data.finetuning.records import Records
-from relora.data.json_files import read_json
+from relora.data.json_files import read_json, read_jsonl
 from relora.data.readers import COMPRESSIONS
 
 RECORDS = [{"instruction": f"q{number}", "output": f"a{number}"} for number in range(3)]
@@ -74,6 +74,15 @@ def test_an_array_is_read_however_it_is_written(separators: tuple[str, str]) -> 
     expected = ([(f"w.json, record {place}", one) for place, one in enumerate(RECORDS, start=1)], [])
     assert read(json.dumps(RECORDS, separators=separators)) == expected
     assert read("[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n") == expected
+
+
+@pytest.mark.parametrize("first", ["{", "[", '{"x": 1,', "[" * 50_000, '{"x": ' + "[" * 50_000])
+def test_lines_behind_a_damaged_first_one_are_lines(first: str) -> None:
+    told: list[str] = []
+    text = f'{first}\n{{"x": 2}}\n5\n{{"x":\n'
+    rows = list(read_jsonl(io.BytesIO(text.encode()), "a.jsonl", told.append))
+    assert rows == [("a.jsonl, line 2", {"x": 2}), ("a.jsonl, line 3", 5)]
+    assert [line.split(":")[0] for line in told] == ["a.jsonl, line 1", "a.jsonl, line 4"]
 
 
 def test_arrays_a_line_are_values_of_lines() -> None:

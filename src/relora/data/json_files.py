@@ -13,8 +13,8 @@
       "text": ...
     }
 
-The suffix does not matter, the first two lines tell. A value a line needs bounded memory; what is parsed as a whole
-takes several times its size, so it is limited to `LARGEST_WHOLE`.
+The first two lines tell which it is, whatever the suffix. A value a line needs bounded memory; what is parsed as a
+whole takes several times its size, so it is limited to `LARGEST_WHOLE`.
 """
 
 import io
@@ -57,7 +57,17 @@ Row = tuple[str, Any]
 """(place of a record, its value)."""
 
 
+def read_jsonl(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the records of a .jsonl file; one that cannot be parsed as a whole is taken for lines."""
+    return _read(stream, name, bad, is_lines=True)
+
+
 def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = None) -> Iterator[Row]:
+    """Yield the records of a .json file."""
+    return _read(stream, name, bad, is_lines=False)
+
+
+def _read(stream: BinaryIO, name: str, bad: BadRecord, *, is_lines: bool) -> Iterator[Row]:
     """Yield one JSON value per line; or, of a file that is parsed as a whole, its records."""
     number, line = 1, stream.readline(LONGEST_LINE)
     while line and not line.removeprefix(BYTE_ORDER_MARK).strip():
@@ -73,7 +83,7 @@ def read_json(stream: BinaryIO, name: str, bad: BadRecord, column: str | None = 
         return
     wrong: list[str] = []
     values = [value for _, value in _parsed(data, name, wrong.append, _all_values)]
-    if wrong and _is_object(data.rstrip().rpartition(b"\n")[2]):  # it was only its first line that is damaged
+    if wrong and (is_lines or _is_object(data.rstrip().rpartition(b"\n")[2])):  # only its first line is damaged
         rest = io.BytesIO(data)
         yield from _json_lines(rest, number, rest.readline(LONGEST_LINE), name, bad)
         return

@@ -34,7 +34,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from huggingface_hub import HfApi
 
-from relora.data.json_files import BYTE_ORDER_MARK, LONGEST_LINE, Row, is_too_long, read_json
+from relora.data.json_files import BYTE_ORDER_MARK, LONGEST_LINE, Row, is_too_long, read_json, read_jsonl
 from relora.data.plain_text import BadRecord, read_text
 from relora.errors import RunStopped, UserError
 from relora.files.hub import SECONDS, refusal
@@ -186,7 +186,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 Reader = Callable[[BinaryIO, str, BadRecord, str | None], Iterator[Row]]
 
 READERS: Mapping[str, Reader] = {
-    ".jsonl": read_json,
+    ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,

@@ -110,7 +110,7 @@ def test_one_bad_row_of_a_parquet_file_is_left_out_alone(tmp_path: Path) -> None
         ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a\.jsonl, line 2: not valid JSON \(Expecting value: line 2"),
         ("a.jsonl", b'{"x": "\xff"}\n', r"a\.jsonl, line 1: not UTF-8"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl, record 1: not a JSON object"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl: JSON with a number too long, or nested too deeply"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl, line 1: JSON with a number too long, or nested too deeply"),
         ("a.jsonl", b"\n", r"a\.jsonl: holds no record"),
         ("a.json", b'[{"x": 1},]', r"a\.json: not valid JSON"),
         ("a.json", b"[]", r"a\.json: holds no record"),
