@@ -200,8 +200,8 @@ class RestartSettings(Settings):
     directions: Literal["orthogonal", "gradient-svd", "weight-svd"] = "orthogonal"
     """Directions of the factors that `init: balanced` draws."""
     retain: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0
-    """Share of the ranks that `init: balanced` leaves to the leading directions of the old factors' product; only the
-    others are drawn anew."""
+    """Share of the ranks that keep their directions with `init: balanced`. These are the leading directions of the old
+    factors' product; only the others are drawn anew."""
     stagger: Literal["none", "layers", "ranks"] = "none"
     """Parts that restart in turn: groups of layers, or of ranks in every layer; `none` restarts all at once."""
     turns: Annotated[int, Number, Field(ge=2, le=1000)] = 4
@@ -270,7 +270,7 @@ class OptimizerSettings(Settings):
     `quant`). `galore`, `apollo` and `fira` keep the moments of the blocks' matrices at a low rank (extra `baselines`;
     `apollo` for apollo)."""
     factors: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of lora_A and lora_B beside `name: adamw`: `muon` moves all directions of a factor equally far, and
+    """Optimizer of lora_A and lora_B beside `name: adamw`. `muon` moves all directions of a factor equally far, and
     keeps one moment instead of two."""
     matrices: Literal["adamw", "muon"] = "adamw"
     """Optimizer of the blocks' matrices while they train at full rank, beside `name: adamw`."""
