@@ -7,6 +7,7 @@ on its configuration and the seed only, not on random numbers that were drawn be
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from relora.lowrank.blocks import block_lists
 from relora.messages import short_name
 from relora.model.presets import preset_settings
 from relora.model.shape import POSITIONS, Overrides, informative_line, with_overrides
+from relora.model.unread import unread_note
 from relora.seeding import keyed_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +48,9 @@ _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 """Endings of files with pickled weights."""
 _OTHERS = {".gguf": "GGUF", ".h5": "TensorFlow's", ".msgpack": "Flax's", ".onnx": "ONNX", ".npz": "MLX or NumPy"}
 """Endings of files with weights for other programs, and what these files are called."""
+
+_OTHER_TASKS = re.compile("Classification|QuestionAnswering|MultipleChoice|Reward|Regression")
+"""Parts of the names of classes whose head has another task than to predict the next token."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +97,8 @@ def open_model(
         trust_remote_code: run code that comes with the model; a warning in the log names its files.
 
     Raises:
-        UserError: there is no such model, it is not a causal LM, its weights are not safetensors or do not fill the
-            model, or the folder holds what `relora.files.untrusted` refuses.
+        UserError: there is no such model, it is not a causal LM or has the head of a classifier, its weights are not
+            safetensors or do not fill the model, or the folder holds what `relora.files.untrusted` refuses.
     """
     folder = model_folder(path, trust_remote_code=trust_remote_code)
     check_model_folder(folder, trust_remote_code=trust_remote_code)
@@ -120,6 +125,8 @@ def open_model(
         except Exception as error:  # any error: the folder may hold anything
             raise UserError(f"{path}: cannot be opened as a causal LM: {informative_line(error)}") from None
     _check_report(report, path, _class_that_saved(config, model))
+    if note := unread_note(model, report["unexpected_keys"], folder):
+        _log.warning("warning: %s: %s", path, note)
     return model
 
 
@@ -348,3 +355,8 @@ def _check_report(report: Mapping[str, Any], path: str | Path, saved_by: str | N
     for key in sorted(report["unexpected_keys"]):
         if "lora_" in key:
             raise UserError(f"{path}: holds low-rank factors (`{key}`); merge them and save it again")
+        if saved_by and _OTHER_TASKS.search(saved_by):
+            raise UserError(
+                f"{path}: is a {saved_by}, whose head (`{short_name(key)}`) is not that of a language model; give the "
+                "model that it was made of"
+            )
