@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from relora.report.console import Console, describe_restart, format_duration, format_figure
+from relora.report.console import Console, format_duration, format_figure
 from relora.report.spikes import Boundary, Rise
 
 EVALUATION = {
@@ -233,6 +233,10 @@ def test_format_figure() -> None:
     assert [format_figure(value, 2) for value in (None, float("nan"), 1234.567)] == ["-", "-", "1,234.57"]
 
 
-def test_a_restart_that_was_not_measured_says_no_losses() -> None:
-    assert "held-out loss 3.2144 -> 3.2144, 0.2 s" in describe_restart(RESTART)
-    assert describe_restart(RESTART | {"loss_before": None, "loss_after": None}).endswith("effective rank 41.2, 0.2 s")
+def test_of_frequent_restarts_those_that_were_measured_are_shown() -> None:
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.start(2000)
+    console.restart(RESTART)
+    console.restart(RESTART | {"cycle": 3, "loss_before": None, "loss_after": None})
+    assert "restart 2: merged 28 layers" in stream.getvalue() and "restart 3" not in stream.getvalue()

@@ -7,6 +7,7 @@ import pytest
 
 from relora.errors import UserError
 from relora.report.history import HeldOut, read_history
+from relora.report.html import render
 
 MakeRun = Callable[..., Path]
 
@@ -36,6 +37,21 @@ def test_a_restart_between_two_logged_steps_ends_its_cycle_where_it_happened(tmp
     assert (history.segments[1].last, history.segments[2].first) == ((753, 753 * 8192),) * 2
     assert history.segments[1].after is not None
     assert history.segments[1].after.step == 753
+
+
+def test_frequent_restarts_are_told_by_those_that_were_measured(tmp_path: Path, make_run: MakeRun) -> None:
+    folder = make_run(tmp_path)
+    restarts = [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
+    for restart in restarts[1:3]:
+        restart |= {"loss_before": None, "loss_after": None}
+    (folder / "restarts.jsonl").write_text("".join(json.dumps(restart) + "\n" for restart in restarts))
+    history = read_history(folder)
+    assert len(history.restarts) == len(restarts)
+    assert [restart["cycle"] for restart in history.measured_restarts] == [1, 4, 5]
+    cycles = [(one.cycle, one.last_cycle) for one in history.segments if one.phase == "low_rank"]
+    assert cycles == [(0, 0), (1, 3), (4, 4), (5, 5)]
+    page = render(history)
+    assert "cycles 1 to 3" in page and "3 of 5 restarts were measured" in page
 
 
 def test_time_counts_steps_evaluations_and_restarts(tmp_path: Path) -> None:

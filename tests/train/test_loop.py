@@ -63,6 +63,8 @@ def test_of_frequent_restarts_every_nth_is_measured(tmp_path: Path) -> None:
     measured, other = stage.lines("restarts.jsonl")
     assert measured["loss_after"] == pytest.approx(measured["loss_before"], abs=1e-6)
     assert (other["step"], other["loss_before"], other["loss_after"]) == (9, None, None)
+    assert all(layer["effective_rank"] > 0 for layer in other["layers"])
+    assert ["singular_values" in line["layers"][0] for line in (measured, other)] == [True, False]
 
 
 @pytest.mark.parametrize("boundary", [3, 6, 9])

@@ -178,7 +178,7 @@ def _with_incidents(history: History, spikes: Sequence[tuple[int, int, float]], 
 
 def _spectra(history: History) -> Chart:
     """Build the chart of the merged updates' singular values, one line for each restart; later ones are more opaque."""
-    spectra = [(restart, layer_mean_spectrum(restart)) for restart in history.restarts]
+    spectra = [(restart, layer_mean_spectrum(restart)) for restart in history.measured_restarts]
     spectra = [(restart, spectrum) for restart, spectrum in spectra if spectrum]
     traces = [
         {
@@ -216,9 +216,9 @@ def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         for segment in history.segments
         if segment.phase in shades
     ]
-    marks = [restart["tokens"] for restart in history.restarts]
+    marks = [(restart["cycle"], restart["tokens"]) for restart in history.measured_restarts]
     line = {"color": "--mark", "width": 1}
-    shapes += [{"type": "line", "x0": tokens, "x1": tokens, "line": line, **full_height} for tokens in marks]
+    shapes += [{"type": "line", "x0": tokens, "x1": tokens, "line": line, **full_height} for _, tokens in marks]
     if len(marks) > MAX_NUMBERED_RESTARTS:
         return shapes, []
     numbers: list[dict[str, Any]] = [
@@ -227,11 +227,11 @@ def _events(history: History) -> tuple[list[dict[str, Any]], list[dict[str, Any]
             "y": 1,
             "yref": "paper",
             "yanchor": "bottom",
-            "text": str(index),
+            "text": str(cycle),
             "showarrow": False,
             "font": {"size": 10, "color": "--muted"},
         }
-        for index, tokens in enumerate(marks, start=1)
+        for cycle, tokens in marks
     ]
     return shapes, numbers
 

@@ -81,9 +81,10 @@ class Console:
         self.message(self._at(record["step"], describe_evaluation(record)))
 
     def restart(self, record: Record) -> None:
-        """Show a restart."""
+        """Show a restart; of frequent ones those that were measured."""
         self._pause_seconds += record["seconds"]
-        self.message(self._at(record["step"], describe_restart(record)))
+        if record["loss_before"] is not None:
+            self.message(self._at(record["step"], describe_restart(record)))
 
     def incident(self, record: Record) -> None:
         """Show a skipped step or a rewind as a warning."""
@@ -208,15 +209,13 @@ def describe_size(record: Record) -> str:
 
 
 def describe_restart(record: Record) -> str:
-    """Format size and effective rank of the merged update, and the held-out loss on both sides where it is known."""
-    losses = ""
-    if record["loss_before"] is not None:
-        losses = f"held-out loss {format_figure(record['loss_before'])} -> {format_figure(record['loss_after'])}, "
+    """Format size and effective rank of the merged update, and the held-out loss on both sides of the restart."""
     return (
         f"restart {record['cycle']}: merged {len(record['layers'])} layers, "
         f"|ΔW|/|W| {format_figure(mean_relative_update(record), 3)}, "
         f"effective rank {format_figure(mean_effective_rank(record), 1)}, "
-        f"{losses}{record['seconds']:.1f} s"
+        f"held-out loss {format_figure(record['loss_before'])} -> {format_figure(record['loss_after'])}, "
+        f"{record['seconds']:.1f} s"
     )
 
 

@@ -6,6 +6,7 @@ that draws can rely on these three.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,10 +42,12 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a run between two boundaries: the warm start, one low-rank cycle, or a whole full-rank run."""
+    """Part of a run between two boundaries: the warm start, low-rank cycles, or a whole full-rank run."""
 
     phase: str
     cycle: int
+    """Number of its cycle; of its first one, where restarts are so frequent that only some are measured."""
+    last_cycle: int
     first: tuple[int, int]
     """(step, tokens) at its beginning."""
     last: tuple[int, int]
@@ -87,6 +90,11 @@ class History:
     config_text: str
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
+
+    @property
+    def measured_restarts(self) -> list[Record]:
+        """Restarts with a held-out loss on both sides: all, unless they are frequent; a page tells of these alone."""
+        return _measured(self.restarts)
 
     @property
     def last(self) -> tuple[int, int]:
@@ -157,7 +165,7 @@ def read_history(run_folder: Path) -> History:
         restarts=restarts,
         rises=rises(records, restarts, window_steps(config)),
         held_out=held_out,
-        segments=list(_segments(train, restarts, held_out)),
+        segments=list(_segments(train, _measured(restarts), held_out)),
         samples=[item for item in samples if isinstance(item, dict)] if isinstance(samples, list) else [],
         config_text=config_text,
         config=config,
@@ -180,17 +188,25 @@ def _held_out(evaluations: list[Record], restarts: list[Record]) -> list[HeldOut
     return sorted(points.values())
 
 
+def _measured(restarts: list[Record]) -> list[Record]:
+    """Return the restarts that have a held-out loss; all, if none has."""
+    return [restart for restart in restarts if number(restart, "loss_before") is not None] or restarts
+
+
 def _segments(train: list[Record], restarts: list[Record], held_out: list[HeldOut]) -> Iterator[Segment]:
     """Divide a run at its boundaries; segments are found by the phase and cycle of the logged steps.
 
+    Cycles that no restart in `restarts` begins belong to the segment before them.
     A segment ends at the step of the restart that begins the next cycle. The warm start, which no restart follows, ends
     at its last logged step, and the last segment at the last logged step or measurement.
     """
     began = {record["cycle"]: (record["step"], record["tokens"]) for record in restarts}
-    groups = [
-        (str(phase), cycle, list(records))
-        for (phase, cycle), records in groupby(train, key=lambda record: (record.get("phase"), record["cycle"]))
-    ]
+    starts = sorted({0, *began})
+
+    def place(record: Record) -> tuple[str, int]:
+        return str(record.get("phase")), starts[bisect_right(starts, record["cycle"]) - 1]
+
+    groups = [(phase, cycle, list(records)) for (phase, cycle), records in groupby(train, key=place)]
     first = (0, 0)
     for index, (phase, cycle, records) in enumerate(groups):
         last = (records[-1]["step"], records[-1]["tokens"])
@@ -201,6 +217,7 @@ def _segments(train: list[Record], restarts: list[Record], held_out: list[HeldOu
         yield Segment(
             phase,
             cycle,
+            records[-1]["cycle"],
             first,
             last,
             before=next((point for point in reversed(held_out) if point.step <= first[0]), None),

@@ -95,7 +95,10 @@ def _body(history: History, figures: Sequence[Chart]) -> Iterator[str]:
         if history.is_sampled:
             yield f'<p class="note">{_sample_note(history)}</p>'
     if history.restarts:
-        yield "<h2>Restarts</h2>" + table(RESTART_COLUMNS, (_restart_row(history, r) for r in history.restarts))
+        measured = history.measured_restarts
+        yield "<h2>Restarts</h2>" + table(RESTART_COLUMNS, (_restart_row(history, r) for r in measured))
+        if len(measured) < len(history.restarts):
+            yield f'<p class="note">{len(measured):,} of {len(history.restarts):,} restarts were measured.</p>'
         yield f'<p class="note">{RESTART_NOTE}</p>'
     if (switch_rise := _rise(history, cycle=0)) is not None:
         yield f'<p class="note">{escape(describe_rise(switch_rise).capitalize())}.</p>'
@@ -197,7 +200,9 @@ def _phase_row(segment: Segment) -> list[str]:
     """Build the cells of one segment in the table of phases."""
     name = PHASE_NAMES.get(segment.phase, segment.phase)
     if segment.phase == "low_rank":
-        name += f", cycle {segment.cycle}"
+        several = segment.last_cycle > segment.cycle
+        cycles = f"cycles {segment.cycle} to {segment.last_cycle}" if several else f"cycle {segment.cycle}"
+        name += f", {cycles}"
     (first_step, first_tokens), (last_step, last_tokens) = segment.first, segment.last
     change = "-"
     if segment.before and segment.after:

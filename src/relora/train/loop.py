@@ -146,7 +146,12 @@ def _restart(run: Run, progress: Progress) -> None:
     if measured:
         # A signal does not interrupt this evaluation: between a restart and the next step no checkpoint can be written.
         losses = {"loss_before": progress.evaluated_loss, "loss_after": run.evaluate(run.model, lambda: None).loss}
-    run.reporter.restart({"step": step, "tokens": progress.state.tokens, **losses, **asdict(report)})
+    record = {"step": step, "tokens": progress.state.tokens, **losses, **asdict(report)}
+    if not measured:  # spectra of many restarts would grow larger than the weights
+        record["layers"] = [
+            {k: v for k, v in asdict(layer).items() if k != "singular_values"} for layer in report.layers
+        ]
+    run.reporter.restart(record)
 
 
 def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
