@@ -171,4 +171,4 @@ def test_several_chat_templates_without_a_default(model: Path) -> None:
     (model / "additional_chat_templates").mkdir()
     (model / "chat_template.jinja").rename(model / "additional_chat_templates" / "rag.jinja")
     ended = call("generate", model, "--chat", "--prompt", "to")
-    assert ended.complaint(2, "'rag'", "none of them is the default", "chat_template.jinja") is None
+    assert ended.complaint(2, "`rag`", "is the default", "chat_template.jinja") is None

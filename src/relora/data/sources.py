@@ -192,8 +192,8 @@ class SourceReader(ABC, Generic[Item]):
     """Kinds of files to which a folder is restricted if it has any of them."""
     item_name: ClassVar[str]
     """The word for an item in the message about a file that holds none."""
-    skip_option: ClassVar[str]
-    """The name under which the user knows `skip_bad`."""
+    skip_option: str
+    """The name under which the user knows `skip_bad`; empty in a command that has no such option."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class SourceReader(ABC, Generic[Item]):
     def bad(self, message: str) -> None:
         """Raise `UserError` about a record or file that cannot be used; with `skip_bad`, count it instead."""
         if not self._skip_bad:
-            raise UserError(f"{message} ({self.skip_option} leaves such records out)")
+            raise UserError(f"{message} ({self.skip_option} leaves such records out)" if self.skip_option else message)
         self.skipped_records += 1
         reason = REASON.sub("", message).strip()
         known = reason in self.skipped_reasons or len(self.skipped_reasons) < MOST_REASONS

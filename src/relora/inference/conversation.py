@@ -24,7 +24,6 @@ from relora.data.finetuning.messages import BadRecord
 from relora.data.finetuning.messages import Message as TrainingMessage
 from relora.data.finetuning.writer import find_writer
 from relora.errors import UserError
-from relora.messages import short_repr
 
 Message = dict[str, str]
 """A message in the form that chat templates take: `role` (system, user or assistant) and `content`."""
@@ -106,7 +105,7 @@ class ChatPrompt:
         template: `data.template` of the run that fine-tuned the model; None for any other model.
 
     Raises:
-        UserError: neither the tokenizer nor the run has a template.
+        UserError: neither the tokenizer nor the run has a template, or there are several without a default.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
@@ -115,12 +114,6 @@ class ChatPrompt:
             raise UserError(
                 "the model's tokenizer has no chat template, and no run of ours fine-tuned it with one; "
                 "`relora generate` (without --chat) continues plain text"
-            )
-        if not is_ours and isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-            names = ", ".join(map(short_repr, tokenizer.chat_template))
-            raise UserError(
-                f"the tokenizer has the chat templates {names} and none of them is the default; save the one to use as "
-                "chat_template.jinja in its folder"
             )
         name = template if is_ours else "chat"
         self._writer = find_writer(name, _LAYOUT, tokenizer, today=True)  # type: ignore[arg-type]  # one of its names

@@ -87,11 +87,18 @@ def test_a_template_of_llamas_kind() -> None:
 def test_what_a_template_refuses_is_one_bad_record() -> None:
     for template, messages, reason in [
         (LLAMA_2, TURNS, "no system prompts here"),
-        ("{{ messages[7].content.x.y }}", TURN, ""),
-        ("{% for", TURN, ""),
+        ("{{ messages[7].content.x.y }}", TURN, "list object has no element 7"),
     ]:
-        with pytest.raises(BadRecord, match=f"the chat template refuses this conversation: {reason}"):
+        with pytest.raises(BadRecord, match=f"the chat template (refuses|fails on) this conversation: {reason}"):
             turns(template, messages)
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ messages | nosuch }}"])
+def test_a_template_that_is_no_program_is_damaged_whatever_the_conversation(template: str) -> None:
+    with pytest.raises(
+        UserError, match=r"its chat template is damaged \(line 1: .*\); mend it in chat_template.jinja or"
+    ):
+        turns(template, TURN)
 
 
 def test_a_turn_that_is_written_otherwise_as_history_is_asked_for_as_it_was() -> None:
@@ -127,7 +134,8 @@ def test_a_template_that_writes_no_response_is_refused() -> None:
 def test_several_templates_without_a_default_are_refused() -> None:
     tokenizer = gpt2_like()
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
-    with pytest.raises(UserError, match="chat template"):
+    remedy = "save the one to use as chat_template.jinja in its folder"
+    with pytest.raises(UserError, match=rf"none of its chat templates \(.*`rag`.*\) is the default; {remedy}$"):
         ChatTemplate(tokenizer)
 
 

@@ -225,8 +225,13 @@ def test_counts() -> None:
         "2 left out, with no response; 2 left out, bad; 1 cut in the prompt; 1 cut in the response"
     )
     assert [example.where for example in result.examples] == [f"x.jsonl, line {line}" for line in (1, 5, 6)]
-    with pytest.raises(UserError, match=r"x\.jsonl, line 4: `output` is not text but int \(skip_bad"):
-        encode(records(*rows), GPT2, form, sequence_length=20)
+    with pytest.raises(UserError, match=r"x\.jsonl, line 4: `output` is not text but int \(data.skip_bad leaves such"):
+        encode(records(*rows), GPT2, form, sequence_length=20, skip_bad=False)
+
+
+def test_an_option_is_named_only_where_the_command_has_it() -> None:
+    with pytest.raises(UserError, match=r"line 1: `output` is not text but int$"):
+        list(prompts(records({"instruction": "a", "output": 3}), GPT2, InstructionForm()))
 
 
 def test_nothing_to_use_is_one_line() -> None:

@@ -141,6 +141,11 @@ def test_what_is_wrong_is_one_line_or_counted(tmp_path: Path, name: str, content
 def test_a_bad_record_is_left_out_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n{\n{"x": 2}\n')
     assert fields(tmp_path / "a.jsonl", skip_bad=True) == [{"x": 1}, {"x": 2}]
+    with pytest.raises(UserError, match=r"line 2: .*\(data.skip_bad leaves such records out\)$"):
+        fields(tmp_path / "a.jsonl", skip_bad=False)
+    with pytest.raises(UserError) as caught:  # in a command that has no such option
+        fields(tmp_path / "a.jsonl")
+    assert "skip_bad" not in str(caught.value)
 
 
 def test_too_large_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

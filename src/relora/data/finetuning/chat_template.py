@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora.data.finetuning.layouts import Conversation
 from relora.data.finetuning.messages import MARK, REASONING_KEYS, BadRecord, Message, nested_texts
+from relora.data.readers import column_names
 from relora.errors import UserError
 from relora.messages import first_line, short_name, short_repr
 
@@ -67,17 +68,19 @@ class ChatTemplate:
         day: the date that templates are given which state one; that of today if it is None.
 
     Raises:
-        UserError: it has none, or several without a default.
+        UserError: it has none, or several without a default. While writing, that it is no valid program.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", day: date | None = DATE) -> None:
         self._tokenizer, self._day = tokenizer, day
         if not tokenizer.chat_template:
             raise UserError(f"{_name(tokenizer)}: has no chat template; choose the template `alpaca` or `plain`")
-        try:
-            self._sources = {tools: self._source(tools) for tools in (False, True)}
-        except Exception as error:  # there are several templates, none of which is the default
-            raise UserError(f"{_name(tokenizer)}: {first_line(str(error))}") from None
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise UserError(
+                f"{_name(tokenizer)}: none of its chat templates ({column_names(tokenizer.chat_template)}) is the "
+                "default; save the one to use as chat_template.jinja in its folder"
+            )
+        self._sources = {tools: self._source(tools) for tools in (False, True)}
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A regular expression takes the first alternative that fits, so the longest token comes first.
         self._control_tokens = tuple(sorted(special, key=len, reverse=True))
@@ -297,6 +300,7 @@ class ChatTemplate:
         Returns:
             The text, and (start, end) of its generation blocks.
         """
+        from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self._sources[bool(tools)]
@@ -311,8 +315,14 @@ class ChatTemplate:
                 add_generation_prompt=asks,
                 **{**self._tokenizer.special_tokens_map, **dated},
             )
-        except Exception as error:  # of any type: the template is a program, and may refuse a conversation
-            raise BadRecord(f"the chat template refuses this conversation: {first_line(str(error))}") from None
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{_name(self._tokenizer)}: its chat template is damaged (line {error.lineno}: "
+                f"{first_line(str(error))}); mend it in chat_template.jinja or tokenizer_config.json"
+            ) from None
+        except Exception as error:  # of any type: the template is a program
+            verb = "refuses" if type(error) is TemplateError else "fails on"  # what its `raise_exception` raises
+            raise BadRecord(f"the chat template {verb} this conversation: {first_line(str(error))}") from None
         return texts[0], blocks[0] if tracks else []
 
 

@@ -23,7 +23,7 @@ from relora.data.finetuning.examples import Example
 from relora.data.finetuning.layouts import Conversation, Layout, LayoutName, find_layout
 from relora.data.finetuning.messages import BadRecord
 from relora.data.finetuning.record_notes import RecordNotes
-from relora.data.finetuning.records import Record
+from relora.data.finetuning.records import SKIP_OPTION, Record
 from relora.data.finetuning.templates import TemplateName
 from relora.data.finetuning.writer import Writer, Written, find_writer
 from relora.data.pretraining.encode import CHUNK_CHARS
@@ -118,7 +118,7 @@ def encode(
     form: InstructionForm,
     *,
     sequence_length: int,
-    skip_bad: bool = False,
+    skip_bad: bool | None = None,
 ) -> InstructionSet:
     """Encode records as examples, in their order.
 
@@ -127,7 +127,8 @@ def encode(
         tokenizer: encodes the texts; may have the chat template.
         form: settings of layout, template and loss.
         sequence_length: most tokens of an example.
-        skip_bad: leave out records that cannot be used and count them, instead of refusing them.
+        skip_bad: leave out records that cannot be used and count them, instead of refusing them. None refuses them in
+            a command that has no such option, so the message does not name it.
 
     Raises:
         UserError: the layout or the template does not fit, no record can be used, or one is bad (unless `skip_bad`).
@@ -164,7 +165,7 @@ def prompts(
     tokenizer: "PreTrainedTokenizerFast",
     form: InstructionForm,
     *,
-    skip_bad: bool = False,
+    skip_bad: bool | None = None,
 ) -> Iterator[Prompt]:
     """Yield the prompt before the last scored response of each record, and this response.
 
@@ -212,7 +213,11 @@ class _Reader:
     """
 
     def __init__(
-        self, records: Iterable[Record], tokenizer: "PreTrainedTokenizerFast", form: InstructionForm, skip_bad: bool
+        self,
+        records: Iterable[Record],
+        tokenizer: "PreTrainedTokenizerFast",
+        form: InstructionForm,
+        skip_bad: bool | None,
     ) -> None:
         self._records = iter(records)
         first = next(self._records, None)
@@ -262,7 +267,7 @@ class _Reader:
     def _bad(self, message: str) -> None:
         """Refuse a record that cannot be used, or count it."""
         if not self._skip_bad:
-            raise UserError(f"{message} (skip_bad leaves such records out)")
+            raise UserError(message if self._skip_bad is None else f"{message} ({SKIP_OPTION} leaves such records out)")
         self.counts["bad"] += 1
 
 

@@ -15,6 +15,9 @@ from relora.data.sources import SourceReader
 from relora.errors import UserError
 from relora.messages import short_name
 
+SKIP_OPTION = "data.skip_bad"
+"""Key of a run's configuration that leaves records out which cannot be used."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -29,7 +32,8 @@ class Records(SourceReader[Record]):
 
     Args:
         sources: paths or hub ids, see `data.sources`.
-        skip_bad: count records that cannot be read (`skipped_records`) instead of refusing them.
+        skip_bad: count records that cannot be read (`skipped_records`) instead of refusing them. None refuses them in
+            a command that has no such option, so the message does not name it.
 
     Raises:
         UserError: a source is not there; while reading, that a file or record cannot be read.
@@ -37,10 +41,10 @@ class Records(SourceReader[Record]):
 
     preferred_kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
     item_name = "record"
-    skip_option = "skip_bad"
 
-    def __init__(self, sources: Sequence[str], *, skip_bad: bool = False) -> None:
-        super().__init__(sources, skip_bad=skip_bad)
+    def __init__(self, sources: Sequence[str], *, skip_bad: bool | None = None) -> None:
+        super().__init__(sources, skip_bad=bool(skip_bad))
+        self.skip_option = "" if skip_bad is None else SKIP_OPTION
 
     def __iter__(self) -> Iterator[Record]:
         self.start_pass()
