@@ -37,11 +37,41 @@ def read(fields: dict[str, Any], **options: Any) -> list[tuple[str, str, str]]:
         ({"question": "a", "answer": "b"}, "columns", [("user", "a", ""), ("assistant", "b", "")]),
         ({"text": "a", "label": 1}, "completion", [("assistant", "a", "")]),
         ({"prompt": "p", "messages": [ASKED, ANSWERED]}, "chat", [("user", "Why?", ""), ("assistant", "So.", "")]),
+        ({"input": [ASKED], "output": "So."}, "columns", [("user", "Why?", ""), ("assistant", "So.", "")]),
+        (
+            {"id": "0", "data": ["a", "b", "c", "d"]},
+            "chat",
+            [("user", "a", ""), ("assistant", "b", ""), ("user", "c", ""), ("assistant", "d", "")],
+        ),
+        ({"text": "a", "data": ["b", "c"]}, "completion", [("assistant", "a", "")]),
     ],
 )
 def test_the_columns_tell_the_layout(fields: dict[str, Any], name: str, conversation: list[tuple[str, ...]]) -> None:
     assert find_layout(records(fields)[0]).name == name
     assert read(fields) == read(fields, name=name) == conversation
+
+
+def test_a_list_of_turns_with_a_question_at_its_end_loses_the_question_and_says_so() -> None:
+    found = conversation_of({"data": ["a", "b", "c"]})
+    assert [message.content for message in found.messages] == ["a", "b"]
+    assert found.noticed == ("messages left out behind the last response that is scored",)
+
+
+def test_earlier_responses_in_a_list_of_the_prompt_are_seen_and_not_scored() -> None:
+    found = conversation_of({"input": [ASKED, ANSWERED, ASKED], "output": "Yes.", "system_prompt": "Think."})
+    assert [message.role for message in found.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message.is_scored for message in found.messages if message.role == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize("fields", [{"input": "a", "output": "b"}, {"data": "a b"}, {"data": {"a": "b"}}])
+def test_columns_whose_names_are_of_much_else_tell_a_layout_by_lists_only(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"which is no known layout; name the prompt's and the response's column"):
+        read(fields)
+
+
+def test_a_column_that_holds_lists_elsewhere_may_be_named_for_texts() -> None:
+    fields = {"input": "a", "output": "b"}
+    assert read(fields, prompt="input", response="output") == [("user", "a", ""), ("assistant", "b", "")]
 
 
 def test_columns_by_name() -> None:

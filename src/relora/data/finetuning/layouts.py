@@ -2,8 +2,10 @@
 
     alpaca      instruction, input (may be missing), output        Taori et al. 2023, Stanford Alpaca
     dolly       instruction, context (may be missing), response    Conover et al. 2023, databricks-dolly-15k
-    chat        messages [{role, content}], or ShareGPT's conversations [{from, value}]; any number of turns
-    columns     a prompt and a response, in columns that the user names; question, context (may be missing), answer
+    chat        messages [{role, content}], or ShareGPT's conversations [{from, value}]; any number of turns; or
+                UltraChat's data, a list of texts, which the user and the assistant wrote in turn
+    columns     a prompt and a response, in columns that the user names; question, context (may be missing), answer;
+                input, a list of messages, and output (Nemotron)
     completion  text, which is a response without a prompt
 
 Except in completions, a column `system` or `system_prompt` gives the first message of the conversation, the system
@@ -75,6 +77,8 @@ class Layout:
     """Column of the prompt; None in the layouts chat and completion."""
     input: str | None = None
     """Column of a text that the prompt is about; a record may lack it."""
+    listed: str | None = None
+    """Column that must hold a list for the layout to be found by it, since its name is that of much else, too."""
 
     def __str__(self) -> str:
         columns = [column for column in (self.prompt, self.input, self.response) if column is not None]
@@ -84,6 +88,10 @@ class Layout:
     def needed(self) -> set[str]:
         """The columns that every record must have."""
         return {self.response} if self.prompt is None else {self.prompt, self.response}
+
+    def fits(self, fields: Mapping[str, Any]) -> bool:
+        """Tell whether a record has the columns, and a list where the layout is told by one."""
+        return self.needed <= fields.keys() and (self.listed is None or isinstance(fields[self.listed], list))
 
     def conversation(self, fields: Mapping[str, Any]) -> Conversation:
         """Return the messages of a record up to its last response that is scored; none if it has no such response.
@@ -116,7 +124,8 @@ class Layout:
     def _messages(self, fields: Mapping[str, Any]) -> list[Message]:
         """Return all messages of a record, without those of columns that may give a system message."""
         if self.name == "chat":
-            return read_messages(fields[self.response], self.response)
+            value = fields[self.response]
+            return read_messages(_by_turns(value) if self.listed else value, self.response)
         response = fields[self.response]
         answers = (
             read_messages(response, self.response)
@@ -144,6 +153,8 @@ KNOWN = (
     Layout("columns", response="response", prompt="prompt"),
     Layout("columns", response="answer", prompt="question", input="context"),
     Layout("completion", "text"),
+    Layout("columns", response="output", prompt="input", listed="input"),  # Nemotron
+    Layout("chat", "data", listed="data"),  # UltraChat
 )
 """The layouts that are found by their columns, in the order in which they are tried."""
 
@@ -174,7 +185,7 @@ def find_layout(
         raise UserError(f"column `{short_name(prompt)}` holds the prompts; name the responses' column, too")
     else:
         candidates = [layout for layout in KNOWN if name in ("auto", layout.name)]
-    fitting = [layout for layout in candidates if layout.needed <= first.fields.keys()]
+    fitting = [layout for layout in candidates if layout.fits(first.fields)]
     if fitting:
         return fitting[0]
     there = f"{first.where}: there are the columns {column_names(first.fields)}"
@@ -186,7 +197,7 @@ def find_layout(
             f"{there}, which is no known layout; name the prompt's and the response's column (data.layout: columns, "
             "data.prompt_column, data.response_column)"
         )
-    wanted = " or ".join(column_names(sorted(layout.needed)) for layout in candidates)
+    wanted = " or ".join(column_names(sorted(layout.needed)) for layout in candidates if layout.listed is None)
     mend = ", or columns named by you" if name == "columns" else ""
     raise UserError(f"{there}; layout {name} needs {wanted}{mend}")
 
@@ -203,6 +214,13 @@ def _refuse_preferences(first: Record) -> None:
             "is not trained on here; to train on one column's responses, name it as data.response_column (and "
             "data.prompt_column)"
         )
+
+
+def _by_turns(value: Any) -> Any:
+    """Return a list of texts alone as messages, which the user begins; another value as it is."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        return value
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(value)]
 
 
 def _history(value: Any) -> list[Message]:
