@@ -164,7 +164,14 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         {
             "optimizer__factors": "muon",
             "optimizer__matrices": "muon",
-            "restart": {"every_steps": 3, "warmup_steps": 0, "init": "balanced", "optimizer": "project"},
+            "warm_start": {"steps": 4, "takeover": "rank-r"},
+            "restart": {
+                "every_steps": 3,
+                "warmup_steps": 0,
+                "init": "balanced",
+                "optimizer": "project",
+                "retain": 0.5,
+            },
         },
     ],
     ids=[

@@ -185,6 +185,12 @@ def test_directions_are_retained_by_balanced_factors_alone(restart: dict[str, ob
         parse_config(MINIMAL | {"restart": restart | {"retain": 0.5, "warmup_steps": 0, "optimizer": "keep"}})
 
 
+def test_a_takeover_needs_a_warm_start() -> None:
+    with pytest.raises(UserError, match=r"nothing to take over; raise `warm_start\.steps`"):
+        parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": "factors"}})
+    assert parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": "factors"}, "method": "full"})
+
+
 @pytest.mark.parametrize("key", ["factors", "matrices"])
 @pytest.mark.parametrize("name", ["adamw-8bit", "galore"])
 def test_muon_stands_beside_adamw_alone(key: str, name: str) -> None:

@@ -109,6 +109,16 @@ class RunConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_takeover(self) -> "RunConfig":
+        """Refuse a takeover without a warm start."""
+        if self.method != "full" and self.warm_start.takeover != "none" and not self.warm_start.steps:
+            raise ValueError(
+                "warm_start.takeover: without a warm start there is nothing to take over; raise `warm_start.steps` or "
+                "set `takeover: none`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_signals(self) -> "RunConfig":
         """Refuse decisions by measured signals where these signals are not measured."""
         start, by_moments = self.warm_start, self.lowrank.ranks == "spectrum"

@@ -200,7 +200,7 @@ def _write_answers(config: FinetuneConfig, inputs: FinetuningInputs, step: int, 
     return f"leave no room in the model's {positions:,} positions: {without_room}" if without_room else ""
 
 
-def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[[nn.Module], None]:
+def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[[nn.Module], str | None]:
     """Make the function that initialises the factors along the mean gradient of the first micro-batches."""
 
     def mean_loss(batch: Batch) -> Callable[[nn.Module], Tensor]:
@@ -210,7 +210,7 @@ def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[
 
         return of
 
-    def initialize(model: nn.Module) -> None:
+    def initialize(model: nn.Module) -> str | None:
         size, number = config.batch.micro_sequences, 0
         micro_batches: list[Batch] = []
         while len(micro_batches) < GRADIENT_BATCHES:
@@ -218,5 +218,6 @@ def _gradient_svd(config: FinetuneConfig, inputs: FinetuningInputs) -> Callable[
             micro_batches += zip(*rows, strict=True)
             number += 1
         gradient_svd_(model, weight_gradients(model, map(mean_loss, micro_batches[:GRADIENT_BATCHES])))
+        return None
 
     return initialize

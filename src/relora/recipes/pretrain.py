@@ -3,19 +3,23 @@
 This file assembles the run; the loop is in `train/loop.py`, the method in `lowrank/`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import nn
 
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import write_json
 from relora.inference.generate import sample_texts
-from relora.lowrank import merge
+from relora.lowrank import low_rank_layers, merge
+from relora.lowrank.takeover import take_over_
 from relora.measure import Evaluation, token_loss
 from relora.model.save import save_model
 from relora.recipes.from_settings import factor_parameters, schedule_of, settled_lowrank
 from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
-from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining
+from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining, open_fitting_model
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
 from relora.train.run import Run, Task
@@ -52,6 +56,7 @@ def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
             place_of=inputs.batches.place,
             loss=token_loss,
             evaluate=lambda model, each_batch: inputs.evaluate(config, model, each_batch),
+            initialize=_taking_over(config, inputs) if config.warm_start.takeover != "none" else None,
         ),
         schedule_of=schedule_of,
         lowrank_of=lambda kept: settled_lowrank(config, inputs.model, inputs.device, kept),
@@ -61,6 +66,19 @@ def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
         write_tokenizer=lambda folder: copy_tokenizer(inputs.held_out.folder.tokenizer_path, folder),
         notes=inputs.notes,
     )
+
+
+def _taking_over(config: RunConfig, inputs: PretrainingInputs) -> Callable[[nn.Module], str]:
+    """Make the function that lets the factors take over what the warm start has learnt since step 0."""
+
+    def initialize(model: nn.Module) -> str:
+        first, _ = open_fitting_model(config, inputs.held_out.folder)
+        initial_weights = {path: first.get_parameter(f"{path}.weight") for path in low_rank_layers(model)}
+        share = take_over_(model, initial_weights, config.warm_start.takeover)
+        rest = "the rest is given up" if config.warm_start.takeover == "rank-r" else "the rest stays in the weights"
+        return f"the factors take over {100 * share:.0f}% of what the warm start has changed in their layers; {rest}"
+
+    return initialize
 
 
 def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path, position: Position) -> Evaluation:

@@ -121,13 +121,12 @@ def _switch(run: Run, progress: Progress) -> None:
     """Switch from full rank to low rank: inject factors, freeze, keep the moments of what stays trainable."""
     report = inject(run.model, with_ranks(run.lowrank, progress.state.decisions.ranks), seed=run.seed)
     set_initial_directions_(run.model, run.restart, lambda model: next_loss(run, progress, model))
-    if run.initialize is not None:
-        run.initialize(run.model)
+    said = run.initialize(run.model) if run.initialize is not None else None
     full_rank_optimizer = progress.optimizer
     progress.optimizer = build_optimizer(run.model, run.optimizer)
     carry_state(full_rank_optimizer, progress.optimizer)
     run.reporter.message(f"step {progress.state.step}  low-rank phase begins: {report}")
-    for line in report.notes:
+    for line in (*report.notes, *([said] if said else [])):
         run.reporter.message(f"low-rank phase: {line}")
 
 

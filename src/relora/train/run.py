@@ -82,8 +82,8 @@ class Task:
     evaluate: Callable[[nn.Module, Callable[[], None]], Evaluation]
     """Held-out loss of a model; calls its second argument before each batch, and leaves weights, modes and random
     streams as they are."""
-    initialize: Callable[[nn.Module], None] | None = None
-    """Called after the factors have been injected, before the first step that trains them."""
+    initialize: Callable[[nn.Module], str | None] | None = None
+    """Called after the factors have been injected, before the first step that trains them; returns a line to report."""
     saves_frozen: bool = True
     """False where the frozen weights never change from those that the model was opened with."""
 
