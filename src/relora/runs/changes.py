@@ -77,7 +77,9 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
         UserError: the prepared data holds other tokens, or the model is another; or with `strict` anything differs.
     """
     other_sample = now.get(HELD_OUT) == SAMPLE and then.get(HELD_OUT) not in (SAMPLE, WHOLE)
-    if other_sample and HELD_OUT not in then and "base" in now:  # in fine-tuning the fingerprint did not cover all held-out examples
+    if (
+        other_sample and HELD_OUT not in then and "base" in now
+    ):  # in fine-tuning the fingerprint did not cover all held-out examples
         then = {key: value for key, value in then.items() if key != "data"}
     for key, what in FIXED.items():
         if key in now and then.get(key, now[key]) != now[key]:
@@ -95,7 +97,9 @@ def check_settings(then: dict[str, str | int], now: dict[str, str | int], *, str
     if lines and strict:
         raise UserError(f"{lines[0]}; without --strict the run goes on")
     if other_sample:
-        lines.append("held-out figures before and after do not compare: from here on they are of another sample of the whole")
+        lines.append(
+            "held-out figures before and after do not compare: from here on they are of another sample of the whole"
+        )
     return lines
 
 
