@@ -145,11 +145,12 @@ def test_a_figure_that_is_unknown_is_a_dash() -> None:
     console = Console(stream=stream)
     console.start(10)
     console.train(train_record(1, loss=None, grad_norm=float("nan")))
+    console.evaluation({**EVALUATION, "bits_per_byte": float("nan")})
     console.evaluation({**EVALUATION, "bits_per_byte": None})
     console.restart({**RESTART, "layers": []})
     assert "loss -  lr" in stream.getvalue()
     assert "grad -" in stream.getvalue()
-    assert ", - bits per byte" in stream.getvalue()
+    assert stream.getvalue().count("bits per byte") == stream.getvalue().count(", - bits per byte") == 1
     assert "merged 0 layers, |ΔW|/|W| -, effective rank -," in stream.getvalue()
 
 

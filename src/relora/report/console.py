@@ -183,15 +183,14 @@ def describe_training(record: Record) -> str:
 
 
 def describe_evaluation(record: Record) -> str:
-    """Format held-out loss, perplexity, bits per byte and on how many tokens; for a classifier, its scores."""
+    """Format held-out loss, perplexity, bits per byte if known, and on how many tokens; of a classifier, its scores."""
     loss, size = format_figure(record["validation_loss"]), f"{describe_size(record)}, {record['seconds']:.1f} s"
     scores = [f"{name} {format_figure(record[name])}" for name in SCORES if name in record]
     if scores:
         return f"held-out loss {loss}, {', '.join(scores)} ({size})"
-    return (
-        f"held-out loss {loss}, perplexity {format_figure(record['perplexity'], 2)}, "
-        f"{format_figure(record.get('bits_per_byte'))} bits per byte ({size})"
-    )
+    bits = record.get("bits_per_byte")  # responses have none
+    per_byte = "" if bits is None else f", {format_figure(bits)} bits per byte"
+    return f"held-out loss {loss}, perplexity {format_figure(record['perplexity'], 2)}{per_byte} ({size})"
 
 
 def describe_size(record: Record) -> str:
