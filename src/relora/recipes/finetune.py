@@ -170,6 +170,9 @@ def _evaluate_result(config: FinetuneConfig, inputs: FinetuningInputs, reporter:
             f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} are free: `relora evaluate --dtype bf16` takes half"
         )
         return inputs.evaluate_whole(inputs.model, reporter)
+    reporter.message(
+        "the adapter is measured on its base in fp32; the figures above are of the base as it was trained on"
+    )
     result = load_model_or_run(folder, device=str(inputs.device), trust_remote_code=config.model.trust_remote_code)
     return inputs.evaluate_whole(result.model, reporter)
 
