@@ -164,7 +164,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         {
             "optimizer__factors": "muon",
             "optimizer__matrices": "muon",
-            "warm_start": {"steps": 4, "takeover": "rank-r"},
+            "warm_start": {"steps": 4, "takeover": True},
             "restart": {
                 "every_steps": 3,
                 "warmup_steps": 0,

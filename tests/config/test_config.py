@@ -187,8 +187,8 @@ def test_directions_are_retained_by_balanced_factors_alone(restart: dict[str, ob
 
 def test_a_takeover_needs_a_warm_start() -> None:
     with pytest.raises(UserError, match=r"nothing to take over; raise `warm_start\.steps`"):
-        parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": "factors"}})
-    assert parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": "factors"}, "method": "full"})
+        parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": True}})
+    assert parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": True}, "method": "full"})
 
 
 @pytest.mark.parametrize("key", ["factors", "matrices"])

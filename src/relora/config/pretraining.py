@@ -111,10 +111,10 @@ class RunConfig(TrainingConfig):
     @model_validator(mode="after")
     def _check_takeover(self) -> "RunConfig":
         """Refuse a takeover without a warm start."""
-        if self.method != "full" and self.warm_start.takeover != "none" and not self.warm_start.steps:
+        if self.method != "full" and self.warm_start.takeover and not self.warm_start.steps:
             raise ValueError(
                 "warm_start.takeover: without a warm start there is nothing to take over; raise `warm_start.steps` or "
-                "set `takeover: none`"
+                "set `takeover: false`"
             )
         return self
 

@@ -152,10 +152,9 @@ class WarmStartSettings(Settings):
 
     steps: NonNegativeInt = 1000
     """Full-rank steps before the switch to low rank; 0 for low rank from the first step. With `auto`, the most."""
-    takeover: Literal["none", "factors", "rank-r"] = "none"
-    """Part of what the warm start has learnt that the factors take over at the switch. With `factors` they begin with
-    the r leading directions of each weight's change, and the rest of it stays in the weight; with `rank-r` the rest is
-    given up; with `none` all of it stays in the weights, and the factors begin with nothing."""
+    takeover: bool = False
+    """Begin the factors with the r leading directions of what the warm start has changed in each weight. `false` leaves
+    all of it in the weights, and the factors begin with nothing."""
     auto: bool = False
     """End the warm start earlier, when the loss has flattened and the update is of low rank. `warm_start: auto` is
     short for `warm_start: {auto: true}`."""

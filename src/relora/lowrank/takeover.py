@@ -2,8 +2,7 @@
 
     dW = W - W0                                  W0: the weight before the first step
     s·B A = the r leading singular directions of dW
-    W <- W - s·B A        `factors`: the rest of dW stays in the weight, the model's function does not change
-    W <- W0               `rank-r`: the rest of dW is given up
+    W <- W - s·B A        the rest of dW stays in the weight, and the model's function does not change
 
 Without it the directions that mattered most so far are frozen at the switch, and new factors have to find them again.
 Each direction is shared equally, as s_i^(1/2) in lora_A and in lora_B, so both factors have a gradient at once.
@@ -11,7 +10,6 @@ The price: the initial weights once more in main memory, and a randomized singul
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +20,15 @@ from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
 from relora.seeding import keyed_generator
 
-Takeover = Literal["none", "factors", "rank-r"]
-
 
 @torch.no_grad()
-def take_over_(model: nn.Module, initial_weights: Mapping[str, Tensor], takeover: Takeover) -> float:
+def take_over_(model: nn.Module, initial_weights: Mapping[str, Tensor]) -> float:
     """Set the factors of freshly injected layers to the leading directions of dW.
 
     A layer whose weight has not changed keeps its factors.
 
     Args:
         initial_weights: W0 by path of the layer, in the weights' shape.
-        takeover: `factors` or `rank-r`.
 
     Returns:
         The share of dW's squared norm, over all layers, that the factors hold.
@@ -53,8 +48,6 @@ def take_over_(model: nn.Module, initial_weights: Mapping[str, Tensor], takeover
             continue
         lora_A, lora_B = _leading_factors(name, layer, update)
         layer.replace_factors_(lora_A, lora_B)
-        if takeover == "rank-r":
-            layer.base.set_(initial)
         rest = update - layer.initial_scaling * lora_B @ lora_A
         whole += update.square().sum().item()
         held += update.square().sum().item() - rest.square().sum().item()

@@ -56,7 +56,7 @@ def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
             place_of=inputs.batches.place,
             loss=token_loss,
             evaluate=lambda model, each_batch: inputs.evaluate(config, model, each_batch),
-            initialize=_taking_over(config, inputs) if config.warm_start.takeover != "none" else None,
+            initialize=_taking_over(config, inputs) if config.warm_start.takeover else None,
         ),
         schedule_of=schedule_of,
         lowrank_of=lambda kept: settled_lowrank(config, inputs.model, inputs.device, kept),
@@ -74,9 +74,11 @@ def _taking_over(config: RunConfig, inputs: PretrainingInputs) -> Callable[[nn.M
     def initialize(model: nn.Module) -> str:
         first, _ = open_fitting_model(config, inputs.held_out.folder)
         initial_weights = {path: first.get_parameter(f"{path}.weight") for path in low_rank_layers(model)}
-        share = take_over_(model, initial_weights, config.warm_start.takeover)
-        rest = "the rest is given up" if config.warm_start.takeover == "rank-r" else "the rest stays in the weights"
-        return f"the factors take over {100 * share:.0f}% of what the warm start has changed in their layers; {rest}"
+        share = take_over_(model, initial_weights)
+        return (
+            f"the factors take over {100 * share:.0f}% (of the squared norm) of what the warm start has changed in their "
+            "layers; the rest stays in the weights"
+        )
 
     return initialize
 
