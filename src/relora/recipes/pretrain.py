@@ -76,7 +76,7 @@ def _taking_over(config: RunConfig, inputs: PretrainingInputs) -> Callable[[nn.M
         initial_weights = {path: first.get_parameter(f"{path}.weight") for path in low_rank_layers(model)}
         share = take_over_(model, initial_weights)
         return (
-            f"the factors take over {100 * share:.0f}% (of the squared norm) of what the warm start has changed in their "
+            f"the factors take over {100 * share:.0f}% (by squared norm) of what the warm start has changed in their "
             "layers; the rest stays in the weights"
         )
 
