@@ -25,7 +25,6 @@ from relora.errors import UserError
 from relora.model import build_model, open_model
 
 Warned = pytest.LogCaptureFixture
-TIED = LlamaConfig(**SMALL, tie_word_embeddings=True)
 
 
 def add(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -48,11 +47,12 @@ def opened(folder: Path, caplog: Warned) -> tuple[PreTrainedModel, list[str]]:
     return model, [line.removeprefix(start) for line in caplog.messages if line.startswith(start)]
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_a_classifier_whose_embeddings_are_tied_is_no_language_model(
-    auto: type[AutoModelForSequenceClassification], tmp_path: Path
+def test_a_classifier_is_no_language_model(
+    auto: type[AutoModelForSequenceClassification], tied: bool, tmp_path: Path
 ) -> None:
-    auto.from_config(TIED).save_pretrained(tmp_path)
+    auto.from_config(LlamaConfig(**SMALL, tie_word_embeddings=tied)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"is a LlamaFor.*Classification, whose head \(`score\..*the model that it was"):
         open_model(tmp_path)
 

@@ -347,16 +347,17 @@ def _check_report(report: Mapping[str, Any], path: str | Path, saved_by: str | N
         path: the model's name for messages.
         saved_by: another class than the model's, by which the weights were saved.
     """
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected and saved_by and _OTHER_TASKS.search(saved_by):
+        raise UserError(
+            f"{path}: is a {saved_by}, whose head (`{short_name(unexpected[0])}`) is not that of a language model; "
+            "give the model that it was made of"
+        )
     for key in sorted(report["missing_keys"]):
         what = f"they are those of a {saved_by}" if saved_by else "they are incomplete or of another architecture"
         raise UserError(f"{path}: its weights lack `{key}`; {what}")
     for key, stored, wanted in sorted(report["mismatched_keys"]):
         raise UserError(f"{path}: `{key}` is {list(stored)} where config.json wants {list(wanted)}")
-    for key in sorted(report["unexpected_keys"]):
+    for key in unexpected:
         if "lora_" in key:
             raise UserError(f"{path}: holds low-rank factors (`{key}`); merge them and save it again")
-        if saved_by and _OTHER_TASKS.search(saved_by):
-            raise UserError(
-                f"{path}: is a {saved_by}, whose head (`{short_name(key)}`) is not that of a language model; give the "
-                "model that it was made of"
-            )
