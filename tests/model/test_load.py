@@ -247,8 +247,12 @@ def test_nothing_there(path: str) -> None:
 
 
 def test_other_things_than_models(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no config.json"):
+    with pytest.raises(UserError, match=r"no config.json\)$"):
         open_model(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"no config.json\); give {tmp_path}/model$"):
+        open_model(tmp_path)  # a run folder
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         open_model(tmp_path / "file")

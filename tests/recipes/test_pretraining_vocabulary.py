@@ -1,5 +1,6 @@
 """A trained model is pretrained further with a tokenizer that has more tokens than it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,22 @@ def test_added_tokens_get_rows_that_train_and_are_written_exported_and_planned(
     exported = open_model(export(folder, out=tmp_path / "exported"))
     ids = torch.tensor([[3, ROWS, 40, ROWS + 1]])
     assert torch.equal(exported(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+def test_data_of_another_tokenizer_than_the_models_is_said(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "the data's tokenizer is another than the model's"
+    assert not any(other in note for note in timetable_of(parsed(tree)).notes)  # it has the same tokens, and more
+    prepare([str(tmp_path / "text")], tmp_path / "other", train_tokenizer=ROWS, validation=0.2, workers=1)
+    parts = {part: str(tmp_path / "other" / part) for part in ("train", "validation")}
+    config = parsed({**tree, "data": {**tree["data"], **parts}})
+    (note,) = [note for note in timetable_of(config).notes if other in note]
+    assert re.search(r": \d+ of the model's 300 tokens have another id in it or none, so", note)
+    pretrain(config)
+    assert note in capsys.readouterr().out
+    new = parsed({**tree, "data": {**tree["data"], **parts}}, from_scratch=True, resize_vocabulary="never")
+    assert not any(other in note for note in timetable_of(new).notes)
 
 
 def test_unless_it_is_allowed_no_row_is_added(tree: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def warn_of_other_ids(adapter: Path, base: Path) -> None:
     """
     if not all((folder / _TOKENIZER).is_file() for folder in (adapter, base)):
         return
-    theirs, ours = (_vocabulary(folder / _TOKENIZER) for folder in (adapter, base))
+    theirs, ours = (vocabulary(folder) for folder in (adapter, base))
     if theirs == ours:
         return
     more = [token for token in theirs if token not in ours]
@@ -77,8 +77,15 @@ def warn_of_what_stays_behind(adapter: Path, base: Path) -> None:
     warn_of_other_ids(adapter, base)
 
 
-def _vocabulary(file: Path) -> dict[str, int]:
-    """Return the ids of all tokens of a tokenizer.json."""
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Return the ids of all tokens of the tokenizer.json in a folder; none if it has no such file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = folder / _TOKENIZER
+    if not file.is_file():
+        return {}
     try:
         found: dict[str, int] = Tokenizer.from_file(str(regular_file(file, TOKENIZER_BYTES))).get_vocab(True)
     except UserError:

@@ -144,7 +144,8 @@ def model_folder(path: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise UserError(f"model: {error}") from None
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise UserError(f"{path}: not a model folder (it has no config.json)")
+            remedy = f"; give {path}/model" if (folder / "model" / "config.json").exists() else ""
+            raise UserError(f"{path}: not a model folder (it has no config.json){remedy}")
         return folder
     if folder.exists():
         raise UserError(f"{path}: is a file; give the folder that holds config.json and the weights")

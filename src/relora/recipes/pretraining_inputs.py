@@ -5,11 +5,13 @@ Nothing is written here.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from relora.adapters.own_tokenizer import vocabulary
 from relora.config import RunConfig
 from relora.data.pretraining.batches import HeldOut, TrainBatches, check_same_tokenizer
 from relora.data.pretraining.shards import PreparedFolder
@@ -136,6 +138,8 @@ def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> tuple[P
     if config.model.resize_vocabulary == "auto" and validation.vocab_size > model.get_input_embeddings().num_embeddings:
         lines.append(grow_vocabulary(model, validation.vocab_size))
     trained = config.model.path is not None and not config.model.from_scratch
+    if config.model.path is not None and trained:
+        lines += _other_ids(model_folder(config.model.path), validation)
     remedy = (
         "set `model.resize_vocabulary: auto` to add rows for the others, or prepare the data with the model's tokenizer"
     )
@@ -149,6 +153,23 @@ def open_fitting_model(config: RunConfig, validation: PreparedFolder) -> tuple[P
     if config.method != "full":
         find_targets(model, lowrank_of(config))
     return model, lines
+
+
+def _other_ids(model: Path, data: PreparedFolder) -> list[str]:
+    """Return a line if tokens of a trained model's tokenizer have other ids in the data; the model would not know them.
+
+    Args:
+        model: its folder. A model without a tokenizer.json is taken to know the ids of the data.
+    """
+    known, ids = vocabulary(model), vocabulary(data.tokenizer_path)
+    other = [token for token, number in known.items() if ids.get(token) != number]
+    if not other:
+        return []
+    return [
+        f"the data's tokenizer is another than the model's: {len(other):,} of the model's {len(known):,} tokens have "
+        "another id in it or none, so the model has learnt other tokens under these ids; prepare the data with the "
+        "model's tokenizer, unless that is meant"
+    ]
 
 
 def open_configured_model(
