@@ -185,6 +185,13 @@ def test_directions_are_retained_by_balanced_factors_alone(restart: dict[str, ob
         parse_config(MINIMAL | {"restart": restart | {"retain": 0.5, "warmup_steps": 0, "optimizer": "keep"}})
 
 
+def test_a_share_of_less_than_a_rank_is_refused() -> None:
+    restart = {"init": "balanced", "warmup_steps": 0, "retain": 0.2}
+    with pytest.raises(UserError, match=r"restart\.retain \(0\.2\) of lowrank\.r \(4\) is no whole rank"):
+        parse_config(MINIMAL | {"restart": restart, "lowrank": {"r": 4}})
+    assert parse_config(MINIMAL | {"restart": restart, "lowrank": {"r": 5}})
+
+
 def test_a_takeover_needs_a_warm_start() -> None:
     with pytest.raises(UserError, match=r"nothing to take over; raise `warm_start\.steps`"):
         parse_config(MINIMAL | {"warm_start": {"steps": 0, "takeover": True}})

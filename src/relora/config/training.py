@@ -89,6 +89,11 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"restart.turns ({restart.turns}) must not exceed restart.every_steps ({restart.every_steps})"
             )
+        if self.method == "relora" and restart.retain and int(restart.retain * self.lowrank.r) == 0:
+            raise ValueError(
+                f"restart.retain ({restart.retain:g}) of lowrank.r ({self.lowrank.r}) is no whole rank; raise it, or "
+                "set `retain: 0`"
+            )
         if self.method == "relora" and restart.warmup_steps >= restart.every_steps:
             raise ValueError(
                 f"restart.warmup_steps ({restart.warmup_steps}) must be shorter than "

@@ -52,20 +52,25 @@ def leading_basis(matrix: Tensor, r: int, generator: torch.Generator) -> Singula
     return range_basis @ u[:, :r], vt[:r].T
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64 on its device, or in main memory if it is on MPS, which has no float64."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
 def factored_svd(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose B A = U S Vᵀ without forming the product; return U [out, r], S [r], descending, and V [in, r].
 
     With QR decompositions B = Q_B R_B and Aᵀ = Q_A R_A it is that of R_B R_Aᵀ [r, r]. Computed in float64.
     """
-    q_b, triangle_b = torch.linalg.qr(lora_B.double())
-    q_a, triangle_a = torch.linalg.qr(lora_A.T.double())
+    q_b, triangle_b = torch.linalg.qr(in_float64(lora_B))
+    q_a, triangle_a = torch.linalg.qr(in_float64(lora_A.T))
     u, values, vt = torch.linalg.svd(triangle_b @ triangle_a.T)
     return q_b @ u, values, q_a @ vt.T
 
 
 def outside(basis: Tensor, retained: Tensor) -> Tensor:
     """Return orthonormal columns [n, k] that span the part of `basis` [n, k] at right angles to `retained` [n, l]."""
-    exact, within = basis.double(), retained.double()
+    exact, within = in_float64(basis), in_float64(retained)
     for _ in range(2):  # the second pass removes what rounding left of the first
         exact = torch.linalg.qr(exact - within @ (within.T @ exact)).Q
     return exact

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.errors import UserError
+from relora.lowrank.directions import in_float64
 from relora.seeding import keyed_generator
 
 Reset = Literal["zero", "random", "magnitude", "keep", "project"]
@@ -146,10 +147,10 @@ def _clear_ranks(moments: list[Tensor], change: PartnerChange) -> None:
 
 def _project(moments: list[Tensor], change: PartnerChange) -> None:
     """Carry m and v over from the space of the old partner into that of the new one, in place."""
-    before, after = change.before.double(), change.after.double()  # [r, n], [r', n]
+    before, after = in_float64(change.before), in_float64(change.after)  # [r, n], [r', n]
     transform = after @ torch.linalg.pinv(before)  # Tᵀ [r', r]: the new rows as combinations of the old
     outside = (after - transform @ before).square().sum(1) / before.square().sum(1).mean()  # of each new row [r']
-    first, *seconds = (moment.movedim(change.rank_dim, 0).double() for moment in moments)  # [r, m]
+    first, *seconds = (in_float64(moment.movedim(change.rank_dim, 0)) for moment in moments)  # [r, m]
     new_moments = [transform @ first]
     new_moments += [transform.square() @ second + outside[:, None] * second.mean(0) for second in seconds]
     for moment, new in zip(moments, new_moments, strict=True):

@@ -3,10 +3,9 @@
 from itertools import islice
 
 from relora.config import FinetuneConfig
-from relora.data.finetuning.classification import encode_classes, settle_padding
 from relora.data.finetuning.instruct import encode, render_example
 from relora.data.tokenizer import load_tokenizer
-from relora.recipes.finetuning_inputs import base_folder, read_records
+from relora.recipes.finetuning_inputs import base_folder, encode_labelled, read_records
 from relora.recipes.from_settings import form_of
 
 
@@ -16,15 +15,7 @@ def show_examples(config: FinetuneConfig, number: int) -> str:
     records, _, notes = read_records(config)
     data = config.data
     if config.task == "classification":
-        settle_padding(tokenizer)
-        examples = encode_classes(
-            records,
-            tokenizer,
-            sequence_length=data.sequence_length,
-            text_columns=data.text_columns,
-            label_column=data.label_column,
-            unlabelled=data.unlabelled,
-        )
+        examples = encode_labelled(config, tokenizer, records)
         rows = []
         for one in range(min(number, len(examples))):
             label = examples.labels[one].item()

@@ -3,7 +3,7 @@
 Nothing is written here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from relora.adapters.added_tokens import fit_vocabulary, train_token_rows
 from relora.adapters.llama_adapter import add_prompts
 from relora.config import FinetuneConfig
-from relora.data.finetuning.classification import ClassBatches, HeldOutClasses, encode_classes, settle_padding
+from relora.data.finetuning.classification import (
+    ClassBatches,
+    ClassExamples,
+    HeldOutClasses,
+    encode_classes,
+    settle_padding,
+)
 from relora.data.finetuning.examples import MULTIPLE, ExampleBatches, HeldOutExamples
 from relora.data.finetuning.instruct import encode
 from relora.data.finetuning.labelled import read_labels, split_labelled
@@ -274,20 +280,28 @@ def _instructions(
     return batches, held_out_examples, encoded.layout.name, notes
 
 
-def _classes(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
-) -> tuple[ClassBatches, HeldOutClasses, list[str]]:
-    """Encode labelled records: training batches, held-out examples, lines for the console."""
-    data = config.data
+def encode_labelled(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, records: Iterable[Record]
+) -> ClassExamples:
+    """Encode labelled training records by the columns of the configuration; the tokenizer gets a padding token."""
     settle_padding(tokenizer)
-    examples = encode_classes(
-        train,
+    data = config.data
+    return encode_classes(
+        records,
         tokenizer,
         sequence_length=data.sequence_length,
         text_columns=data.text_columns,
         label_column=data.label_column,
         unlabelled=data.unlabelled,
     )
+
+
+def _classes(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, train: list[Record], held_out: list[Record]
+) -> tuple[ClassBatches, HeldOutClasses, list[str]]:
+    """Encode labelled records: training batches, held-out examples, lines for the console."""
+    data = config.data
+    examples = encode_labelled(config, tokenizer, train)
     held_out_examples = encode_classes(
         held_out, tokenizer, sequence_length=data.sequence_length, unlabelled=data.unlabelled, like=examples
     )

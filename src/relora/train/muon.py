@@ -26,6 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from relora.lowrank.directions import in_float64
+
 Rule = Literal["adamw", "muon", "muon-exact"]
 """Update rule of a parameter group: AdamW, torch's Muon, or Muon with the exact polar factor (for factors)."""
 
@@ -145,8 +147,7 @@ def polar_factors(matrices: Tensor) -> Tensor:
     Args:
         matrices: [k, r, n] with r <= n; the price is O(r² n + r³) for each.
     """
-    device = "cpu" if matrices.device.type == "mps" else matrices.device  # MPS has no float64
-    exact = matrices.to(device, torch.float64)
+    exact = in_float64(matrices)
     values, vectors = torch.linalg.eigh(exact @ exact.mT)  # [k, r], [k, r, r]
     smallest = (_ZERO_SINGULAR_VALUE**2 * values[:, -1:]).clamp_min(torch.finfo(values.dtype).tiny)
     scales = values.clamp_min(smallest).rsqrt().where(values > smallest, 0.0)
