@@ -15,12 +15,13 @@ The price is the start of a Python process that imports PyTorch, a second or two
 not forked, so a script that starts some needs the usual `if __name__ == "__main__":`.
 """
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,15 @@ RUNS_STOPPED = "stopped, its runs with a checkpoint; the same command continues"
 """Value of `when_stopped` for calls that are training runs."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _THREADS_VARIABLE = "OMP_NUM_THREADS"
+_PAUSE_SECONDS = 1.0
+"""Time after which a supply that had no call is asked again."""
+
+
+class _NoMore:
+    """Type of the mark that no more calls are given."""
+
+
+_NO_MORE = _NoMore()
 
 
 @dataclass(frozen=True)
@@ -77,33 +87,76 @@ def run_in_processes(
             `ReloraError`, whose traceback is then on standard error.
         Interrupted: SIGINT or SIGTERM arrived. Signals are handled in the main thread only.
     """
+    results: dict[int, Result] = {}
+
+    def note(index: int, outcome: Result | ReloraError) -> None:
+        if isinstance(outcome, ReloraError):
+            raise outcome
+        results[index] = outcome
+        if on_result is not None:
+            on_result(index, outcome)
+
+    serve_calls(iter(calls), note, jobs=jobs, when_stopped=when_stopped)
+    return [results[index] for index in range(len(calls))]
+
+
+def serve_calls(
+    calls: Iterator[Call[Result] | None],
+    on_end: Callable[[int, Result | ReloraError], None],
+    *,
+    jobs: int = 1,
+    seconds: float = math.inf,
+    when_stopped: str = "stopped",
+) -> bool:
+    """Make calls in processes of their own, `jobs` at a time, as they are given, until there are no more.
+
+    Args:
+        calls: gives a call whenever a process is free; None if there is none yet: it is asked again a little later.
+        on_end: called with the number of each call that was given, from 0 on, and its result, or with the error that it
+            ended with (see `run_in_processes`). An exception that it raises stops the other processes.
+        seconds: time after which all processes are stopped by SIGTERM.
+        when_stopped: second half of the message of `Interrupted`, after the name of the signal.
+
+    Returns:
+        Whether all calls have ended; False if the time was over first.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; the processes were stopped.
+    """
     if jobs < 1:
         raise ValueError(f"jobs must be 1 or more, not {jobs}")
-    waiting = deque(enumerate(calls))
-    running: dict[Connection, tuple[int, BaseProcess]] = {}
-    results: dict[int, Result] = {}
+    running: dict[Connection, tuple[int, Call[Result], BaseProcess]] = {}
+    given, more, end = 0, True, time.monotonic() + seconds
     with _shared_threads(jobs), _stop_signals() as signals:
         try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    index, call = waiting.popleft()
+            while time.monotonic() < end:
+                while more and len(running) < jobs:
+                    call = next(calls, _NO_MORE)
+                    if call is None:
+                        break
+                    if isinstance(call, _NoMore):
+                        more = False
+                        break
                     pipe, process = _start(call)
-                    running[pipe] = index, process
-                ready = wait([*running, signals])
+                    running[pipe] = given, call, process
+                    given += 1
+                if not (more or running):
+                    return True
+                pause = _PAUSE_SECONDS if more and len(running) < jobs else math.inf
+                pause = min(pause, end - time.monotonic())
+                ready = wait([*running, signals], None if pause == math.inf else max(pause, 0.0))
                 if signals in ready:
                     number = signals.recv()
                     raise Interrupted(f"{signal.Signals(number).name}: {when_stopped}", number)
                 for pipe in [pipe for pipe in running if pipe in ready]:
-                    index, process = running.pop(pipe)
-                    results[index] = _result_of(pipe, process, calls[index].label)
-                    if on_result is not None:
-                        on_result(index, results[index])
+                    index, call, process = running.pop(pipe)
+                    on_end(index, _outcome_of(pipe, process, call.label))
         finally:
-            for _, process in running.values():
+            for _, _, process in running.values():
                 process.terminate()  # SIGTERM: a training run writes a checkpoint and ends
-            for _, process in running.values():
+            for _, _, process in running.values():
                 process.join()
-    return [results[index] for index in range(len(calls))]
+    return False
 
 
 def _start(call: Call[Result]) -> tuple[Connection, BaseProcess]:
@@ -116,8 +169,8 @@ def _start(call: Call[Result]) -> tuple[Connection, BaseProcess]:
     return receiver, process
 
 
-def _result_of(pipe: Connection, process: BaseProcess, label: str) -> Any:
-    """Receive the result of a call whose process answered or ended; raise what the call or the process ended with."""
+def _outcome_of(pipe: Connection, process: BaseProcess, label: str) -> Any:
+    """Receive the result of a call whose process answered or ended, or the error that call or process ended with."""
     result: Any = None
     error: ReloraError | None = None
     answered = False
@@ -128,12 +181,10 @@ def _result_of(pipe: Connection, process: BaseProcess, label: str) -> Any:
     pipe.close()
     status = process.exitcode
     if isinstance(error, OutOfMemory) or (not answered and status is not None and status < 0):
-        raise OutOfMemory(f"{label}: its process ended with status {status}, as by a lack of memory")
+        return OutOfMemory(f"{label}: its process ended with status {status}, as by a lack of memory")
     if not answered:
-        raise RunStopped(f"{label}: its process ended with status {status}, see above")
-    if error is not None:
-        raise error
-    return result
+        return RunStopped(f"{label}: its process ended with status {status}, see above")
+    return result if error is None else error
 
 
 def _answer(call: Call[Result], pipe: Connection) -> None:
