@@ -20,6 +20,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what is in the
 Strict = Annotated[
     bool, typer.Option("--strict", help="Continue from the newest checkpoint and to the last bit, or not at all.")
 ]
+Until = Annotated[
+    int | None, typer.Option("--until", help="Stop after this step, with a checkpoint; without it the run goes on.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 Found = TypeVar("Found")

@@ -14,6 +14,7 @@ from relora.cli.options import (
     Overrides,
     Quiet,
     Strict,
+    Until,
     parse_share,
     print_found,
     print_json,
@@ -74,6 +75,7 @@ def pretrain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run; build nothing.")] = False,
     fresh: Fresh = False,
     strict: Strict = False,
+    until: Until = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +94,7 @@ def pretrain(
     refuse_several_processes()
     from relora.recipes.pretrain import pretrain as run_pretrain
 
-    result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json)
+    result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
     if as_json:
         print_json(asdict(result))
 
@@ -104,6 +106,7 @@ def finetune(
     show: Annotated[int, typer.Option(help="Print so many examples as the model sees them, and what is scored.")] = 0,
     fresh: Fresh = False,
     strict: Strict = False,
+    until: Until = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +122,7 @@ def finetune(
         print(show_examples(settings, show))
         return
     refuse_several_processes()
-    result = run_finetune(settings, fresh=fresh, strict=strict, quiet=quiet or as_json)
+    result = run_finetune(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
     if as_json:
         print_json(asdict(result))
 

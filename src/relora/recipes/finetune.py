@@ -45,19 +45,28 @@ GRADIENT_BATCHES = 8
 """Micro-batches over which `gradient-svd` averages the gradient (LoRA-GA, arXiv 2407.05000, section 4)."""
 
 
-def finetune(config: FinetuneConfig, *, fresh: bool = False, strict: bool = False, quiet: bool = False) -> RunResult:
+def finetune(
+    config: FinetuneConfig, *, fresh: bool = False, strict: bool = False, quiet: bool = False, until: int | None = None
+) -> RunResult:
     """Fine-tune by a configuration to its end, continuing what its run folder holds; raises what `run_job` raises.
 
     Args:
         fresh: move what is in the run folder aside and start over.
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
+        until: stop after this step, with a checkpoint from which the same call goes on (see `run_job`).
     """
     check_optimizer(config.optimizer.name)
-    return train_on(config, gather_finetuning(config), fresh=fresh, strict=strict, quiet=quiet)
+    return train_on(config, gather_finetuning(config), fresh=fresh, strict=strict, quiet=quiet, until=until)
 
 
 def train_on(
-    config: FinetuneConfig, inputs: FinetuningInputs, *, fresh: bool = False, strict: bool = False, quiet: bool = False
+    config: FinetuneConfig,
+    inputs: FinetuningInputs,
+    *,
+    fresh: bool = False,
+    strict: bool = False,
+    quiet: bool = False,
+    until: int | None = None,
 ) -> RunResult:
     """Fine-tune on inputs that `gather_finetuning` has opened; afterwards `inputs.model` is the trained model."""
     return run_job(
@@ -66,6 +75,7 @@ def train_on(
         fresh=fresh,
         strict=strict,
         quiet=quiet,
+        until=until,
     )
 
 

@@ -7,7 +7,7 @@ and refused before anything is written stands in `resume`.
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from relora.config import TrainingConfig
 from relora.device import deterministic
+from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.costs import Rates
 from relora.measure import Evaluation, token_loss
@@ -70,7 +71,8 @@ class RunResult:
     memory: HeldBytes
     """Bytes of weights, factors, gradients and moments at the end."""
     evaluation: Evaluation
-    """Measured on the whole held-out part, as `relora evaluate` measures the result."""
+    """Measured on the whole held-out part, as `relora evaluate` measures the result; of a run that stopped at the step
+    that was asked for, measured as in training."""
 
 
 Position = dict[str, str | int]
@@ -79,10 +81,12 @@ Finish = Callable[[Run, Path, Position], Evaluation]
 """Write the result of a trained run into its folder, and return the held-out loss of what was written."""
 
 
-def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool) -> RunResult:
+def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool, until: int | None = None) -> RunResult:
     """Train a job to its end, continuing what its run folder holds.
 
     Args:
+        until: stop after this step of the same schedule, with a checkpoint from which the run can go on; nothing is
+            written then but checkpoint and metrics. A run that was continued ends in the same bits as one without stop.
         fresh: move what is in the run folder aside and start over.
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
 
@@ -95,24 +99,35 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool)
         projected_matrices(model, config.optimizer.projection.rank)  # refuses a rank that does not fit the model
     blocks = training_blocks(model, checkpointing=config.memory.activation_checkpointing, compiled=config.compile)
     check_space(Path(config.output_dir), job.needed_bytes, continuing=not fresh)
+    _check_until(until, job, done=0)
     with claim(config, fresh) as folder, _open_checkpoints(config, folder) as checkpoints:
         start = find_start(
             folder, checkpoints, config, job.device, job.content, job.schedule_of, job.lowrank_of, strict=strict
         )
+        _check_until(until, job, done=start.step)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         describe_run(folder, config, parameters, lowrank_notes(config, model))
         job.write_tokenizer(folder / "tokenizer")  # with it an export needs no data
         with _open_reporter(job, folder, start, quiet) as reporter:
             _announce(job, start, reporter)
-            run = assemble(job, start, reporter, checkpoints)
+            run = replace(assemble(job, start, reporter, checkpoints), until=until)
             with deterministic(job.device) if config.deterministic else nullcontext(), blocks:
                 end = train(run, restore(run, start.checkpoint))
-            state, memory = end.state, held_bytes(model, end.optimizer, start.lowrank.residual)
+            state, measured = end.state, end.evaluation
+            memory = held_bytes(model, end.optimizer, start.lowrank.residual)
             position = end.position(max(state.step - 1, 0))
             del end  # frees the moments: what `finish` does takes memory, too
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            evaluation = finish(run, folder, position)
-    return RunResult(folder, state.step, state.tokens, trainable, memory, evaluation)
+            if measured is None or state.step == run.schedule.total_steps:
+                measured = finish(run, folder, position)
+    return RunResult(folder, state.step, state.tokens, trainable, memory, measured)
+
+
+def _check_until(until: int | None, job: Job, *, done: int) -> None:
+    """Refuse to stop at a step that is not there, or that the run has passed."""
+    total = job.schedule_of(job.config).total_steps
+    if until is not None and not max(done, 1) <= until <= total:
+        raise UserError(f"--until {until}: the run has {total} steps, of which {done} are done; give one in between")
 
 
 def measure_result(run: Run, position: Position, measure: Callable[[], Evaluation]) -> Evaluation:

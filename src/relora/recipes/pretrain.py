@@ -25,12 +25,15 @@ from relora.train.optim import check_optimizer
 from relora.train.run import Run, Task
 
 
-def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, quiet: bool = False) -> RunResult:
+def pretrain(
+    config: RunConfig, *, fresh: bool = False, strict: bool = False, quiet: bool = False, until: int | None = None
+) -> RunResult:
     """Pretrain by a configuration to its end, continuing what its run folder holds; raises what `run_job` raises.
 
     Args:
         fresh: move what is in the run folder aside and start over.
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
+        until: stop after this step, with a checkpoint from which the same call goes on (see `run_job`).
     """
     check_optimizer(config.optimizer.name)
     inputs = gather_pretraining(config)
@@ -40,6 +43,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, strict: bool = False, qu
         fresh=fresh,
         strict=strict,
         quiet=quiet,
+        until=until,
     )
 
 

@@ -11,6 +11,7 @@ On CUDA the host runs ahead of the device and synchronises only before logging, 
 arrives in between waits for one more step.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from relora.train.step import StepOutcome, train_step
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Train to the last step of the schedule and return the progress at its end.
+    """Train to the last step of the schedule, or to the step `run.until`, and return the progress at that step.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was written.
@@ -65,7 +66,7 @@ def _save_and_evaluate(run: Run, progress: Progress, signals: Signals) -> bool:
         return False
     stop_if_asked()
     asked = signals.take_save()
-    if asked or save_due(run, step):
+    if asked or save_due(run, step) or step == run.end:
         save(run, progress)
     if asked:
         run.reporter.message(f"step {step}  checkpoint, as SIGUSR1 asked")
@@ -73,7 +74,7 @@ def _save_and_evaluate(run: Run, progress: Progress, signals: Signals) -> bool:
     decide(run, progress)
     if _evaluation_due(run, progress, step):
         _evaluate(run, progress, stop_if_asked)
-    return step == run.schedule.total_steps
+    return step >= run.end
 
 
 def _advance(run: Run, progress: Progress, signals: Signals) -> None:
@@ -144,7 +145,8 @@ def _restart(run: Run, progress: Progress) -> None:
     )
     if measured:
         # A signal does not interrupt this evaluation: between a restart and the next step no checkpoint can be written.
-        losses = {"loss_before": progress.evaluated_loss, "loss_after": run.evaluate(run.model, lambda: None).loss}
+        before = math.nan if progress.evaluation is None else progress.evaluation.loss
+        losses = {"loss_before": before, "loss_after": run.evaluate(run.model, lambda: None).loss}
     record = {"step": step, "tokens": progress.state.tokens, **losses, **asdict(report)}
     if not measured:  # spectra of many restarts would grow larger than the weights
         record["layers"] = [
@@ -176,7 +178,7 @@ def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -
     started, state = time.perf_counter(), progress.state
     result = run.evaluate(run.model, stop_if_asked)
     stop_if_asked()  # before the record is written: the checkpoint of this step must not contain it
-    progress.evaluated_loss = result.loss
+    progress.evaluation = result
     run.reporter.evaluation(
         {
             "kind": "evaluation",
@@ -235,7 +237,7 @@ def _say_without_gradient(run: Run, progress: Progress, names: frozenset[str]) -
 def _evaluation_due(run: Run, progress: Progress, step: int) -> bool:
     """Whether to evaluate: every so many steps, at the start and the end, before the switch and measured restarts."""
     boundary = progress.schedule.switch_due(step) or _restart_measured(run, progress, step)
-    return boundary or step == run.schedule.total_steps or step % run.evaluate_every_steps == 0
+    return boundary or step == run.end or step % run.evaluate_every_steps == 0
 
 
 def _restart_measured(run: Run, progress: Progress, step: int) -> bool:

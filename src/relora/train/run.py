@@ -4,7 +4,6 @@
 the step does not determine: weights, moments, and what the run has decided or met on its way.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -116,6 +115,13 @@ class Run(Task):
     measured_restarts: int = 1
     """n, where the held-out loss is measured on both sides of every n-th restart, beginning with the first."""
     checkpoint_every_steps: int
+    until: int | None = None
+    """Step at which training stops, with a checkpoint and a held-out measurement; None for the last of the schedule."""
+
+    @property
+    def end(self) -> int:
+        """Step at which training stops. The schedule is that of the whole run in any case."""
+        return self.schedule.total_steps if self.until is None else min(self.until, self.schedule.total_steps)
 
 
 @dataclass
@@ -130,8 +136,8 @@ class Progress:
     """Steps whose figures the host has not read yet: the state before each, and its non-finite flag (`train_step`)."""
     unlogged_tokens: int = 0
     unlogged_seconds: float = 0.0
-    evaluated_loss: float = math.nan
-    """Loss of the last held-out measurement."""
+    evaluation: Evaluation | None = None
+    """The last held-out measurement."""
     without_gradient: frozenset[str] = frozenset()
     """Tensors that had no gradient in the first step of the cycle."""
     said_without_gradient: frozenset[str] = frozenset()
