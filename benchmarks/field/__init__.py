@@ -1,0 +1,1 @@
+"""Low-rank pretraining methods from the literature, for benchmarks/field.py."""
