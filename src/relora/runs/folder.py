@@ -7,9 +7,7 @@ The same command on the folder continues the run. A command with another configu
 names the keys that differ (`recipes.resume`).
 """
 
-import fcntl
 import itertools
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from pathlib import Path
 from relora.config import RunConfig, TrainingConfig, load_config, to_yaml
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import write_json, write_text
+from relora.files.locks import FileLock
 from relora.files.untrusted import check_folder
 from relora.runs.environment import describe_environment
 from relora.runs.settings import CONFIG_FILE, is_run, run_folder
@@ -122,16 +121,23 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder)
+    if not lock.try_acquire():
+        raise UserError(f"output_dir: another process is writing {folder}; wait for it, or stop it first")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"output_dir: another process is writing {folder}; wait for it, or stop it first"
-            raise UserError(message) from None
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
+
+
+def is_being_written(folder: Path) -> bool:
+    """Return whether a process has claimed a folder, which need not exist."""
+    if not folder.is_dir():
+        return False
+    lock = FileLock(folder)
+    free = lock.try_acquire()
+    lock.release()
+    return not free
 
 
 def _free_name(folder: Path) -> Path:
