@@ -51,6 +51,14 @@ def first_mistake(error: ValidationError, root: type[BaseModel] | None = None) -
     return f"`{key}` is {short_repr(mistake['input'])}: {reason}"
 
 
+def unknown_key(key: str, root: type[BaseModel]) -> str | None:
+    """Describe a dotted key that a class of settings does not have, with the nearest that it has; None if it has it."""
+    if key in _all_keys(root):
+        return None
+    location = key.split(".")
+    return f"unknown key `{_dotted(location)}`; {_nearest(location, root)}"
+
+
 def short_repr(value: object) -> str:
     """Format any value for a message: its repr, shortened, on one line, without control characters."""
     text = _Short().repr(value)
