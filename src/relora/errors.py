@@ -45,6 +45,14 @@ class NonFinite(RunStopped):
         self.loss, self.grad_norm, self.sequences = loss, grad_norm, sequences
 
 
+class PeerFailed(RunStopped):
+    """Another process of the run failed or was lost, and one process says so for all: this one ends without a line."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
 class Interrupted(ReloraError):
     """A signal ended the run after a checkpoint was written; `exit_status` is 128 + `signal_number`."""
 

@@ -5,8 +5,9 @@ and adds it to the gradient that exists. Here each row is added to `weight.grad`
 differently, without the memory and the traffic of one table per micro-batch. The gradient stays dense, so the update
 is still AdamW's: momentum also moves the rows that are not in the batch.
 
-Autograd's own gradient is kept under a process group (which reduces it through hooks), for layers that do more than
-look up rows, and on GPUs. There, adding rows in a deterministic order needs a sort, which autograd does as well.
+Autograd's own gradient is kept where gradients are taken by hooks or apart for each micro-batch, as with several
+processes (`distributed.reduce`), for layers that do more than look up rows, and on GPUs. There, adding rows in a
+deterministic order needs a sort, which autograd does as well.
 """
 
 from collections.abc import Iterator
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def rows_added_in_place(model: nn.Module) -> Iterator[None]:
-    """Make forward and backward passes inside the block add the gradient of the model's embeddings row by row."""
+def rows_added_in_place(model: nn.Module, allowed: bool = True) -> Iterator[None]:
+    """Make forward and backward passes inside the block add the gradient of the model's embeddings row by row.
+
+    Args:
+        allowed: False to leave everything to autograd.
+    """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and _only_looks_up(module)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not allowed or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         tables = []
     for table in tables:
         table.forward = partial(_look_up, table)  # type: ignore[method-assign]

@@ -2,6 +2,9 @@
 
     loss of the step = sum of the micro-batches' summed losses / valid tokens of the whole step
 
+With several processes each computes its own share of the micro-batches, and `distributed.reduce` sums the gradients
+over all of them. Each has the whole batch, so that none has to ask how many tokens there are.
+
 Checking on the host forces a synchronisation: the host learns a loss only when the device has computed it. Therefore a
 step can also be taken without one (`sync=False`). A flag on the device then makes the optimizer skip the update: it is
 1 from the first loss or gradient norm that is not finite until `clear_nonfinite_flag`, and torch's fused kernels read
@@ -15,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from relora.distributed.reduce import Reduction, Share
 from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
 from relora.lowrank.usage import usage_of, with_siblings
@@ -61,12 +65,14 @@ def train_step(
     autocast: torch.dtype | None,
     check_gradients: bool,
     sync: bool = True,
+    reduction: Reduction | None = None,
 ) -> StepOutcome:
     """Accumulate gradients over micro-batches and update once.
 
     The loss is a sum divided by the valid tokens of the whole step, so that every token weighs the same, however the
-    tokens are spread over the micro-batches. Dropout draws from torch's global generator, which is reseeded here by
-    (seed, step), so that a resumed run draws the same.
+    tokens are spread over the micro-batches and processes. Dropout draws from torch's global generator, which is
+    reseeded for every micro-batch by (seed, step, its first sequence), so that a resumed run draws the same, and so
+    does another number of processes whose micro-batches begin at the same sequences.
 
     Args:
         micro_sequences: sequences of one micro-batch.
@@ -74,36 +80,27 @@ def train_step(
         autocast: dtype of matrix products, where it is not that of the weights.
         check_gradients: look for trainable tensors without a gradient; only with `sync`.
         sync: wait for loss and gradient norm before anything moves. Without, `optimizer` must be a fused one.
+        reduction: how the gradients of all micro-batches come together; by default they add up in this process.
 
     Raises:
         NonFinite: loss or gradient is not finite, and `sync` is set. No weight and no moment has moved.
         RunStopped: a trainable tensor can never have a gradient, and `check_gradients` and `sync` are set. No weight
             and no moment has moved.
     """
-    torch.manual_seed(keyed_seed(seed, "step", step))
-    device = next(model.parameters()).device
+    reduction = reduction or Reduction()
     valid_tokens = int((batch[1] != IGNORED).sum())  # counted in the host's copy, so it forces no synchronisation
-    micro_losses = []
-    parts = (torch.split(_to_device(tensor, device), micro_sequences) for tensor in batch)
-    with rows_added_in_place(model):
-        for micro_batch in zip(*parts, strict=True):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                micro_loss, _ = loss(model, *micro_batch)
-            if not micro_loss.requires_grad:
-                raise RunStopped(
-                    f"step {step}: the loss depends on no tensor that trains, so nothing would be learnt; choose other "
-                    "lowrank.target_modules or another method"
-                )
-            torch.autograd.backward(micro_loss / valid_tokens)
-            micro_losses.append(micro_loss.detach())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-    figures = torch.stack([torch.stack(micro_losses).sum() / valid_tokens, grad_norm])
+    shares = reduction.shares(len(batch[1]), micro_sequences)
+    with reduction.step(trainable, shares), rows_added_in_place(model, reduction.adds_rows_in_place):
+        own = _own_losses(model, batch, loss, shares, reduction, seed, step, autocast, valid_tokens)
+        micro_losses = reduction.finish(own)
+    grad_norm = reduction.norm([p.grad for p in trainable if p.grad is not None])
+    figures = torch.stack([micro_losses.sum() / valid_tokens, grad_norm])
     if sync:
         mean_loss, norm = figures.tolist()
         outcome = StepOutcome(mean_loss, norm, valid_tokens)
         if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-            failure = _non_finite(model, outcome, micro_losses, step, micro_sequences)
+            failure = _non_finite(model, outcome, micro_losses, step, shares)
             optimizer.zero_grad()
             raise failure
         if check_gradients:
@@ -115,6 +112,39 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return outcome
+
+
+def _own_losses(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    shares: list[Share],
+    reduction: Reduction,
+    seed: int,
+    step: int,
+    autocast: torch.dtype | None,
+    valid_tokens: int,
+) -> list[Tensor]:
+    """Run forward and backward passes of this process's micro-batches; return their summed losses."""
+    device = next(model.parameters()).device
+    own = [share.sequences for share in shares if share.rank == reduction.rank]
+    first, stop = own[0].start, own[-1].stop
+    on_device = [_to_device(tensor[first:stop], device) for tensor in batch]
+    losses = []
+    for sequences in own:
+        key = (sequences.start,) if sequences.start else ()
+        torch.manual_seed(keyed_seed(seed, "step", step, *key))
+        micro_batch = [tensor[sequences.start - first : sequences.stop - first] for tensor in on_device]
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            micro_loss, _ = loss(model, *micro_batch)
+        if not micro_loss.requires_grad:
+            raise RunStopped(
+                f"step {step}: the loss depends on no tensor that trains, so nothing would be learnt; choose other "
+                "lowrank.target_modules or another method"
+            )
+        reduction.backward(micro_loss / valid_tokens, last=sequences == own[-1])
+        losses.append(micro_loss.detach())
+    return losses
 
 
 def clear_nonfinite_flag(optimizer: torch.optim.Optimizer) -> None:
@@ -161,13 +191,16 @@ def _update_nonfinite_flag(optimizer: torch.optim.Optimizer, figures: Tensor) ->
 
 
 def _non_finite(
-    model: nn.Module, outcome: StepOutcome, micro_losses: list[Tensor], step: int, micro_sequences: int
+    model: nn.Module, outcome: StepOutcome, micro_losses: Tensor, step: int, shares: list[Share]
 ) -> NonFinite:
     """Build the error, which names the micro-batch whose loss is not finite, or else the first such gradient."""
-    where, sequences = "", range(len(micro_losses) * micro_sequences)
-    at_fault = [index for index, loss in enumerate(micro_losses) if not torch.isfinite(loss)]
+    where, sequences = "", range(shares[-1].sequences.stop)
+    at_fault = [
+        share for share, is_finite in zip(shares, micro_losses.isfinite().tolist(), strict=True) if not is_finite
+    ]
     if at_fault:
-        sequences = range(at_fault[0] * micro_sequences, (at_fault[0] + 1) * micro_sequences)
+        sequences = at_fault[0].sequences
+        where = f" (on rank {at_fault[0].rank})" if shares[-1].rank else ""
     else:
         gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
         named = (name for name, grad in gradients if grad is not None and not torch.isfinite(grad.sum()))
