@@ -18,10 +18,12 @@ from relora.adapters.attached import BASE
 from relora.errors import UserError
 from relora.files.atomic import write_json
 from relora.inference.conversation import Conversation, Turn
-from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
+from relora.inference.decoding import Continuation, Sampling, check_stop, continue_prompt
 from relora.inference.generate import Speed
 from relora.inference.generation_settings import check_generation_settings
+from relora.inference.growing_text import Write
 from relora.inference.loading import LoadedModel, load_model_or_run
+from relora.inference.rows import Heard
 from relora.messages import short_repr
 from relora.model.load import max_positions
 
@@ -68,6 +70,7 @@ class Chat:
         """All answers so far, including those that `/reset` removed from the conversation."""
         self._loaded, self._sampling, self._stop, self._seed = loaded, sampling, stop, seed
         self._write, self._tell = write, tell
+        self._heard = Heard()
 
     def handle(self, line: str, asked_to_end: Callable[[], bool] | None = None) -> bool:
         """Answer a question or carry out a command; return whether the chat goes on.
@@ -122,6 +125,7 @@ class Chat:
             echo=False,
             stop=self._stop,
             asked_to_end=asked_to_end,
+            heard=self._heard,
         )
         self._write("\n")
         self.answers.append(continuation)
@@ -133,6 +137,7 @@ class Chat:
         adapters = self._loaded.adapters
         if name:
             adapters.use(name)
+            self._heard.forget()  # keys and values of other weights
         self._tell(f"(adapters: {adapters})")
 
     def _save(self, name: str) -> None:

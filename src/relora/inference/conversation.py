@@ -10,8 +10,8 @@ answers given in the meantime were written without them.
 tokenizer's chat template, or with the template of the run that fine-tuned the model. Control tokens that a user types
 are ordinary text. A chat template that states the date is given that of today, in training a fixed one.
 
-The price: nothing is cached between turns. Every prompt is encoded and run through the model from its first token, so
-the time until an answer begins grows with the length of the conversation.
+A prompt that leaves out no further turn begins with the tokens of the last prompt and, mostly, with those of its
+answer: what a model has read of them it need not read again (`rows.Heard`).
 """
 
 from collections.abc import Callable, Sequence

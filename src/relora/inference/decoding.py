@@ -1,18 +1,11 @@
-"""Continue one prompt with a model: token by token, streamed, up to an end token or a stop string.
+"""Continue prompts with a model: token by token, streamed, up to an end token or a stop string.
 
-transformers chooses the tokens (`generate`). This module decides what text they stand for, in one place for what is
-streamed, what ends the text and what is returned.
+A model of LLaMA's form is run by our `decoder`, several prompts at a time; transformers (`generate`) does it for any
+other, one prompt after the other. The tokens are the same. What text they stand for is decided by `growing_text`, in
+one place for what is streamed, what ends the text and what is returned.
 
-A text is always decoded as a whole, prompt included, and the part that is new is passed on: decoded piece by piece, a
-SentencePiece tokenizer would lose the space at the start of each piece. The price is that every streamed piece costs a
-decoding of the whole text, so tokens are collected for STREAM_SECONDS before they are decoded and written. With stop
-strings the last few tokens are also decoded after every single token, which is noticeable on a model that takes only a
-millisecond per token.
-
-A stop string ends the text where it begins, however it is split into tokens. The `stop_strings` of transformers are not
-used, because they leave the stop string in the text, match one that began in the prompt, and go through the whole
-vocabulary at their first use. A stop string that is a special token of the tokenizer never appears in decoded text, so
-it ends the text by its token id.
+A stop string that is a special token of the tokenizer never appears in decoded text, so it ends the text by its token
+id.
 """
 
 import time
@@ -23,27 +16,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from relora.errors import UserError
+from relora.inference.choice import follows
+from relora.inference.decoder import decoder_of
+from relora.inference.growing_text import GrowingText, InOrder, Write
+from relora.inference.rows import Heard, grow
 from relora.measure import evaluating
 from relora.messages import first_line
 from relora.model.load import quiet_transformers
 from relora.seeding import keyed_seed
 
-Write = Callable[[str], object]
-"""Receives text piece by piece, for example to print it; its result is not used."""
-
-STREAM_SECONDS = 0.05
-"""Shortest time between two streamed pieces of text; updates that come faster cannot be read."""
-_TOKENS_PER_CHAR = 4
-"""The most tokens that one character takes: one that the vocabulary lacks is spelled as up to four bytes."""
+ROWS = 8
+"""Prompts that are continued at a time: the weights are read once for all, and each has its keys and values."""
 _TRIED_TOKENS = 2
 """Length of the prompt, and of its continuation, with which a model's cache is tried."""
 _CACHES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-"""Models that have generated -> whether with a cache."""
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""The text that the first bytes of a character decode to as long as its last byte is missing."""
+"""Models that transformers has generated with -> whether with a cache."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +98,7 @@ def continue_prompt(
     stop: Sequence[str] = (),
     asked_to_end: Callable[[], bool] | None = None,
     trains_afterwards: bool = False,
+    heard: Heard | None = None,
 ) -> Continuation:
     """Continue one prompt. The same seed gives the same text after the same prompt.
 
@@ -124,22 +115,109 @@ def continue_prompt(
         trains_afterwards: whether the model is trained after this call. If it is not, the text is generated in
             inference mode, so tensors that a module keeps from this call cannot take part in autograd; that saves a
             tenth of the time that a small model takes per token.
+        heard: what is kept between the turns of a chat: of a prompt that begins as the last text did, only the rest is
+            read. Models that transformers generates with read all of it.
     """
     begin = time.perf_counter()
-    special = _special_token_ids(tokenizer)
-    stop_ids = [special[each] for each in stop if each in special]
-    growing = GrowingText(tokenizer, ids, [each for each in stop if each not in special], write, asked_to_end)
+    texts, stop_ids = _texts_of(tokenizer, [ids], stop, [write], asked_to_end)
+    (growing,) = texts
     if write is not None and echo:
         write(growing.prompt)
     prompt = torch.tensor([ids], device=model.device)
     settings = _generation_config(model, tokenizer, sampling, stop_ids)
-    # the prompt is part of the key: with the same draws for all, texts of different prompts choose the same words
-    seeded = _seeded(keyed_seed(seed, "sample", *ids), model.device)
-    inference = torch.inference_mode(not trains_afterwards)
+    seeded = _seeded(_key(seed, ids), model.device)
+    inference = torch.no_grad() if trains_afterwards else torch.inference_mode()
     with evaluating(model), quiet_transformers(), without_generation_settings(model), seeded, inference:
-        output = generate_ids(model, prompt, torch.ones_like(prompt), settings, growing if growing.is_needed else None)
+        watched = growing if growing.is_needed else None
+        output = generate_ids(model, prompt, torch.ones_like(prompt), settings, watched, heard)
     text = growing.close(output[0].tolist())
     return Continuation(growing.prompt, text, output.shape[1] - len(ids), time.perf_counter() - begin)
+
+
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    seed: int,
+    write: Write | None = None,
+    *,
+    echo: bool = True,
+    stop: Sequence[str] = (),
+) -> list[Continuation]:
+    """Continue prompts, `ROWS` at a time where the model's form allows it; see `continue_prompt`.
+
+    Args:
+        write: receives the texts one after another, each with a line end after it: the first that is unfinished is
+            streamed, the others are kept until their turn.
+
+    Returns:
+        The continuations in the order of the prompts. The time of texts that grew together is shared equally.
+    """
+    found: list[Continuation] = []
+    for first in range(0, len(prompts), ROWS):
+        some = prompts[first : first + ROWS]
+        if len(some) > 1 and decoder_of(model) is not None:
+            found += _together(model, tokenizer, some, sampling, seed, write, echo, stop)
+            continue
+        for ids in some:
+            found.append(continue_prompt(model, tokenizer, ids, sampling, seed, write, echo=echo, stop=stop))
+            if write is not None:
+                write("\n")
+    return found
+
+
+def _together(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    seed: int,
+    write: Write | None,
+    echo: bool,
+    stop: Sequence[str],
+) -> list[Continuation]:
+    """Continue prompts at the same time, by our decoder; see `continue_prompts`."""
+    begin = time.perf_counter()
+    order = InOrder(write)
+    writes = [order.of(row) if write is not None else None for row in range(len(prompts))]
+    texts, stop_ids = _texts_of(tokenizer, prompts, stop, writes)
+    for text, piece in zip(texts, writes, strict=True):
+        if piece is not None and echo:
+            piece(text.prompt)
+    settings = _generation_config(model, tokenizer, sampling, stop_ids)
+    draws = [torch.Generator(model.device).manual_seed(_key(seed, ids)) for ids in prompts]
+    ended: dict[int, tuple[str, int]] = {}
+    with evaluating(model), torch.inference_mode():
+        decoder = decoder_of(model)
+        assert decoder is not None  # the caller has asked
+        ends = [text.ends if text.is_needed else None for text in texts]
+        for row, generated in grow(decoder, prompts, settings, draws=draws, ends=ends):
+            ended[row] = texts[row].close([*prompts[row], *generated]), len(generated)
+            order.end(row)
+    seconds = (time.perf_counter() - begin) / len(prompts)
+    return [Continuation(text.prompt, *ended[row], seconds) for row, text in enumerate(texts)]
+
+
+def _texts_of(
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    stop: Sequence[str],
+    writes: Sequence[Write | None],
+    asked_to_end: Callable[[], bool] | None = None,
+) -> tuple[list[GrowingText], list[int]]:
+    """Return the text of each prompt, and the ids of those stop strings that are special tokens."""
+    special = _special_token_ids(tokenizer)
+    strings = [each for each in stop if each not in special]
+    texts = [
+        GrowingText(tokenizer, ids, strings, write, asked_to_end) for ids, write in zip(prompts, writes, strict=True)
+    ]
+    return texts, [special[each] for each in stop if each in special]
+
+
+def _key(seed: int, ids: Sequence[int]) -> int:
+    """Return the seed of a text: with the same draws for all, texts of different prompts choose the same words."""
+    return keyed_seed(seed, "sample", *ids)
 
 
 def generate_ids(
@@ -147,21 +225,33 @@ def generate_ids(
     input_ids: Tensor,
     attention_mask: Tensor,
     settings: GenerationConfig,
-    growing: "GrowingText | None" = None,
+    growing: GrowingText | None = None,
+    heard: Heard | None = None,
 ) -> Tensor:
     """Return the ids of prompts and generated tokens [prompts, length].
 
-    Keys and values are kept between tokens as transformers does; where it fails to make that cache for the model's
-    class, the text is generated without.
+    Where transformers generates, keys and values are kept between tokens as it does; where it fails to make that cache
+    for the model's class, the text is generated without.
 
     Args:
         input_ids: [prompts, longest], padded on the left.
         attention_mask: of the same shape; 0 where it is padded.
-        growing: called after every token.
+        growing: called after every token of the one prompt.
+        heard: see `continue_prompt`.
 
     Raises:
         UserError: the class cannot generate text.
     """
+    decoder = decoder_of(model) if follows(settings) and not (settings.do_sample and len(input_ids) > 1) else None
+    if decoder is not None:
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        ends = None if growing is None else [growing.ends]
+        with torch.no_grad():
+            generated = dict(grow(decoder, prompts, settings, ends=ends, heard=heard))
+        rows = [torch.tensor(generated[row]) for row in range(len(prompts))]
+        padding = settings.pad_token_id if len(rows) > 1 else 0
+        more = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        return torch.cat([input_ids, more.to(input_ids.device)], dim=1)
     if model not in _CACHES:
         _CACHES[model] = _has_cache(model)
     if not _CACHES[model]:
@@ -238,117 +328,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, mo
 def _special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Map every special token, which decoding leaves out of a text, to its id."""
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def possible_stop_chars(text: str, stop: Sequence[str]) -> int:
-    """Count the characters at the end of `text` that may be the beginning of a stop string (the longest such end).
-
-    A stop string that is complete does not count.
-    """
-    return max((size for each in stop for size in range(1, len(each)) if text.endswith(each[:size])), default=0)
-
-
-class GrowingText(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """The text of one generation while it is being generated.
-
-    As a stopping criterion, transformers calls it after every token: it streams the text to `write`, and ends the
-    generation at a stop string or when `asked_to_end` says so. `close` returns the finished text. The attribute
-    `prompt` is the text of the prompt, which is not streamed.
-
-    Args:
-        prompt: token ids of the prompt.
-        stop: strings that end the text; they are searched for after the prompt only.
-        write: receives the text in pieces.
-        asked_to_end: called after every token; the text ends as soon as it returns true.
-        stream_seconds: shortest time between two pieces.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        prompt: list[int],
-        stop: Sequence[str] = (),
-        write: Write | None = None,
-        asked_to_end: Callable[[], bool] | None = None,
-        *,
-        stream_seconds: float = STREAM_SECONDS,
-    ) -> None:
-        self._tokenizer, self._stop, self._write, self._asked_to_end = tokenizer, stop, write, asked_to_end
-        self._stream_seconds = stream_seconds
-        self._ids = list(prompt)
-        self._prompt_tokens = len(prompt)
-        self.prompt = self._decode(self._ids)
-        self._stopped = False
-        self._written_chars, self._written_at = 0, 0.0
-        longest = max(map(len, stop), default=0)
-        self._stop_tokens = 1 + _TOKENS_PER_CHAR * longest  # a stop string that has just ended lies within so many
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether anything has to be done before the generation is over; if not, transformers need not call this."""
-        return bool(self._stop) or self._write is not None or self._asked_to_end is not None
-
-    def __call__(self, input_ids: Tensor, scores: object, **others: object) -> Tensor:
-        """Take in the newest token and return whether the text ends with it.
-
-        Args:
-            input_ids: [1, length], the tokens of the prompt and all generated tokens.
-
-        Returns:
-            A boolean tensor of shape [1].
-        """
-        self._ids += input_ids[0, len(self._ids) :].tolist()
-        is_due = self._write is not None and time.monotonic() - self._written_at >= self._stream_seconds
-        if is_due or self._may_hold_stop():
-            self._update(final=False)
-        done = self._stopped or (self._asked_to_end is not None and self._asked_to_end())
-        return torch.full((1,), done, device=input_ids.device)
-
-    def close(self, ids: list[int]) -> str:
-        """Finish the generated text and return it, without the prompt; what was held back so far is written.
-
-        Args:
-            ids: the tokens of the prompt and all generated tokens.
-        """
-        self._ids = ids
-        return self._update(final=True)
-
-    def _may_hold_stop(self) -> bool:
-        """Tell whether the last tokens may contain a stop string: if so, the whole text is decoded and searched.
-
-        The tokens that are decoded here reach back to at most one before the first generated token. That one belongs to
-        them because a decoder may strip the space that a text begins with; so a stop string that began in the prompt
-        is found here, too, and dismissed by the search.
-        """
-        if not self._stop:
-            return False
-        first = max(self._prompt_tokens - 1, len(self._ids) - self._stop_tokens - 1, 0)
-        tail = self._decode(self._ids[first:])
-        return any(each in tail for each in self._stop)
-
-    def _update(self, *, final: bool) -> str:
-        """Decode the generated text, cut it at the first stop string, write what is certain and new, and return all.
-
-        Unless `final`, an incomplete character and a possible beginning of a stop string at the end are held back.
-        """
-        text = self._decode(self._ids)[len(self.prompt) :]
-        stops = [start for each in self._stop if (start := text.find(each)) >= 0]
-        if stops:
-            self._stopped = True
-            text = text[: min(stops)]
-        elif not final:
-            text = text.rstrip(_INCOMPLETE)
-            text = text[: len(text) - possible_stop_chars(text, self._stop)]
-        if self._write is not None and len(text) > self._written_chars:
-            self._write(text[self._written_chars :])
-            self._written_chars = len(text)
-        self._written_at = time.monotonic()
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        """Return the text of tokens, without special tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
 
 @contextmanager

@@ -4,8 +4,10 @@ With several adapters, each of them continues every prompt in turn. The base is 
 drawn with the same seed, so that all differences between the texts come from the adapters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,8 +16,9 @@ from relora.adapters.attached import BASE, Attached
 from relora.device import peak_memory_bytes
 from relora.errors import UserError
 from relora.inference.conversation import Conversation
-from relora.inference.decoding import Continuation, Sampling, Write, check_stop, continue_prompt
+from relora.inference.decoding import Continuation, Sampling, check_stop, continue_prompt, continue_prompts
 from relora.inference.generation_settings import check_generation_settings
+from relora.inference.growing_text import Write
 from relora.inference.loading import LoadedModel, load_model_or_run
 from relora.model.load import max_positions
 
@@ -71,7 +74,7 @@ def generate(
     trust_remote_code: bool = False,
     write: Write | None = None,
 ) -> Generation:
-    """Continue every prompt, one after another.
+    """Continue every prompt; with one adapter or none, several at a time where the model's form allows it.
 
     The same seed gives the same text for a prompt, whatever the other prompts and adapters are.
 
@@ -109,13 +112,11 @@ def generate(
     jobs = [(name, _encode_prompt(loaded, prompt, sampling, name if chat else None, system)) for prompt, name in pairs]
     model, tokenizer = loaded.model, loaded.tokenizer
     continuations: list[Continuation] = []
-    for name, ids in jobs:
+    for name, some in _in_turn(jobs):
         loaded.adapters.use(name)
         if write is not None and len(names) > 1:
             write(f"== {name}\n")
-        continuations.append(continue_prompt(model, tokenizer, ids, sampling, seed, write, echo=not chat, stop=stop))
-        if write is not None:
-            write("\n")
+        continuations += continue_prompts(model, tokenizer, some, sampling, seed, write, echo=not chat, stop=stop)
     total, used = Speed.of(continuations), [name for name, _ in jobs]
     return Generation(
         **asdict(total),
@@ -169,6 +170,12 @@ def _adapters_in_turn(loaded: LoadedModel, *, with_base: bool, compare: bool) ->
     if compare and not names:
         raise UserError("compare: there is no adapter beside the base; give --adapter")
     return [BASE, *names] if with_base or not names else [*names]
+
+
+def _in_turn(jobs: Sequence[tuple[str, list[int]]]) -> Iterator[tuple[str, list[list[int]]]]:
+    """Yield each adapter in turn with the prompts that it continues before another one has its turn."""
+    for name, group in groupby(jobs, itemgetter(0)):
+        yield name, [ids for _, ids in group]
 
 
 def _speed_with(adapter: str, used: Sequence[str], continuations: Sequence[Continuation]) -> Speed:
