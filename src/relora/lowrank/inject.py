@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from relora.errors import UserError
 from relora.lowrank.config import LowRankConfig
+from relora.lowrank.division import Division, divide_layer_, gather_, whole_factors, whole_shape
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.targets import choose_targets, full_rank_parameters, is_conv1d
 from relora.lowrank.usage import usage_of
@@ -49,7 +50,14 @@ class InjectReport:
         )
 
 
-def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0, named_exactly: bool = False) -> InjectReport:
+def inject(
+    model: nn.Module,
+    config: LowRankConfig,
+    *,
+    seed: int = 0,
+    named_exactly: bool = False,
+    division: Division | None = None,
+) -> InjectReport:
     """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights; the rest as `config` says.
 
     Create the optimizer afterwards, because other parameters train than before.
@@ -57,6 +65,8 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0, named_exac
     Args:
         seed: the run's seed, which together with a layer's path keys the draw of its factors.
         named_exactly: see `choose_targets`.
+        division: how the parameters of `model` are divided among processes; None if they are whole. Then one weight at
+            a time is brought together, to be stored beside its factors, and divided again.
 
     Raises:
         UserError: see `choose_targets`, or the model has low-rank layers already. The model has not changed.
@@ -69,7 +79,12 @@ def inject(model: nn.Module, config: LowRankConfig, *, seed: int = 0, named_exac
     targets = {}
     for name in chosen.paths:
         module = model.get_submodule(name)
+        assert isinstance(module.weight, nn.Parameter)
+        if division is not None:
+            gather_(module.weight, division)
         layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=is_conv1d(module))
+        if division is not None:
+            divide_layer_(layer, division)
         layer.train(module.training)
         model.set_submodule(name, layer)
         targets[name] = (layer.out_features, layer.in_features)
@@ -90,7 +105,8 @@ def merge(model: nn.Module) -> None:
         NonFinite: an update is not finite; the message names the layer.
     """
     for layer in low_rank_layers(model).values():
-        layer.merge_()
+        with whole_factors(layer):
+            layer.merge_()
     strip(model)
 
 
@@ -192,9 +208,10 @@ def _report(
 ) -> InjectReport:
     """Count the parameters of an injected model by how they train."""
     layers = low_rank_layers(model).values()
-    low_rank = sum(factor.numel() for layer in layers for factor in layer.factors.values())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    frozen += sum(layer.base.shape.numel() - layer.weight.numel() for layer in layers)  # nf4 packs two in a byte
+    low_rank = sum(whole_shape(factor).numel() for layer in layers for factor in layer.factors.values())
+    trainable = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(whole_shape(p).numel() for p in model.parameters() if not p.requires_grad)
+    for layer in layers:  # nf4 packs two in a byte
+        frozen += layer.out_features * layer.in_features - whole_shape(layer.weight).numel()
     moved = sum(math.prod(shape) for shape in targets.values()) if config.residual.scale else 0
     return InjectReport(targets, frozen, low_rank, full_rank=trainable - low_rank, moved=moved, notes=notes)

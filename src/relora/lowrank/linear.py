@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from relora.errors import NonFinite, UserError
 from relora.lowrank.calibrate import calibrated
 from relora.lowrank.config import LowRankConfig, check_target
+from relora.lowrank.division import Division, Part
 from relora.lowrank.dora import dora_update_, rescaled, row_norms
 from relora.lowrank.init import DRAW_A, NONZERO_INITS, principal_factors
 from relora.lowrank.kernel import low_rank_linear
@@ -55,6 +56,10 @@ class LowRankLinear(FrozenLinear):
     `initial_B` it tells the update relative to the original W. Both are zero after a merge."""
     initial_B: Tensor | None
     """lora_B as it started; see `initial_A`."""
+    division: Division | None = None
+    """How the layer is divided among processes; None: this process holds all of it."""
+    divided_buffers = ("frozen_copy", "frozen_scale")
+    """Buffers that have a row for each output, and are divided with the weight."""
 
     def __init__(
         self, replaced: nn.Module, config: LowRankConfig, *, name: str = "", seed: int = 0, fan_in_fan_out: bool = False
@@ -125,8 +130,11 @@ class LowRankLinear(FrozenLinear):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return the update s·B A (with DoRA W' - W), in the factors' dtype and the weight's shape."""
-        delta = (self.scaling * self.lora_B) @ self.lora_A  # [out, in], the only tensor of that size
+        """Return the update s·B A (with DoRA W' - W), in the factors' dtype and the weight's shape.
+
+        Of a divided layer it is the update of this process's rows; the factors are whole (see `division`).
+        """
+        delta = (self.scaling * self.own_rows(self.lora_B)) @ self.lora_A  # [out, in], the only tensor of that size
         if self.magnitude is not None:
             delta = dora_update_(self.base.reorient(self.base.exact).to(delta), delta, self.magnitude)
         return self.base.reorient(delta)
@@ -175,14 +183,15 @@ class LowRankLinear(FrozenLinear):
         Raises:
             NonFinite: the weight or a product is not finite; nothing has changed.
         """
-        old_product = self.base.reorient((self.scaling * self.lora_B[:, ranks]) @ self.lora_A[ranks])
+        old_product = self.base.reorient((self.scaling * self.own_rows(self.lora_B)[:, ranks]) @ self.lora_A[ranks])
         lora_A = lora_A.to(self.lora_A)
         if lora_B is None:
             self._add_to_weight_(old_product)
             self.lora_B[:, ranks] = 0
         else:
             lora_B = lora_B.to(self.lora_B)
-            difference = self.base.reorient(old_product).addmm(self.initial_scaling * lora_B, lora_A, alpha=-1)
+            new_b = self.initial_scaling * self.own_rows(lora_B)
+            difference = self.base.reorient(old_product).addmm(new_b, lora_A, alpha=-1)
             self._add_to_weight_(self.base.reorient(difference))
             self.lora_B[:, ranks] = lora_B
         self.lora_A[ranks] = lora_A
@@ -210,12 +219,30 @@ class LowRankLinear(FrozenLinear):
     def _add_to_weight_(self, change: Tensor) -> None:
         """Add `change`, which has the weight's shape, to W; raise `NonFinite` if it or W is not finite."""
         # the sum is not finite if any entry is not: cheaper than a mask of the weight's size
-        if not torch.isfinite(change.sum() + self.base.exact.sum().to(change.device)):
+        if not torch.isfinite(self.total(change) + self.total(self.base.exact).to(change.device)):
             raise NonFinite(
                 f"the update of {self.name or 'a low-rank layer'} is not finite, so it was not merged; "
                 "continue from the last checkpoint with a lower lowrank_lr"
             )
         self.base.add_(change)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of all entries of a tensor, of which each process has some rows if the layer is divided."""
+        return tensor.sum() if self.division is None else self.division.total(tensor)
+
+    def norm(self, tensor: Tensor) -> float:
+        """Return the Frobenius norm of a tensor, of which each process has some rows if the layer is divided."""
+        return tensor.norm().item() if self.division is None else self.division.norm(tensor)
+
+    def whole(self, matrix: Tensor) -> Tensor:
+        """Return a matrix [out, ...] of which each process has some rows if the layer is divided."""
+        return matrix if self.division is None else self.division.gather(matrix, Part(0, self.out_features))
+
+    def own_rows(self, matrix: Tensor) -> Tensor:
+        """Return those rows of a matrix [out, ...] that the weight has here; all, unless the layer is divided."""
+        if self.division is None or len(matrix) == self.base.rows:
+            return matrix
+        return matrix[self.division.own(self.out_features)]
 
     def _reset_scaling_(self) -> None:
         """Set a trained scale back to its initial value; at 0, beside B = 0, nothing would have a gradient."""
@@ -251,9 +278,12 @@ class LowRankLinear(FrozenLinear):
         An initial product that was subtracted from W is added back, unless it has been merged.
         """
         if self.initial_A is not None and self.initial_B is not None and self.initial_B.any():
-            self.base.add_(self.base.reorient((self.initial_scaling * self.initial_B) @ self.initial_A))
+            initial_b = self.own_rows(self.initial_B)
+            self.base.add_(self.base.reorient((self.initial_scaling * initial_b) @ self.initial_A))
         replaced = self._replaced[0]
         self.weight.data = self.base.exact.to(self.weight.device)
+        if self.division is not None:
+            self.weight.part = Part(int(self.base.transposed), self.out_features)  # type: ignore[attr-defined]
         replaced.weight = self.weight.requires_grad_(self._weight_required_grad)
         return replaced
 
@@ -261,7 +291,7 @@ class LowRankLinear(FrozenLinear):
     def _row_norms(self) -> Tensor:
         """Compute the norms [out] of the rows of W + s·B A, with the most precise W on the device."""
         direction = self.base.dense(self.lora_A.dtype)
-        return row_norms(direction.addmm_(self.scaling * self.lora_B, self.lora_A))
+        return row_norms(direction.addmm_(self.scaling * self.own_rows(self.lora_B), self.lora_A))
 
     @torch.no_grad()
     def _reset_magnitude_(self) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.lowrank.config import Residual
+from relora.lowrank.division import whole_tensor
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.moments import adam_direction
@@ -92,21 +93,23 @@ def _take_residual_step(layers: Iterable[LowRankLinear], optimizer: torch.optim.
         state, gradient_b = optimizer.state.get(layer.lora_B), layer.lora_B.grad
         if not state or weight_gradient is None or gradient_b is None:
             continue
-        group, a = groups[id(layer.lora_B)], layer.lora_A
+        group, a = groups[id(layer.lora_B)], whole_tensor(layer.lora_A, layer.division)
         rate = scale * group["lr"] * layer.scaling**2 * a.square().sum() / layer.r  # scale · η · s² · ‖A‖²/r
         outside = remove_row_space_(layer.base.reorient(weight_gradient).to(a), a)  # R [out, in]
-        change = outside.mul_((-rate * _update_to_gradient_ratios(state, group, gradient_b))[:, None])
+        ratios = _update_to_gradient_ratios(state, group, gradient_b)
+        phi = ratios.clamp(max=_MAX_PHI_TO_MEDIAN * layer.whole(ratios).nanmedian()).nan_to_num(0.0)
+        change = outside.mul_((-rate * phi)[:, None])
         if found_inf is not None:
             change.masked_fill_(found_inf > 0, 0.0)
         layer.base.add_(layer.base.reorient(change))
 
 
 def _update_to_gradient_ratios(state: Mapping[str, Tensor], group: Mapping[str, Any], gradient: Tensor) -> Tensor:
-    """Return φ [out]: the norm of each row of AdamW's update of lora_B, relative to that row of the gradient.
+    """Return the norm [out] of each row of AdamW's update of lora_B, relative to that row of the gradient.
 
-    It is limited to a multiple of its median, and 0 for rows without a gradient.
+    It is φ before it is limited to a multiple of its median, and NaN for rows without a gradient.
     """
     update = adam_direction(state, group["betas"], group["eps"])
     gradient_norms = gradient.norm(dim=1)
     ratios: Tensor = (update.norm(dim=1) / gradient_norms).where(gradient_norms > 0, torch.nan)
-    return ratios.clamp(max=_MAX_PHI_TO_MEDIAN * ratios.nanmedian()).nan_to_num(0.0)
+    return ratios

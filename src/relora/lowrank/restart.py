@@ -44,6 +44,7 @@ from relora.lowrank.directions import (
     outside,
     random_basis,
 )
+from relora.lowrank.division import whole_factors
 from relora.lowrank.init import DRAW_A
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
@@ -153,9 +154,10 @@ def restart(
         bases = gradient_bases(model, {name: layer for name, (layer, _) in restarting.items()}, loss_of, cycle=cycle)
     merged, cleared = [], 0
     for name, (layer, ranks) in restarting.items():
-        old_factors = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-        merged.append(_merge_and_redraw(name, layer, ranks, config, bases.get(name), cycle))
-        cleared += _reset_moments(name, layer, ranks, optimizer, config, old_factors, cycle)
+        with whole_factors(layer, optimizer):
+            old_factors = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+            merged.append(_merge_and_redraw(name, layer, ranks, config, bases.get(name), cycle))
+            cleared += _reset_moments(name, layer, ranks, optimizer, config, old_factors, cycle)
     return RestartReport(cycle, config.optimizer, merged, cleared, time.perf_counter() - started)
 
 
@@ -174,8 +176,9 @@ def set_initial_directions_(model: nn.Module, how: RestartConfig, loss_of: Calla
     bases = gradient_bases(model, layers, loss_of, cycle=0) if config.basis == "gradient-svd" else {}
     for name, layer in layers.items():
         layer.check_restart()
-        lora_A, _ = _new_factors(layer, slice(0, layer.r), config, bases.get(name), cycle=0)
-        layer.lora_A.data.copy_(lora_A)
+        with whole_factors(layer):
+            lora_A, _ = _new_factors(layer, slice(0, layer.r), config, bases.get(name), cycle=0)
+            layer.lora_A.data.copy_(lora_A)
 
 
 def effective_rank(singular_values: Tensor) -> float:
@@ -234,7 +237,7 @@ def _check_layer(
             "to all of them; use stagger: layers or none, or trainable_scaling=False"
         )
     for kind, factor in layer.factors.items():
-        if not torch.isfinite(factor.sum()):
+        if not torch.isfinite(layer.total(factor)):
             raise NonFinite(f"{name}.{kind} is not finite before the restart into cycle {cycle}; no weight was changed")
         check_reset(optimizer, factor, config.optimizer, whole=whole)
 
@@ -244,13 +247,13 @@ def _merge_and_redraw(
 ) -> MergedUpdate:
     """Merge a layer's old product into its weight, give it new factors, and measure what was merged."""
     spectrum = update_spectrum(layer, ranks).cpu()
-    weight_norm = layer.base.exact.norm().item()
+    weight_norm = layer.norm(layer.base.exact)
     lora_A, lora_B = _new_factors(layer, ranks, config, basis, cycle)
     update = layer.replace_factors_(lora_A, lora_B, ranks)
     return MergedUpdate(
         name=name,
         shape=(layer.out_features, layer.in_features),
-        update_norm=update.norm().item(),
+        update_norm=layer.norm(update),
         weight_norm=weight_norm,
         effective_rank=effective_rank(spectrum),
         singular_values=spectrum.tolist(),
@@ -274,7 +277,7 @@ def _new_factors(
         basis = random_basis(layer, k, generator)
     elif config.basis == "weight-svd":
         weight = layer.base.reorient(layer.base.exact).to(layer.lora_A) + layer.base.reorient(layer.delta())
-        basis = leading_basis(weight, layer.r, generator)
+        basis = leading_basis(layer.whole(weight), layer.r, generator)
     assert basis is not None  # the gradient's is an argument
     u, v = basis
     if u.shape[1] > k:  # a basis for all ranks, of which some restart

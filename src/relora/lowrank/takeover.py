@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from relora.errors import NonFinite
 from relora.lowrank.directions import leading_basis
+from relora.lowrank.division import whole_factors
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
 from relora.seeding import keyed_generator
@@ -40,14 +41,15 @@ def take_over_(model: nn.Module, initial_weights: Mapping[str, Tensor]) -> float
     held = whole = 0.0
     for name, layer in low_rank_layers(model).items():
         layer.check_restart()
-        initial = initial_weights[name].to(layer.base.exact)
-        update = layer.base.reorient(layer.base.exact - initial).to(layer.lora_A)
+        initial = layer.own_rows(layer.base.reorient(initial_weights[name])).to(layer.base.exact)
+        update = layer.whole((layer.base.reorient(layer.base.exact) - initial).to(layer.lora_A))
         if not torch.isfinite(update.sum()):
             raise NonFinite(f"{name}.weight is not finite at the switch to low rank")
         if not update.any():
             continue
         lora_A, lora_B = _leading_factors(name, layer, update)
-        layer.replace_factors_(lora_A, lora_B)
+        with whole_factors(layer):
+            layer.replace_factors_(lora_A, lora_B)
         rest = update - layer.initial_scaling * lora_B @ lora_A
         whole += update.square().sum().item()
         held += update.square().sum().item() - rest.square().sum().item()

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from relora.errors import UserError
 from relora.lowrank.blocks import block_lists, is_inside
 from relora.lowrank.config import LowRankConfig, check_target
+from relora.lowrank.division import whole_shape
 from relora.lowrank.patterns import compile_end_pattern, compile_pattern
 from relora.lowrank.storage.nf4 import check_installed
 from relora.lowrank.usage import is_handed_over, usage_of
@@ -333,7 +334,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
 def _sides(layer: nn.Module) -> tuple[int, int]:
     """Return the sides (out, in) of a linear layer's weight."""
     assert isinstance(layer.weight, Tensor)
-    out_features, in_features = layer.weight.shape
+    out_features, in_features = whole_shape(layer.weight)
     return (in_features, out_features) if is_conv1d(layer) else (out_features, in_features)
 
 

@@ -63,7 +63,7 @@ class FrozenWeight:
         *,
         keep_master: bool = True,
     ) -> None:
-        self._layer, self._transposed, self._arithmetic = layer, transposed, arithmetic
+        self._layer, self.transposed, self._arithmetic = layer, transposed, arithmetic
         self._keep_master = keep_master
         self.master: Tensor | None = None
         """Exact fp32 weight in main memory; None as long as the stored weight itself is exact."""
@@ -125,9 +125,18 @@ class FrozenWeight:
         weight, scale, _ = self.operand(training=False)
         return weight.to(dtype, copy=True) if scale is None else dense_weight(weight, scale, dtype)
 
+    @property
+    def rows(self) -> int:
+        """Number of outputs whose weights this process holds; all of them unless the model is divided."""
+        return self._oriented_weight().shape[0]
+
+    def of_rows(self, rows: int) -> torch.Size:
+        """Return the shape of the exact weight of so many outputs."""
+        return self.reorient(torch.empty(rows, self._layer.in_features, device="meta")).shape
+
     def reorient(self, matrix: Tensor) -> Tensor:
         """Convert a matrix between the weight's own shape and [out, in]: transpose it if the weight is [in, out]."""
-        return matrix.T if self._transposed else matrix
+        return matrix.T if self.transposed else matrix
 
     @torch.no_grad()
     def add_(self, delta: Tensor) -> None:

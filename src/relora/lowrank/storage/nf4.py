@@ -61,6 +61,6 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     # One block per row where possible: with other row lengths that 64 does not divide, the CPU kernel of bitsandbytes
     # 0.50.2 confuses the scales.
     shape = torch.Size((numbers // BLOCK, BLOCK) if numbers % BLOCK == 0 else (1, numbers))
-    state = functional.QuantState(absmax, shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=kernel_dtype)
+    state = functional.QuantState(absmax.flatten(), shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=kernel_dtype)
     dense: Tensor = functional.dequantize_4bit(codes.reshape(-1, 1), state)
     return dense.reshape(rows, -1).to(dtype)
