@@ -101,7 +101,7 @@ OVERRIDES = [
     (["batch.sequences=7"], "micro_sequences (8)"),
     (["warm_start.steps=3000"], "warm_start.steps (3000)"),
     (["schedule.warmup_steps=3000"], "schedule.warmup_steps (3000)"),
-    (["restart.warmup_steps=1000"], "restart.every_steps (1000)"),
+    (["restart.warmup_steps=1000"], "restart.every_steps (20)"),
 ]
 SPELLINGS = [
     (["optimizer.lr"], "optimizer.lr"),

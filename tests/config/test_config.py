@@ -103,7 +103,7 @@ def test_warm_up_of_the_factors_is_that_of_the_run_unless_given(
         ("lowrank={ranks: spectrum, r: 0}", "`lowrank.r` is 0"),
         ("restart={adaptive: true, growth: 2}", "set `growth: 1`"),
         ("restart={adaptive: true, stagger: layers, warmup_steps: 0}", "set `stagger: none`"),
-        ("restart.warmup_steps=1000", r"shorter than restart.every_steps \(1000\)"),
+        ("restart.warmup_steps=1000", r"shorter than restart.every_steps \(20\)"),
         ("schedule.warmup_steps=3000", "must be shorter than the run"),
         ("precision.dtype=fp16", "'fp32', 'bf16' or 'bf16-mixed'"),
         ("data.train=[]", "data.train"),

@@ -9,7 +9,7 @@ from tests.paths import CONFIGS
 from tests.test_docs import COMMANDS, shown
 
 from relora.config import load_config
-from relora.config.pretraining import RESTARTS
+from relora.config.variants import PAPER, RENEWING
 from relora.errors import UserError
 from relora.experiments.methods import PRETRAINING_METHODS, control_shape, methods_of
 from relora.lowrank import inject
@@ -40,18 +40,24 @@ def test_every_name_gives_a_configuration(config: Path) -> None:
     assert list(found) == list(PRETRAINING_METHODS)
     settled = {name: load_config(config, overrides) for name, overrides in found.items()}
     assert {name: one.method for name, one in settled.items() if "relora" not in name and "restarts" not in name} == {
-        **dict.fromkeys(("full", "control", "galore", "apollo", "fira"), "full"),
-        **dict.fromkeys(("lora", "lora-warm", "residual", "residual-scratch"), "lora"),
+        **dict.fromkeys(("full", "full-muon", "control", "galore", "apollo", "fira"), "full"),
+        **dict.fromkeys(("lora", "lora-warm", "lora-muon", "lora-muon-warm", "residual", "residual-scratch"), "lora"),
     }
     assert {name for name, one in settled.items() if one.lowrank.residual.scale} == {"residual", "residual-scratch"}
     assert settled["galore"].optimizer.name == "galore" and settled["galore"].optimizer.projection.rank == 8
     assert settled["lora"].warm_start.steps == 0 and settled["lora-warm"].warm_start.auto
     # a variant sets every key that it stands for, even those that the configuration gives
-    for name, variant in (("relora", "default"), ("relora-paper", "paper")):
-        restart = settled[name].restart.model_dump()
-        assert settled[name].variant == variant and restart["every_steps"] == 1500
-        assert {key: restart[key] for key in RESTARTS[variant]} == RESTARTS[variant]
+    for name, variant, defaults in (("relora", "default", RENEWING), ("relora-paper", "paper", PAPER)):
+        assert settled[name].variant == variant
+        for section, keys in defaults.items():
+            found_keys = settled[name].model_dump()[section]
+            assert {key: found_keys[key] for key in keys} == keys
+    assert settled["relora-paper"].restart.every_steps == settled["relora-balanced"].restart.every_steps == 1500
     assert settled["relora-paper"].restart.warmup_steps == 20
+    assert settled["relora"].warm_start.takeover and not settled["relora-scratch"].warm_start.takeover
+    assert {name for name, one in settled.items() if one.method != "full" and one.optimizer.factors == "muon"} == {
+        *("relora", "relora-scratch", "lora-muon", "lora-muon-warm")
+    }
 
 
 def test_the_ablation_table_has_every_part_alone(config: Path) -> None:

@@ -13,24 +13,7 @@ from relora.config.sections import (
     WarmStartSettings,
 )
 from relora.config.training import TrainingConfig
-
-RESTARTS = {
-    "default": {"init": "balanced", "optimizer": "keep", "warmup_steps": 0},
-    "paper": {
-        "growth": 1.0,
-        "until": 1.0,
-        "ramp": "all",
-        "optimizer": "zero",
-        "init": "kaiming",
-        "stagger": "none",
-    },
-}
-"""Variant -> the defaults that it gives to keys of `restart`.
-
-`default`: balanced factors start at the norms that the old ones had reached, so the moments still fit and no warm-up is
-needed (docs/results.md). `paper`: Algorithm 1 of the ReLoRA paper (arXiv 2307.05695): all layers restart at once, with
-Kaiming lora_A and lora_B = 0, and every learning rate warms up from 0. The paper prunes moments; here they are cleared
-(`optimizer: magnitude` with a small `keep_ratio` prunes)."""
+from relora.config.variants import fill_variant
 
 
 class RunConfig(TrainingConfig):
@@ -40,7 +23,7 @@ class RunConfig(TrainingConfig):
     method: Literal["full", "lora", "relora"] = "relora"
     """Training method: full rank throughout, or factors after a warm start, without or with restarts."""
     variant: Literal["default", "paper"] = "default"
-    """Defaults of `restart`: those that cost least in docs/results.md, or Algorithm 1 of the ReLoRA paper."""
+    """Defaults of restarts: those that came nearest to full rank in docs/results.md, or the paper's Algorithm 1."""
     lowrank: PretrainingLowRankSettings = PretrainingLowRankSettings()
     warm_start: WarmStart = WarmStartSettings()
     schedule: ScheduleSettings
@@ -48,14 +31,9 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_restart(cls, tree: Any) -> Any:
-        """Give the keys of `restart` that are not given the defaults of the variant."""
-        if not isinstance(tree, dict) or not isinstance(tree.get("restart", {}), dict):
-            return tree
-        if tree.get("method", "relora") != "relora":
-            return tree
-        filled = RESTARTS.get(str(tree.get("variant", "default")), {})
-        return {**tree, "restart": {**filled, **tree.get("restart", {})}}
+    def _fill_variant(cls, tree: Any) -> Any:
+        """Give keys that are not given the defaults of the variant."""
+        return fill_variant(tree) if isinstance(tree, dict) else tree
 
     @property
     def batch_tokens(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from relora.config import RunConfig, load_config
-from relora.config.pretraining import RESTARTS
+from relora.config.variants import BALANCED, PAPER, RENEWING, Defaults
 from relora.errors import UserError
 from relora.lowrank import inject
 from relora.recipes.from_settings import lowrank_of
@@ -24,12 +24,17 @@ from relora.recipes.pretraining_inputs import open_configured_model
 _RELORA = ("method=relora",)
 
 
-def _variant(name: str) -> tuple[str, ...]:
-    """Return overrides that choose a variant of ReLoRA and set every key of `restart` that the variant stands for."""
-    return (*_RELORA, f"variant={name}", *(f"restart.{key}={value}" for key, value in RESTARTS[name].items()))
+def _overrides(defaults: Defaults) -> tuple[str, ...]:
+    """Write the defaults of a variant as overrides, which replace what the configuration gives."""
+    return tuple(
+        f"{section}.{key}={str(value).lower()}" for section, keys in defaults.items() for key, value in keys.items()
+    )
 
 
-_DEFAULT, _PAPER = _variant("default"), _variant("paper")
+_ADAMW, _MUON = "optimizer.factors=adamw", "optimizer.factors=muon"
+_DEFAULT = (*_RELORA, "variant=default", *_overrides(RENEWING))
+_BALANCED = (*_RELORA, "variant=default", _ADAMW, "restart.retain=0", *_overrides(BALANCED))
+_PAPER = (*_RELORA, "variant=paper", *_overrides(PAPER))
 _NO_WARM_START = "warm_start={steps: 0}"
 _RESIDUAL = "lowrank.residual.scale=1"
 _NO_RESET, _NO_RESTART_WARMUP = "restart.optimizer=keep", "restart.warmup_steps=0"
@@ -38,10 +43,16 @@ PRETRAINING_METHODS: dict[str, tuple[str, ...]] = {
     # the main table of the paper
     "full": ("method=full",),
     "control": ("method=full",),  # `methods_of` adds the shape that `control_shape` finds
-    "lora": ("method=lora", _NO_WARM_START),
-    "lora-warm": ("method=lora",),
+    "lora": ("method=lora", _ADAMW, _NO_WARM_START),
+    "lora-warm": ("method=lora", _ADAMW),
     "relora-paper": _PAPER,
     "relora": _DEFAULT,
+    # stronger baselines: Muon for all matrices, and for LoRA's factors; and restarts beside AdamW
+    "full-muon": ("method=full", "optimizer.matrices=muon"),
+    "lora-muon": ("method=lora", _MUON, _NO_WARM_START),
+    "lora-muon-warm": ("method=lora", _MUON),
+    "relora-balanced": _BALANCED,
+    "relora-balanced-scratch": (*_BALANCED, _NO_WARM_START),
     # the ablation table of the paper: no warm start, and one part of ReLoRA after the other
     "restarts": (*_PAPER, _NO_WARM_START, _NO_RESET, _NO_RESTART_WARMUP),
     "restarts-reset": (*_PAPER, _NO_WARM_START, _NO_RESTART_WARMUP),
@@ -49,8 +60,8 @@ PRETRAINING_METHODS: dict[str, tuple[str, ...]] = {
     "relora-paper-scratch": (*_PAPER, _NO_WARM_START),
     "relora-scratch": (*_DEFAULT, _NO_WARM_START),
     # LoRA whose frozen weights follow the part of their gradient that the factors cannot express
-    "residual": ("method=lora", _RESIDUAL),
-    "residual-scratch": ("method=lora", _RESIDUAL, _NO_WARM_START),
+    "residual": ("method=lora", _ADAMW, _RESIDUAL),
+    "residual-scratch": ("method=lora", _ADAMW, _RESIDUAL, _NO_WARM_START),
     # full-rank weights, moments at low rank; `methods_of` replaces {r} by lowrank.r
     "galore": ("method=full", "optimizer.name=galore", "optimizer.projection.rank={r}"),
     "apollo": ("method=full", "optimizer.name=apollo", "optimizer.projection.rank={r}"),

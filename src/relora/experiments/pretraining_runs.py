@@ -146,7 +146,8 @@ def _fingerprint(config: RunConfig) -> str:
             del tree[key]
         if config.optimizer.matrix_lr is not None:
             tree["matrices"] = config.lowrank.target_modules
-        tree["optimizer"] = {key: value for key, value in tree["optimizer"].items() if "lowrank" not in key}
+        of_factors = ("factors", "lowrank_lr", "lowrank_b_lr_ratio")
+        tree["optimizer"] = {key: value for key, value in tree["optimizer"].items() if key not in of_factors}
     if config.optimizer.name not in PROJECTED_OPTIMIZERS:
         del tree["optimizer"]["projection"]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
