@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from relora.config import RunConfig
+from relora.config import TrainingConfig
 from relora.recipes.from_settings import lowrank_of, optimizer_of
 from relora.train.optim import CODES_PER_SCALE, FEWEST_CODES, OptimizerConfig, rules_of
 from relora.train.projected_optimizers import PROJECTED_OPTIMIZERS, projected_matrices, state_shapes
@@ -21,7 +21,7 @@ Moments = Callable[[nn.Parameter], list[Tensor]]
 """Function of a parameter that trains; it returns new tensors like those that the optimizer keeps for it."""
 
 
-def moments_of(config: RunConfig, model: nn.Module) -> Moments:
+def moments_of(config: TrainingConfig, model: nn.Module) -> Moments:
     """Return the moments of a configuration's optimizer.
 
     Args:

@@ -12,18 +12,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from relora.config import RunConfig
+from relora.config import FinetuneConfig, RunConfig
+from relora.device import choose_device
 from relora.errors import RunStopped, UserError
 from relora.lowrank import inject
 from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.messages import first_line
 from relora.model.blocks import training_blocks
+from relora.model.load import open_model
 from relora.model.unused import leave_out_unused
 from relora.planning.moments import moments_of
-from relora.planning.probe import Measured
+from relora.planning.probe import Measured, process_bytes
 from relora.planning.step import StepFigures, StepShape, simulate
+from relora.recipes.finetuning_inputs import base_folder
 from relora.recipes.from_settings import autocast_of, schedule_of, settled_lowrank
 from relora.recipes.pretraining_inputs import open_configured_model
 from relora.train.embeddings import rows_added_in_place
@@ -91,7 +95,7 @@ def phases_of(config: RunConfig) -> list[tuple[Phase, int, int]]:
 
 
 def phase_cost(
-    config: RunConfig, name: Phase, first_step: int, steps: int, process: int, device: torch.device
+    config: RunConfig | FinetuneConfig, name: Phase, first_step: int, steps: int, process: int, device: torch.device
 ) -> PhaseCost:
     """Predict the cost of a phase.
 
@@ -105,6 +109,14 @@ def phase_cost(
     return PhaseCost(name, first_step, steps, figures, allocator_loss(figures), process, snapshot)
 
 
+def shape_of(config: RunConfig | FinetuneConfig) -> PreTrainedModel:
+    """Return the model of a configuration; within `torch.device("meta")`, its shapes only."""
+    trust = config.model.trust_remote_code
+    if isinstance(config, RunConfig):
+        return open_configured_model(config, trust_remote_code=trust)
+    return open_model(base_folder(config), trust_remote_code=trust)
+
+
 def allocator_loss(figures: StepFigures) -> int:
     """Return the bytes that glibc's allocator holds in addition to those in use."""
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
@@ -112,11 +124,25 @@ def allocator_loss(figures: StepFigures) -> int:
     return 0 if without_heap else int(HEAP_LOSS * figures.heap)
 
 
-def step_figures(config: RunConfig, phase: Phase, device: torch.device) -> StepFigures:
+def finetuning_peak(config: FinetuneConfig) -> int:
+    """Predict the bytes that a fine-tuning run takes at its worst moment: a micro-batch of longest examples.
+
+    Raises:
+        UserError: a classifier, or learned prompts: their steps are not simulated.
+    """
+    if config.task == "classification" or config.method == "llama-adapter":
+        kind = "a classifier" if config.task == "classification" else "learned prompts"
+        raise UserError(f"the memory of {kind} cannot be planned; leave the limit out, or try one run")
+    phase: Phase = "full" if config.method == "full" else "low_rank"
+    return phase_cost(config, phase, 0, 1, process_bytes(), choose_device(config.device)).checkpoint_peak
+
+
+def step_figures(config: RunConfig | FinetuneConfig, phase: Phase, device: torch.device) -> StepFigures:
     """Predict memory and time of a step of a phase, without allocating the model."""
     with torch.device("meta"):
-        model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code)
-    leave_out_unused(model, config.data.sequence_length)
+        model = shape_of(config)
+    if isinstance(config, RunConfig) or config.method == "full":
+        leave_out_unused(model, config.data.sequence_length)
     rates = calibrated(device)
     lowrank = settled_lowrank(config, model, device, rates)
     autocast = autocast_of(config)
