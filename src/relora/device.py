@@ -16,22 +16,25 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 """Required by `deterministic`; set on import, since torch reads it only once, at a process's first product on a GPU."""
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """Return the device of a name: `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Args:
+        local_rank: number of this process among those of the machine that train together; each has a GPU of its own.
 
     Raises:
         UserError: the name is none of these, or this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return _cuda(torch.device("cuda", local_rank))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device: `{name}` is none of auto, cpu, cuda, cuda:N, mps") from None
     if device.type == "cuda":
-        return _cuda(device)
+        return _cuda(torch.device("cuda", local_rank) if device.index is None else device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for, but this machine has none; set `device: auto`")
     if device.type not in ("cpu", "mps"):

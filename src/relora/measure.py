@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from relora.distributed.group import ALONE, Group
 from relora.errors import UserError
 from relora.model.head import IGNORED as IGNORED
 from relora.model.head import head_input
@@ -222,29 +223,40 @@ def evaluate(
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
     each_batch: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> Evaluation:
     """Measure the loss of a model on batches, without gradients and in evaluation mode; restore its mode afterwards.
 
-    Nothing is drawn from a random generator, so training continues as if this had not been called.
+    Nothing is drawn from a random generator, so training continues as if this had not been called. Several ranks share
+    the batches; each adds up the losses of all batches in their order, so the figure is the same for every number.
 
     Args:
         batches: arguments of `token_loss` after the model, one tuple for each batch.
         bytes_per_token: mean bytes of a token in the text that was tokenized, for bits per byte.
         device: device of the model; by default that of its first parameter.
         autocast: dtype of matrix products, where it is not that of the weights.
-        each_batch: called before every batch; an exception that it raises ends the evaluation.
+        each_batch: called before every batch, on several ranks by all of them alike before each batch of the first; an
+            exception that it raises ends the evaluation.
+        group: the processes that measure the model together, each of which has it and all batches.
 
     Raises:
         UserError: the batches have no token to score.
     """
     device = device or next(model.parameters()).device
-    loss_sum, tokens = 0.0, 0
+    losses: list[tuple[float, int]] = []
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for batch in batches:
-            each_batch()
+        for number, batch in enumerate(batches):
+            if number % group.world == 0:
+                each_batch()
+            if number % group.world != group.rank:
+                losses.append((0.0, 0))
+                continue
             batch_loss, batch_tokens = token_loss(model, *(tensor.to(device) for tensor in batch))
-            loss_sum += batch_loss.item()  # a Python float is fp64
-            tokens += int(batch_tokens.item())
+            losses.append((batch_loss.item(), int(batch_tokens.item())))
+    loss_sum, tokens = 0.0, 0
+    for batch_loss_sum, count in group.sum_(torch.tensor(losses, dtype=torch.float64).reshape(-1, 2)).tolist():
+        loss_sum += batch_loss_sum  # a Python float is fp64
+        tokens += int(count)
     return Evaluation.of(loss_sum, tokens, bytes_per_token * tokens if bytes_per_token else None)
 
 

@@ -1,6 +1,7 @@
 """The command `relora`; each verb reads its options and makes one call of the library.
 
 training   prepare, pretrain, finetune, compare
+tuning     tune
 planning   plan, config
 models     export, evaluate, generate, chat, report
 machine    doctor
@@ -21,8 +22,8 @@ from typing import NoReturn
 
 import typer
 
-from relora.cli import adapters, machine, models, planning, training
-from relora.errors import ReloraError
+from relora.cli import adapters, machine, models, planning, training, tuning
+from relora.errors import PeerFailed, ReloraError
 from relora.messages import first_line
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(training.app)
+app.add_typer(tuning.app)
 app.add_typer(planning.app)
 app.add_typer(models.app)
 app.add_typer(machine.app)
@@ -44,6 +46,8 @@ def main() -> None:
         # where Ctrl-C ends a verb, typer returns the exit status instead of raising an exception
         if status := app(sys.argv[1:] or ["--help"], prog_name="relora", standalone_mode=False):
             sys.exit(status)
+    except PeerFailed as error:  # another process of the run says why
+        sys.exit(error.exit_status)
     except ReloraError as error:
         _fail(str(error), error.exit_status)
     except typer.Exit as end:

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
@@ -55,14 +56,38 @@ def print_json(figures: Any) -> None:
     print(json.dumps(figures, indent=1, default=str))
 
 
-def refuse_several_processes() -> None:
-    """Refuse to train under a launcher that started several processes: each of them would write the same run folder.
+@contextmanager
+def launched() -> Iterator[bool]:
+    """Join the other processes, if a launcher such as torchrun has started several; an error is said by one of them.
 
-    Raises:
-        UserError: WORLD_SIZE, which `torchrun` and its like set, is not 1.
+    Yields:
+        Whether this process prints for all.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("WORLD_SIZE: this version trains in one process; start it without torchrun")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield True
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost process is a page of C++ beside our line
+    from relora.distributed.group import together
+
+    with together() as group:
+        yield group.is_first
+
+
+def processes_to_lead() -> int | None:
+    """Return how many processes a launcher gives this verb on this machine, which rank 0 does alone.
+
+    Rank 0 forgets the launcher, so that the runs that it starts are runs of one process.
+
+    Returns:
+        None on the other ranks, which have nothing to do.
+    """
+    from relora.distributed.launch import leave_launcher, place_of
+
+    place = place_of(os.environ)
+    if place is None:
+        return 1
+    leave_launcher()
+    return place.local_world if place.rank == 0 else None
 
 
 def parse_share(text: str) -> float:

@@ -15,10 +15,11 @@ from relora.cli.options import (
     Quiet,
     Strict,
     Until,
+    launched,
     parse_share,
     print_found,
     print_json,
-    refuse_several_processes,
+    processes_to_lead,
     unescape,
 )
 from relora.errors import UserError
@@ -47,6 +48,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn raw text into token files: a train and a validation folder, each with all that training needs."""
+    if processes_to_lead() is None:
+        return
     from relora.data.pretraining.prepare import prepare as run_prepare
     from relora.data.pretraining.progress import ConsoleProgress
 
@@ -83,19 +86,20 @@ def pretrain(
     from relora.config import load_config
 
     _ignore_checkpoint_requests()
-    settings = load_config(config, overrides or [])
     if dry_run:
+        settings = load_config(config, overrides or [])
         from relora.cli.tables.timetable import print_timetable
         from relora.planning.timetable import timetable_of
 
         timetable = timetable_of(settings)
         print_found(timetable, as_json, print_timetable)
         return
-    refuse_several_processes()
-    from relora.recipes.pretrain import pretrain as run_pretrain
+    with launched() as prints:
+        settings = load_config(config, overrides or [])
+        from relora.recipes.pretrain import pretrain as run_pretrain
 
-    result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
-    if as_json:
+        result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
+    if as_json and prints:
         print_json(asdict(result))
 
 
@@ -114,16 +118,18 @@ def finetune(
     from relora.config import load_finetune_config
 
     _ignore_checkpoint_requests()
-    settings = load_finetune_config(config, overrides or [])
-    from relora.planning.examples import show_examples
-    from relora.recipes.finetune import finetune as run_finetune
-
     if show:
+        settings = load_finetune_config(config, overrides or [])
+        from relora.planning.examples import show_examples
+
         print(show_examples(settings, show))
         return
-    refuse_several_processes()
-    result = run_finetune(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
-    if as_json:
+    with launched() as prints:
+        settings = load_finetune_config(config, overrides or [])
+        from relora.recipes.finetune import finetune as run_finetune
+
+        result = run_finetune(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
+    if as_json and prints:
         print_json(asdict(result))
 
 
@@ -152,7 +158,9 @@ def compare(
     """Methods on the same model and data, each with its best rate: held-out loss, time, memory, as table and page."""
     from relora.config import FinetuneConfig, load_any_config
 
-    refuse_several_processes()
+    processes = processes_to_lead()
+    if processes is None:
+        return
     settings = load_any_config(config, overrides or [])
     if isinstance(settings, FinetuneConfig):
         names = ("--method", "--tune-lr", "--rates", "--seeds", "--jobs", "--runs", "--keep")
@@ -175,7 +183,17 @@ def compare(
         from relora.experiments.results import as_figures
         from relora.experiments.tables import PRETRAINING_COLUMNS, pretraining_rows
 
-        budget = budget_of(lr or [], tune=tune_lr, multiples=rates, seeds=seeds, jobs=jobs, keep=keep, runs=runs)
+        if jobs is None and processes > 1:
+            jobs = processes
+        budget = budget_of(
+            lr or [],
+            tune=tune_lr,
+            multiples=rates,
+            seeds=seeds,
+            jobs=jobs,
+            keep=keep,
+            runs=runs,
+        )
         chosen = methods_of(methods or "full,lora-warm,relora", method or [], config, overrides or [])
         comparison = compare_pretraining(config, overrides or [], chosen, budget, partial(typer.echo, err=True))
         print_found(

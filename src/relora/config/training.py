@@ -2,6 +2,7 @@
 
 from pydantic import model_validator
 
+from relora.config.distributed import DistributedSettings
 from relora.config.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -43,6 +44,7 @@ class TrainingConfig(Settings):
     somewhat faster; a CPU does so anyway."""
     compile: bool = False
     """Compile the repeated blocks with torch.compile; on a CPU this needs a C++ compiler."""
+    distributed: DistributedSettings = DistributedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     non_finite: NonFiniteSettings = NonFiniteSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -6,8 +6,9 @@ as the others are alive: rank 0 may take its time to write a model. Nothing is p
 
 A mistake of the user is said once, by rank 0. A process that is lost is named, by the lowest rank that is left:
 
-    a rank raises in `stage`        all end there; rank 0 says the first rank's line
-    a rank ends while others sum    the others find its own line in the store, or see that its heart stands still
+    ranks raise the same error     rank 0 says it
+    one rank raises an error       it says it, with its number; the others find that in the store, and end silently
+    one rank ends without a word   its heart stands still
 """
 
 import json
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -30,7 +32,11 @@ from relora.errors import PeerFailed, ReloraError, RunStopped, UserError
 DEFAULT_TIMEOUT_SECONDS = 120.0
 _POLL_SECONDS = 0.02
 _SAME_LINE_SECONDS = 5.0
-"""Longest wait of a failing rank for rank 0 to say the same line."""
+"""Longest wait of a failing rank for rank 0 to say the same line. In training rank 0 learns of it by this one's end."""
+_STAGE_SECONDS = 60.0
+"""The same in a stage, at whose end rank 0 learns of it."""
+_LEAVE_SECONDS = 10.0
+"""Longest wait of rank 0 at the end for the others to leave: it holds the store."""
 _HEART_CHECK_SECONDS = 1.0
 """Pause between two looks at the beats of the others."""
 
@@ -78,7 +84,7 @@ class Group:
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """Let all ranks pass the block or none: an error of one ends all, and rank 0 says it."""
+        """Let all ranks pass the block or none: they meet at its end, and an error of one ends all."""
         yield
 
     @contextmanager
@@ -107,8 +113,9 @@ class Processes(Group):
         self.local_rank, self.local_world = place.local_rank, place.local_world
         self.timeout_seconds = DEFAULT_TIMEOUT_SECONDS
         self._meetings = 0
+        self._told: ReloraError | None = None
         self._is_connected = False
-        self._store: Store = open_store(place)
+        self._store: Store = PrefixStore(str(next(_joins)), open_store(place))
         # connections of their own, so that none waits behind an operation of another thread
         self._posts: Store = self._store.clone()  # type: ignore[attr-defined]
         self._heart = Heart(self._store.clone(), self.rank)  # type: ignore[attr-defined]
@@ -173,21 +180,11 @@ class Processes(Group):
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        failure: ReloraError | None = None
         try:
             yield
-        except PeerFailed:
-            raise
         except ReloraError as error:
-            failure = error
-        found = self.gather([str(failure), failure.exit_status] if failure else None)
-        first = next((rank for rank, one in enumerate(found) if one is not None), None)
-        if first is None:
-            return
-        line, status = found[first]
-        if self.is_first:
-            raise failure or _error_of(f"rank {first}: {line}", status)
-        raise PeerFailed(line, status)
+            raise self._settled(error, _STAGE_SECONDS) from None
+        self.meet(what)
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -197,27 +194,51 @@ class Processes(Group):
             raise self._lost(what, error) from None
 
     def settled(self, error: ReloraError) -> ReloraError:
-        if isinstance(error, PeerFailed):
-            return error
-        with suppress(RuntimeError):
-            self._store.set(f"failed/{self.rank}", json.dumps([str(error), error.exit_status]))
-            if self._store.add("failures", 1) == 1:
-                self._store.set("failed/first", str(self.rank))
-            if not self.is_first and self._said_by_first() == str(error):
-                return PeerFailed(str(error), error.exit_status)
-        return error if self.is_first else _error_of(f"rank {self.rank}: {error}", error.exit_status)
+        return self._settled(error, _SAME_LINE_SECONDS)
 
     def close(self) -> None:
+        self._disconnect()
+        with suppress(RuntimeError):
+            self._store.add("left", 1)
+            deadline = time.monotonic() + _LEAVE_SECONDS
+            while self.is_first and self._store.add("left", 0) < self.world and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)  # the store ends with this process, and others may still read from it
         self._heart.stop()
+
+    def _disconnect(self) -> None:
+        """Close torch's process group, so that others who wait for this rank in a sum learn that it ends."""
         if self._is_connected:
             self._is_connected = False
             with suppress(RuntimeError):
                 dist.destroy_process_group()
 
-    def _said_by_first(self) -> str | None:
-        """Wait shortly for rank 0 to fail as well, and return its line; None if it does not."""
-        deadline = time.monotonic() + _SAME_LINE_SECONDS
-        while time.monotonic() < deadline:
+    def _settled(self, error: ReloraError, seconds: float) -> ReloraError:
+        """Tell the other ranks why this one ends; return the error to end with.
+
+        Args:
+            seconds: longest wait for rank 0 to end, too. If it ends with the same line, it says it for both.
+        """
+        if error is self._told:
+            return error
+        line, status = str(error), error.exit_status
+        with suppress(RuntimeError):
+            if isinstance(error, PeerFailed):
+                self._store.set(f"silent/{self.rank}", "")
+            else:
+                self._store.set(f"failed/{self.rank}", json.dumps([line, status]))
+                if self._store.add("failures", 1) == 1:
+                    self._store.set("failed/first", str(self.rank))
+                self._disconnect()
+                if not self.is_first:
+                    said = self._said_by_first(seconds)
+                    error = PeerFailed(line, status) if said == line else _error_of(f"rank {self.rank}: {line}", status)
+        self._told = error
+        return error
+
+    def _said_by_first(self, seconds: float) -> str | None:
+        """Wait for rank 0 to end, and return its line; None if it has none of its own, or does not end."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._store.check(["silent/0"]):
             if self._store.check(["failed/0"]):
                 line: str = json.loads(self._store.get("failed/0"))[0]
                 return line
@@ -287,11 +308,13 @@ def _error_of(line: str, status: int) -> ReloraError:
 
 
 ALONE = Group()
-_group: Group | None = None
+_group: Processes | None = None
+_joins = count()
+"""Number of the next group that this process joins: they share the store."""
 
 
 def current_group() -> Group:
-    """Return the group of this process, which it joins at the first call by the launcher's variables.
+    """Return the group of this process, which it joins at the first call by the launcher's variables; else `ALONE`.
 
     Raises:
         UserError: a variable of the launcher is missing or wrong; only rank 0 says so.
@@ -305,7 +328,9 @@ def current_group() -> Group:
             if rank_named_by(os.environ):
                 raise PeerFailed(str(error), error.exit_status) from None
             raise
-        _group = ALONE if place is None else Processes(place)
+        if place is None:
+            return ALONE
+        _group = Processes(place)
     return _group
 
 
@@ -316,9 +341,9 @@ def together() -> Iterator[Group]:
     Inside another such block it is the same group, and the outer block ends it.
     """
     global _group
-    is_outer = _group is None
+    is_inner = _group is not None
     group = current_group()
-    if group is ALONE or not is_outer:
+    if group is ALONE or is_inner:
         yield group
         return
     try:
@@ -328,4 +353,4 @@ def together() -> Iterator[Group]:
         raise group.settled(error) from None
     finally:
         group.close()
-        _group = ALONE
+        _group = None

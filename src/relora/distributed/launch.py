@@ -8,6 +8,7 @@ other launchers with a line of shell. Under torchrun the store at that address o
 attempt opens a store of its own and the launcher's store only says where it is.
 """
 
+import functools
 import json
 import os
 import secrets
@@ -92,8 +93,9 @@ def leave_launcher() -> None:
         os.environ.pop(name, None)
 
 
+@functools.cache
 def open_store(place: Place) -> "TCPStore":
-    """Open the store of this attempt: rank 0 holds it, and the others find it through the launcher's.
+    """Open the store of this attempt: rank 0 holds it, and the others find it through the launcher's. It is kept open.
 
     Raises:
         RunStopped: the store was not found in `JOIN_SECONDS`.

@@ -139,7 +139,7 @@ class Tree(Reduction):
             own = torch.stack([*sums, *[sums[0]] * (rows - len(sums))])  # ranks with fewer nodes fill up their rows
             everything = own.new_empty(self.group.world * rows, own.shape[1])
             with self.group.guarded("the sum of the gradients"):
-                dist.all_gather_into_tensor(everything, own)
+                dist.all_gather_single(everything, own)
             self.sent_bytes += own.nbytes
             for parameter, gradient in zip(bucket, unpacked(_total(root, everything, places), bucket), strict=True):
                 parameter.grad = gradient

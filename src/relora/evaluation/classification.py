@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from relora.distributed.group import ALONE, Group
 from relora.errors import UserError
 from relora.evaluation.label_metrics import accuracy, f1, macro_f1, matthews, pearson, spearman
 from relora.measure import Evaluation, evaluating, perplexity
@@ -72,30 +73,43 @@ def evaluate_classes(
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
     each_batch: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> ClassEvaluation:
     """Score a classifier on batches of examples.
 
     The model's mode is as before when this returns. No random numbers are drawn, so training goes on as if this had not
-    been called.
+    been called. Several ranks share the batches, and the figures are the same for every number of them.
 
     Args:
         batches: (input ids, labels, lengths) of each batch, see `relora.model.classifier.class_loss`.
         device: the device of the model; by default that of its first parameter.
         autocast: dtype of matrix products, if it differs from that of the weights.
-        each_batch: called before every batch; an exception that it raises ends the evaluation.
+        each_batch: called before every batch (see `relora.measure.evaluate`); an exception that it raises ends the
+            evaluation.
+        group: the processes that measure the model together, each of which has it and all batches.
 
     Raises:
         UserError: there is no example.
     """
     device = device or next(model.parameters()).device
-    loss_sum, predictions, all_labels, classes = 0.0, [], [], 0
+    losses, predictions, all_labels = [], [], []
+    classes = len(model.score.weight)
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for input_ids, labels, lengths in batches:
-            each_batch()
+        for number, (input_ids, labels, lengths) in enumerate(batches):
+            if number % group.world == 0:
+                each_batch()
+            all_labels += labels.tolist()
+            losses.append(0.0)
+            if number % group.world != group.rank:
+                predictions += [0.0] * len(labels)
+                continue
             logits = class_logits(model, input_ids.to(device), lengths.to(device))  # [n, classes]
-            loss_sum += logits_loss(logits, labels.to(device))[0].item()  # a Python float is fp64
-            classes = logits.shape[-1]
+            losses[-1] = logits_loss(logits, labels.to(device))[0].item()
             predicted = logits.squeeze(-1) if classes == 1 else logits.argmax(dim=-1)  # [n]
             predictions += predicted.tolist()
-            all_labels += labels.tolist()
-    return ClassEvaluation.of(loss_sum, predictions, all_labels, classes)
+    loss_sum = 0.0
+    for batch_loss in group.sum_(torch.tensor(losses, dtype=torch.float64)).tolist():
+        loss_sum += batch_loss  # a Python float is fp64
+    predictions = group.sum_(torch.tensor(predictions, dtype=torch.float64)).tolist()
+    whole = predictions if classes == 1 else [int(label) for label in predictions]
+    return ClassEvaluation.of(loss_sum, whole, all_labels, classes)

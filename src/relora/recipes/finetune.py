@@ -19,6 +19,7 @@ from relora.config import FinetuneConfig
 from relora.data.finetuning.instruct import prompts
 from relora.data.tokenizer import save_tokenizer
 from relora.device import free_memory_bytes
+from relora.distributed.group import together
 from relora.errors import UserError
 from relora.files.atomic import write_json
 from relora.inference.decoding import Sampling, continue_prompt
@@ -55,8 +56,11 @@ def finetune(
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
         until: stop after this step, with a checkpoint from which the same call goes on (see `run_job`).
     """
-    check_optimizer(config.optimizer.name)
-    return train_on(config, gather_finetuning(config), fresh=fresh, strict=strict, quiet=quiet, until=until)
+    with together() as group:
+        with group.stage("the opening of data and model"):
+            check_optimizer(config.optimizer.name)
+            inputs = gather_finetuning(config)
+        return train_on(config, inputs, fresh=fresh, strict=strict, quiet=quiet, until=until)
 
 
 def train_on(
@@ -133,16 +137,14 @@ def _leaves_model(config: FinetuneConfig) -> bool:
 def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: Path, position: Position) -> Evaluation:
     """Write the adapter or model, answers to held-out prompts and the report; return the held-out loss."""
     model, reporter = inputs.model, run.reporter
-    base = str(_base_of(config, inputs, folder))
     if _leaves_model(config):
         merge(model)
         fold_rows(model)
-        left = save_model(model, folder / "model", inputs.tokenizer)
-    elif config.method == "lora":
-        left = save_adapter(model, folder / "adapter", base=base, overwrite=True)
-    else:
-        left = save_prompts(model, folder / "adapter", base=base, overwrite=True)
+    left = _write_result(config, inputs, folder) if run.group.is_first else ""
+    run.group.meet("the trained model")
     evaluation = measure_result(run, position, lambda: _evaluate_result(config, inputs, reporter, folder))
+    if not run.group.is_first:
+        return evaluation
     if inputs.asks and config.samples.examples:
         try:
             without_room = _write_answers(config, inputs, run.schedule.total_steps, folder)
@@ -159,6 +161,15 @@ def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: 
     except UserError as error:  # damaged metric files; the trained model does not depend on them
         reporter.warning(f"no report: {error}")
     return evaluation
+
+
+def _write_result(config: FinetuneConfig, inputs: FinetuningInputs, folder: Path) -> str:
+    """Write the model, whose factors are merged, or the adapter; return a line about it."""
+    base = str(_base_of(config, inputs, folder))
+    if _leaves_model(config):
+        return str(save_model(inputs.model, folder / "model", inputs.tokenizer))
+    save = save_adapter if config.method == "lora" else save_prompts
+    return str(save(inputs.model, folder / "adapter", base=base, overwrite=True))
 
 
 def _evaluate_result(config: FinetuneConfig, inputs: FinetuningInputs, reporter: Reporter, folder: Path) -> Evaluation:

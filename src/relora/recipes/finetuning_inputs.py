@@ -30,6 +30,7 @@ from relora.data.finetuning.records import Record, Records, split
 from relora.data.readers import column_names
 from relora.data.tokenizer import load_tokenizer, vocabulary_size
 from relora.device import choose_device
+from relora.distributed.group import ALONE, current_group
 from relora.errors import UserError
 from relora.evaluation.classification import evaluate_classes
 from relora.evaluation.scored_model import BATCH
@@ -91,23 +92,29 @@ class FinetuningInputs:
 
     def evaluate(self, config: FinetuneConfig, model: nn.Module, each_batch: Callable[[], None]) -> Evaluation:
         """Measure held-out loss and scores of a model in training; `each_batch` is called before each batch."""
-        autocast = autocast_of(config)
+        autocast, group = autocast_of(config), current_group()
         if isinstance(self.held_out, HeldOutClasses):
             assert isinstance(model, PreTrainedModel)  # `self.model`, whose type the loop does not know
-            scored = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch)
+            scored = evaluate_classes(model, self.held_out, autocast=autocast, each_batch=each_batch, group=group)
             return marked_as_sample(scored.as_evaluation(), self.held_out.whole_targets)
-        found = evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch)
+        found = evaluate(model, self.held_out, autocast=autocast, each_batch=each_batch, group=group)
         return marked_as_sample(found, self.held_out.whole_targets)
 
-    def evaluate_whole(self, model: PreTrainedModel, reporter: Reporter) -> Evaluation:
-        """Measure the finished model on all held-out examples: the figure that an evaluation of the result gives."""
-        held_out = self.held_out
+    def evaluate_whole(self, model: PreTrainedModel, reporter: Reporter, *, shared: bool = True) -> Evaluation:
+        """Measure the finished model on all held-out examples: the figure that an evaluation of the result gives.
+
+        Args:
+            shared: all ranks call this and share the work; otherwise this process does all of it.
+        """
+        held_out, group = self.held_out, current_group() if shared else ALONE
         if isinstance(held_out, HeldOutClasses):
             classes = HeldOutClasses(held_out.examples, sequences=BATCH)
             size = f"{classes.targets:,} examples"
-            return evaluate_classes(model, reporter.measuring(classes, len(classes), size)).as_evaluation()
+            shown = reporter.measuring(classes, len(classes), size)
+            return evaluate_classes(model, shown, group=group).as_evaluation()
         batches = HeldOutExamples(held_out.whole, micro_sequences=BATCH, pad_id=0)
-        return evaluate(model, reporter.measuring(batches, len(batches), f"{batches.targets:,} tokens"))
+        size = f"{batches.targets:,} tokens"
+        return evaluate(model, reporter.measuring(batches, len(batches), size), group=group)
 
 
 def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
@@ -117,7 +124,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
         UserError: one of them cannot be used, or they do not fit together.
     """
     check_trackers(config.log.trackers)
-    device = choose_device(config.device)
+    device = choose_device(config.device, current_group().local_rank)
     base, trust = base_folder(config), config.model.trust_remote_code
     tokenizer = load_tokenizer(str(base), trust_remote_code=trust)
     train, held_out_records, source_notes = read_records(config)

@@ -6,7 +6,7 @@ and refused before anything is written stands in `resume`.
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from relora.config import TrainingConfig
 from relora.device import deterministic
+from relora.distributed.group import ALONE, Group, current_group
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.costs import Rates
@@ -22,11 +23,14 @@ from relora.measure import Evaluation, token_loss
 from relora.model.blocks import training_blocks
 from relora.model.head import whole_logits_reason
 from relora.recipes.from_settings import adaptive_of, autocast_of, lowrank_notes, optimizer_of, restart_of
+from relora.recipes.ranks import join, opened_checkpoints, reduction_of, see_run_folder
 from relora.recipes.resume import Start, find_start
 from relora.report.console import Console
 from relora.report.reporter import Reporter
+from relora.report.silent import SilentReporter
 from relora.report.trackers import open_trackers
 from relora.runs.folder import check_space, claim, describe_run
+from relora.train.agreement import agree_on_all
 from relora.train.checkpoint import Checkpoints
 from relora.train.loop import train
 from relora.train.memory import HeldBytes, held_bytes
@@ -84,6 +88,8 @@ Finish = Callable[[Run, Path, Position], Evaluation]
 def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool, until: int | None = None) -> RunResult:
     """Train a job to its end, continuing what its run folder holds.
 
+    Of several ranks all call this. Rank 0 writes the run folder, which all have to see.
+
     Args:
         until: stop after this step of the same schedule, with a checkpoint from which the run can go on; nothing is
             written then but checkpoint and metrics. A run that was continued ends in the same bits as one without stop.
@@ -94,33 +100,53 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool,
         UserError: a setting, a folder or a combination that cannot be used, found before anything is written.
         RunStopped, Interrupted: see `relora.errors`; the same call continues from the last checkpoint.
     """
-    config, model = job.config, job.task.model
-    if config.optimizer.name in PROJECTED_OPTIMIZERS:
-        projected_matrices(model, config.optimizer.projection.rank)  # refuses a rank that does not fit the model
-    blocks = training_blocks(model, checkpointing=config.memory.activation_checkpointing, compiled=config.compile)
-    check_space(Path(config.output_dir), job.needed_bytes, continuing=not fresh)
-    _check_until(until, job, done=0)
-    with claim(config, fresh) as folder, _open_checkpoints(config, folder) as checkpoints:
-        start = find_start(
-            folder, checkpoints, config, job.device, job.content, job.schedule_of, job.lowrank_of, strict=strict
-        )
-        _check_until(until, job, done=start.step)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        describe_run(folder, config, parameters, lowrank_notes(config, model))
-        job.write_tokenizer(folder / "tokenizer")  # with it an export needs no data
-        with _open_reporter(job, folder, start, quiet) as reporter:
-            _announce(job, start, reporter)
-            run = replace(assemble(job, start, reporter, checkpoints), until=until)
-            with deterministic(job.device) if config.deterministic else nullcontext(), blocks:
-                end = train(run, restore(run, start.checkpoint))
-            state, measured = end.state, end.evaluation
-            memory = held_bytes(model, end.optimizer, start.lowrank.residual)
-            position = end.position(max(state.step - 1, 0))
-            del end  # frees the moments: what `finish` does takes memory, too
-            trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            if measured is None or state.step == run.schedule.total_steps:
-                measured = finish(run, folder, position)
-    return RunResult(folder, state.step, state.tokens, trainable, memory, measured)
+    config, model, group = job.config, job.task.model, current_group()
+    join(config, job.device, job.content, group)
+    with ExitStack() as held:
+        with group.stage("the opening of the run folder"):
+            if config.optimizer.name in PROJECTED_OPTIMIZERS:
+                projected_matrices(
+                    model, config.optimizer.projection.rank
+                )  # refuses a rank that does not fit the model
+            memory = config.memory.activation_checkpointing
+            blocks = training_blocks(model, checkpointing=memory, compiled=config.compile)
+            check_space(Path(config.output_dir), job.needed_bytes, continuing=not fresh)
+            _check_until(until, job, done=0)
+            folder = held.enter_context(claim(config, fresh)) if group.is_first else Path(config.output_dir)
+        checkpoints = held.enter_context(opened_checkpoints(config, folder, group))
+        with group.stage("the beginning of the run"):
+            start = find_start(
+                folder,
+                checkpoints,
+                config,
+                job.device,
+                job.content,
+                job.schedule_of,
+                job.lowrank_of,
+                strict=strict,
+                group=group,
+            )
+            _check_until(until, job, done=start.step)
+            if group.is_first:
+                parameters = sum(parameter.numel() for parameter in model.parameters())
+                describe_run(folder, config, parameters, lowrank_notes(config, model))
+                job.write_tokenizer(folder / "tokenizer")  # with it an export needs no data
+        see_run_folder(folder, group)
+        reporter = held.enter_context(_open_reporter(job, folder, start, quiet, group))
+        _announce(job, start, reporter)
+        run = replace(assemble(job, start, reporter, checkpoints, group), until=until)
+        with deterministic(job.device) if config.deterministic else nullcontext(), blocks:
+            progress = restore(run, start.checkpoint)
+            agree_on_all(run, progress, "before the first step")
+            end = train(run, progress)
+        state, measured = end.state, end.evaluation
+        held_memory = held_bytes(model, end.optimizer, start.lowrank.residual)
+        position = end.position(max(state.step - 1, 0))
+        del end, progress  # frees the moments: what `finish` does takes memory, too
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if measured is None or state.step == run.schedule.total_steps:
+            measured = finish(run, folder, position)
+    return RunResult(folder, state.step, state.tokens, trainable, held_memory, measured)
 
 
 def _check_until(until: int | None, job: Job, *, done: int) -> None:
@@ -139,7 +165,7 @@ def measure_result(run: Run, position: Position, measure: Callable[[], Evaluatio
     return evaluation
 
 
-def assemble(job: Job, start: Start, reporter: Reporter, checkpoints: Checkpoints) -> Run:
+def assemble(job: Job, start: Start, reporter: Reporter, checkpoints: Checkpoints, group: Group = ALONE) -> Run:
     """Build the run that the loop takes: the job's task, with every setting turned into what the loop uses."""
     config, adaptive = job.config, adaptive_of(job.config)
     runs_ahead = job.device.type == "cuda" and config.optimizer.name == "adamw" and not adaptive.watches_loss
@@ -164,15 +190,15 @@ def assemble(job: Job, start: Start, reporter: Reporter, checkpoints: Checkpoint
         evaluate_every_steps=config.evaluate.every_steps,
         measured_restarts=config.measured_restarts,
         checkpoint_every_steps=config.checkpoint.every_steps,
+        group=group,
+        reduction=reduction_of(config, group),
     )
 
 
-def _open_checkpoints(config: TrainingConfig, folder: Path) -> Checkpoints:
-    settings = config.checkpoint
-    return Checkpoints(folder / "checkpoints", settings.keep_last, background=settings.background)
-
-
-def _open_reporter(job: Job, folder: Path, start: Start, quiet: bool) -> Reporter:
+def _open_reporter(job: Job, folder: Path, start: Start, quiet: bool, group: Group) -> Reporter:
+    """Open the reporter of the run on rank 0; that of the others writes and shows nothing."""
+    if not group.is_first:
+        return SilentReporter()
     config = job.config
     trackers = open_trackers(config.log.trackers, folder, config.model_dump(mode="json"), start.step)
     return Reporter(folder, job.schedule_of(config).total_steps, trackers, Console(quiet=quiet))

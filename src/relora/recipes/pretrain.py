@@ -10,6 +10,7 @@ from torch import nn
 
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
+from relora.distributed.group import together
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import write_json
 from relora.inference.generate import sample_texts
@@ -35,16 +36,19 @@ def pretrain(
         strict: refuse to continue from an older checkpoint than the newest, or where the last bits would differ.
         until: stop after this step, with a checkpoint from which the same call goes on (see `run_job`).
     """
-    check_optimizer(config.optimizer.name)
-    inputs = gather_pretraining(config)
-    return run_job(
-        job_of(config, inputs),
-        lambda run, folder, position: _finish(config, inputs, run, folder, position),
-        fresh=fresh,
-        strict=strict,
-        quiet=quiet,
-        until=until,
-    )
+    with together() as group:
+        with group.stage("the opening of data and model"):
+            check_optimizer(config.optimizer.name)
+            inputs = gather_pretraining(config)
+            job = job_of(config, inputs)
+        return run_job(
+            job,
+            lambda run, folder, position: _finish(config, inputs, run, folder, position),
+            fresh=fresh,
+            strict=strict,
+            quiet=quiet,
+            until=until,
+        )
 
 
 def job_of(config: RunConfig, inputs: PretrainingInputs) -> Job:
@@ -90,8 +94,12 @@ def _taking_over(config: RunConfig, inputs: PretrainingInputs) -> Callable[[nn.M
 def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path, position: Position) -> Evaluation:
     """Write the trained model, sampled texts and the report; return the held-out loss of the written model."""
     merge(inputs.model)
-    save_model(inputs.model, folder / "model", inputs.tokenizer)
+    if run.group.is_first:
+        save_model(inputs.model, folder / "model", inputs.tokenizer)
+    run.group.meet("the trained model")
     evaluation = measure_result(run, position, lambda: inputs.evaluate_whole(inputs.model, run.reporter))
+    if not run.group.is_first:
+        return evaluation
     try:
         _write_samples(config, inputs, folder)
     except UserError as error:  # the trained model does not depend on them

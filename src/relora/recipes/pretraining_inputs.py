@@ -17,6 +17,7 @@ from relora.data.pretraining.batches import HeldOut, TrainBatches, check_same_to
 from relora.data.pretraining.shards import PreparedFolder
 from relora.data.tokenizer import fingerprint, load_tokenizer
 from relora.device import choose_device
+from relora.distributed.group import current_group
 from relora.errors import UserError
 from relora.evaluation.scored_model import BATCH
 from relora.lowrank.targets import find_targets
@@ -59,6 +60,7 @@ class PretrainingInputs:
             bytes_per_token=self.bytes_per_token,
             autocast=autocast_of(config),
             each_batch=each_batch,
+            group=current_group(),
         )
         return marked_as_sample(found, self.held_out.whole_targets)
 
@@ -67,7 +69,7 @@ class PretrainingInputs:
         folder = self.held_out.folder
         batches = HeldOut(folder, self.held_out.sequence_length, folder.tokens, BATCH)
         shown = reporter.measuring(batches, len(batches), f"{batches.targets:,} tokens")
-        return evaluate(model, shown, bytes_per_token=self.bytes_per_token)
+        return evaluate(model, shown, bytes_per_token=self.bytes_per_token, group=current_group())
 
 
 def gather_pretraining(config: RunConfig) -> PretrainingInputs:
@@ -77,7 +79,7 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
         UserError: one of them cannot be used, or they do not fit together.
     """
     check_trackers(config.log.trackers)
-    device = choose_device(config.device)
+    device = choose_device(config.device, current_group().local_rank)
     batches, held_out = open_data(config)
     validation = held_out.folder
     model, vocabulary_notes = open_fitting_model(config, validation)

@@ -11,9 +11,10 @@ from typing import TypeVar
 import torch
 
 from relora.config import TrainingConfig, load_any_config
+from relora.distributed.group import ALONE, Group
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
-from relora.lowrank.calibrate import from_json, to_json
+from relora.lowrank.calibrate import calibrated, from_json, to_json
 from relora.lowrank.costs import Rates
 from relora.recipes.from_settings import adaptive_of
 from relora.runs.changes import allowed_changes, check_settings
@@ -53,8 +54,11 @@ def find_start(
     lowrank_of: Callable[[Rates | None], LowRankConfig],
     *,
     strict: bool,
+    group: Group = ALONE,
 ) -> Start:
     """Find the checkpoint to continue from in a run folder, and check that this configuration continues that run.
+
+    Of several ranks all call this; they go on from the checkpoint that rank 0 finds, and compute by its rates.
 
     Args:
         content: fingerprints of the data and the model, under keys of `FIXED`, and the setting `HELD_OUT`.
@@ -69,17 +73,27 @@ def find_start(
     warnings += damaged
     # A continued run computes by the rates that it was begun with, whatever this machine measures today.
     kept = from_json(str(checkpoint.manifest.settings.get("rates"))) if checkpoint else None
+    if kept is None and group.world > 1 and config.method in ("lora", "relora"):
+        kept = from_json(group.broadcast(to_json(calibrated(device)) if group.is_first else None))
     lowrank = lowrank_of(kept)
     settings = {**numeric_environment(device, config.precision.dtype), **content}
     settings["compile"] = "inductor" if config.compile else "none"
     if device.type == "cuda":
         settings["sums"] = "in one order" if config.deterministic else "in any order"
     settings["frozen"] = lowrank.frozen
+    settings["gradient_sums"] = _order_of_sums(config, group.world)
     if checkpoint:
         warnings += check_settings(checkpoint.manifest.settings, settings, strict=strict)
     if lowrank.rates:
         settings["rates"] = to_json(lowrank.rates)
     return Start(checkpoint, lowrank, settings, warnings)
+
+
+def _order_of_sums(config: TrainingConfig, world: int) -> str:
+    """Describe the order in which a step's gradients are added up, on which their last bits depend."""
+    if config.distributed.deterministic:
+        return "in a tree"
+    return "in turn" if world == 1 else f"over {world} ranks"
 
 
 def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], Schedule]) -> list[str]:

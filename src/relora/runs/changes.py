@@ -13,7 +13,7 @@ from pathlib import Path
 from relora.config import RunConfig, TrainingConfig
 from relora.errors import UserError
 
-FREE = ("output_dir", "log", "checkpoint", "samples")
+FREE = ("output_dir", "log", "checkpoint", "samples", "distributed.strategy", "distributed.timeout_seconds")
 """Keys and sections that may change without a word."""
 ALLOWED = {
     "schedule.total_steps": "",
@@ -27,6 +27,7 @@ ALLOWED = {
     "device": "sums are rounded, and dropout is drawn, differently",
     "compile": "sums are rounded, and dropout is drawn, differently",
     "deterministic": "",
+    "distributed.deterministic": "sums are rounded differently",
     "memory": "the same bits, but for compiled blocks",
     "variant": "what it stands for is compared",
     "data.train.path": "the same tokens",
@@ -43,7 +44,7 @@ HELD_OUT = "held_out"
 """Setting that says how held-out tokens are chosen in training; checkpoints from before samples do not have it."""
 SAMPLE, WHOLE = "systematic sample", "whole"
 """Its values: they are drawn from a larger held-out part, or are all of it. Other samples were drawn in other ways."""
-DEFAULT_SETTINGS = {"compile": "none", "frozen": "native", "sums": "in any order"}
+DEFAULT_SETTINGS = {"compile": "none", "frozen": "native", "sums": "in any order", "gradient_sums": "in turn"}
 """Settings of checkpoints that were written before these were recorded."""
 
 

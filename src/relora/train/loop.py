@@ -9,6 +9,9 @@ continued run does all of that again.
 
 On CUDA the host runs ahead of the device and synchronises only before logging, saving and evaluating. A signal that
 arrives in between waits for one more step.
+
+With several processes all of them run this loop. Each computes the same numbers from the same sums (`distributed`), so
+each comes to the same decisions; rank 0 writes, and what a signal asks of one is agreed between two steps.
 """
 
 import math
@@ -18,13 +21,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import NoReturn
 
-from relora.device import peak_memory_bytes
 from relora.errors import Interrupted, NonFinite
 from relora.lowrank import inject, restart
 from relora.lowrank.allocation import with_ranks
 from relora.lowrank.residual import residual_steps
 from relora.lowrank.restart import set_initial_directions_
 from relora.train.adaptive import decide
+from relora.train.agreement import agree_on_all, figures_of_ranks
 from relora.train.optim import build_optimizer, carry_state, set_lr
 from relora.train.recovery import recover, resolve_pending
 from relora.train.run import Progress, Run, held_out_figures, next_loss, save, save_due
@@ -39,7 +42,7 @@ def train(run: Run, progress: Progress) -> Progress:
         Interrupted: a signal asked to stop; a checkpoint was written.
         RunStopped: numbers stopped being finite, a tensor does not train, or the disk failed.
     """
-    with Signals() as signals:
+    with Signals(run.group) as signals:
         while True:
             try:
                 if _save_and_evaluate(run, progress, signals):
@@ -48,6 +51,7 @@ def train(run: Run, progress: Progress) -> Progress:
             except NonFinite as failure:
                 progress = recover(run, progress, failure)
         run.checkpoints.wait()
+        signals.agree()
         if signals.stop:
             _stop(run, progress, signals.stop)
     return progress
@@ -58,6 +62,7 @@ def _save_and_evaluate(run: Run, progress: Progress, signals: Signals) -> bool:
     step = progress.state.step
 
     def stop_if_asked() -> None:
+        signals.agree()
         if signals.stop:
             _stop(run, progress, signals.stop)
 
@@ -89,16 +94,19 @@ def _advance(run: Run, progress: Progress, signals: Signals) -> None:
 
 def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
     """Take one optimizer step and move the state past it; `sync`: wait for the device and check its figures."""
-    started = time.perf_counter()
+    started, waited = time.perf_counter(), run.reduction.waited_seconds
     if sync:
         resolve_pending(progress)
     before, step = progress.state, progress.state.step
     set_lr(progress.optimizer, progress.schedule, step)
+    reading = time.perf_counter()
+    batch = run.batch_at(before.batch)
+    progress.unlogged_data_seconds += time.perf_counter() - reading
     with residual_steps(run.model, progress.optimizer, run.lowrank.residual, step):
         outcome = train_step(
             run.model,
             progress.optimizer,
-            run.batch_at(before.batch),
+            batch,
             run.loss,
             seed=run.seed,
             step=step,
@@ -107,6 +115,7 @@ def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
             autocast=run.autocast,
             check_gradients=_check_due(progress, step),
             sync=sync,
+            reduction=run.reduction,
         )
     if sync and _check_due(progress, step):
         _say_without_gradient(run, progress, outcome.without_gradient)
@@ -114,6 +123,7 @@ def _take_step(run: Run, progress: Progress, sync: bool) -> StepOutcome:
         progress.pending.append((before, outcome.nonfinite_flag))
     progress.state = before.after(outcome.tokens, outcome.loss if run.adaptive.watches_loss else None)
     progress.unlogged_seconds += time.perf_counter() - started
+    progress.unlogged_waited_seconds += run.reduction.waited_seconds - waited
     progress.unlogged_tokens += outcome.tokens
     return outcome
 
@@ -126,6 +136,7 @@ def _switch(run: Run, progress: Progress) -> None:
     full_rank_optimizer = progress.optimizer
     progress.optimizer = build_optimizer(run.model, run.optimizer)
     carry_state(full_rank_optimizer, progress.optimizer)
+    agree_on_all(run, progress, "after the switch")
     run.reporter.message(f"step {progress.state.step}  low-rank phase begins: {report}")
     for line in (*report.notes, *([said] if said else [])):
         run.reporter.message(f"low-rank phase: {line}")
@@ -143,6 +154,7 @@ def _restart(run: Run, progress: Progress) -> None:
         cycle=progress.schedule.cycle(step),
         loss_of=lambda model: next_loss(run, progress, model),
     )
+    agree_on_all(run, progress, "after the restart")
     if measured:
         # A signal does not interrupt this evaluation: between a restart and the next step no checkpoint can be written.
         before = math.nan if progress.evaluation is None else progress.evaluation.loss
@@ -168,9 +180,10 @@ def _report(run: Run, progress: Progress, outcome: StepOutcome) -> None:
     record["grad_norm"] = outcome.grad_norm
     record["tokens_per_second"] = progress.unlogged_tokens / progress.unlogged_seconds
     record["step_seconds"] = progress.unlogged_seconds * outcome.tokens / progress.unlogged_tokens
-    record["peak_memory_bytes"] = peak_memory_bytes(next(run.model.parameters()).device)
+    record |= figures_of_ranks(run, progress, progress.unlogged_tokens / outcome.tokens)
     run.reporter.train(record)
     progress.unlogged_seconds, progress.unlogged_tokens = 0.0, 0
+    progress.unlogged_data_seconds = progress.unlogged_waited_seconds = 0.0
 
 
 def _evaluate(run: Run, progress: Progress, stop_if_asked: Callable[[], None]) -> None:
@@ -192,6 +205,7 @@ def _stop(run: Run, progress: Progress, signal_number: int) -> NoReturn:
     """Write a checkpoint and raise `Interrupted`."""
     save(run, progress)
     run.checkpoints.wait()
+    run.group.meet("the checkpoint before the end")  # a rank that ends takes the others with it
     name, step = signal.Signals(signal_number).name, progress.state.step
     message = f"{name}: stopped after step {step}, checkpoint written; the same command continues"
     raise Interrupted(message, signal_number)

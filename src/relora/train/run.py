@@ -11,6 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from relora.distributed.agree import check_equal
+from relora.distributed.group import ALONE, Group
+from relora.distributed.pace import Pace
+from relora.distributed.reduce import Reduction
 from relora.errors import NonFinite, UserError
 from relora.lowrank import LowRankConfig, exact_tensors, inject, load_exact_tensors, low_rank_layers, strip
 from relora.lowrank.allocation import with_ranks
@@ -115,6 +119,10 @@ class Run(Task):
     measured_restarts: int = 1
     """n, where the held-out loss is measured on both sides of every n-th restart, beginning with the first."""
     checkpoint_every_steps: int
+    group: Group = ALONE
+    """The processes that train together."""
+    reduction: Reduction = field(default_factory=Reduction)
+    """How the gradients of a step's micro-batches come together."""
     until: int | None = None
     """Step at which training stops, with a checkpoint and a held-out measurement; None for the last of the schedule."""
 
@@ -136,6 +144,11 @@ class Progress:
     """Steps whose figures the host has not read yet: the state before each, and its non-finite flag (`train_step`)."""
     unlogged_tokens: int = 0
     unlogged_seconds: float = 0.0
+    unlogged_data_seconds: float = 0.0
+    """Part of `unlogged_seconds` that went into reading batches."""
+    unlogged_waited_seconds: float = 0.0
+    """Part of `unlogged_seconds` in which this process waited for others."""
+    pace: Pace = field(default_factory=Pace)
     evaluation: Evaluation | None = None
     """The last held-out measurement."""
     without_gradient: frozenset[str] = frozenset()
@@ -216,12 +229,14 @@ def save(run: Run, progress: Progress) -> None:
 
     Raises:
         NonFinite: a tensor is not finite; nothing is written, so no checkpoint ever holds one.
-        RunStopped: the disk; see `Checkpoints.save`.
+        RunStopped: the disk (see `Checkpoints.save`), or the ranks have drifted apart.
     """
     state = progress.state
     if name := _first_non_finite(run.model, progress.optimizer):
         raise NonFinite(f"after step {state.step}: {name} is not finite; no checkpoint was written")
     tensors, frozen = exact_tensors(run.model), _frozen_tensors(run.model, run.lowrank)
+    moving = {name: tensor for name, tensor in tensors.items() if name not in frozen}
+    check_equal(run.group, moving | named_state(run.model, progress.optimizer), f"after step {state.step}")
     run.checkpoints.save(
         SavedState(
             **vars(state),
