@@ -70,6 +70,10 @@ class Reduction:
             for first in range(start, stop, micro_sequences)
         ]
 
+    def passes(self, shares: Sequence[Share]) -> int:
+        """Return the number of passes that this rank takes through the model: one for each of its micro-batches."""
+        return sum(share.rank == self.rank for share in shares)
+
     @contextmanager
     def step(self, parameters: Sequence[nn.Parameter], shares: Sequence[Share]) -> Iterator[None]:
         """Hold what the step of these parameters and micro-batches needs; `backward` and `finish` are called inside."""

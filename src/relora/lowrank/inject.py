@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from relora.errors import UserError
 from relora.lowrank.config import LowRankConfig
-from relora.lowrank.division import Division, divide_layer_, gather_, whole_factors, whole_shape
+from relora.lowrank.divided_layer import divide_layer_, whole_factors
+from relora.lowrank.division import gather_, whole_shape
 from relora.lowrank.linear import LowRankLinear
 from relora.lowrank.targets import choose_targets, full_rank_parameters, is_conv1d
 from relora.lowrank.usage import usage_of
@@ -56,17 +57,15 @@ def inject(
     *,
     seed: int = 0,
     named_exactly: bool = False,
-    division: Division | None = None,
 ) -> InjectReport:
     """Replace the targets of `config` by `LowRankLinear` in place and freeze their weights; the rest as `config` says.
 
-    Create the optimizer afterwards, because other parameters train than before.
+    Create the optimizer afterwards, because other parameters train than before. Of a model that is divided among
+    processes one weight at a time is brought together, stored beside its factors, and divided again.
 
     Args:
         seed: the run's seed, which together with a layer's path keys the draw of its factors.
         named_exactly: see `choose_targets`.
-        division: how the parameters of `model` are divided among processes; None if they are whole. Then one weight at
-            a time is brought together, to be stored beside its factors, and divided again.
 
     Raises:
         UserError: see `choose_targets`, or the model has low-rank layers already. The model has not changed.
@@ -80,8 +79,7 @@ def inject(
     for name in chosen.paths:
         module = model.get_submodule(name)
         assert isinstance(module.weight, nn.Parameter)
-        if division is not None:
-            gather_(module.weight, division)
+        division = gather_(module.weight)
         layer = LowRankLinear(module, config, name=name, seed=seed, fan_in_fan_out=is_conv1d(module))
         if division is not None:
             divide_layer_(layer, division)

@@ -236,7 +236,7 @@ class LowRankLinear(FrozenLinear):
 
     def whole(self, matrix: Tensor) -> Tensor:
         """Return a matrix [out, ...] of which each process has some rows if the layer is divided."""
-        return matrix if self.division is None else self.division.gather(matrix, Part(0, self.out_features))
+        return matrix if self.division is None else self.division.gather(matrix, 0, self.out_features)
 
     def own_rows(self, matrix: Tensor) -> Tensor:
         """Return those rows of a matrix [out, ...] that the weight has here; all, unless the layer is divided."""
@@ -283,7 +283,7 @@ class LowRankLinear(FrozenLinear):
         replaced = self._replaced[0]
         self.weight.data = self.base.exact.to(self.weight.device)
         if self.division is not None:
-            self.weight.part = Part(int(self.base.transposed), self.out_features)  # type: ignore[attr-defined]
+            self.weight.part = Part(self.division, int(self.base.transposed), self.out_features)  # type: ignore[attr-defined]
         replaced.weight = self.weight.requires_grad_(self._weight_required_grad)
         return replaced
 

@@ -93,7 +93,7 @@ def _take_residual_step(layers: Iterable[LowRankLinear], optimizer: torch.optim.
         state, gradient_b = optimizer.state.get(layer.lora_B), layer.lora_B.grad
         if not state or weight_gradient is None or gradient_b is None:
             continue
-        group, a = groups[id(layer.lora_B)], whole_tensor(layer.lora_A, layer.division)
+        group, a = groups[id(layer.lora_B)], whole_tensor(layer.lora_A)
         rate = scale * group["lr"] * layer.scaling**2 * a.square().sum() / layer.r  # scale · η · s² · ‖A‖²/r
         outside = remove_row_space_(layer.base.reorient(weight_gradient).to(a), a)  # R [out, in]
         ratios = _update_to_gradient_ratios(state, group, gradient_b)

@@ -44,7 +44,7 @@ from relora.lowrank.directions import (
     outside,
     random_basis,
 )
-from relora.lowrank.division import whole_factors
+from relora.lowrank.divided_layer import whole_factors
 from relora.lowrank.init import DRAW_A
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from relora.errors import NonFinite
 from relora.lowrank.directions import leading_basis
-from relora.lowrank.division import whole_factors
+from relora.lowrank.divided_layer import whole_factors
 from relora.lowrank.inject import low_rank_layers
 from relora.lowrank.linear import LowRankLinear
 from relora.seeding import keyed_generator

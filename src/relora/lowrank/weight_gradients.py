@@ -7,10 +7,12 @@ a forward and a backward pass, and the memory of one layer's dW.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from relora.lowrank.division import division_of
 from relora.lowrank.linear import LowRankLinear
 
 
@@ -32,12 +34,18 @@ def visit_weight_gradients(
     hooks = [layer.register_forward_hook(sums[name].after_forward) for name, layer in layers.items()]
     # the backward pass reaches every layer's output on its way to the factors, whose own gradients are dropped
     factors = [layer.lora_B for layer in layers.values()]
+    division = division_of(model)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if division is None else division.passes():
             loss = loss_of(model)
             for one in sums.values():
                 one.in_backward = True
-            torch.autograd.grad(loss, factors, allow_unused=True)
+            if division is None:
+                torch.autograd.grad(loss, factors, allow_unused=True)
+            else:  # in a pass other tensors stand in for the factors, and the gradients of all are added up
+                loss.backward()  # type: ignore[no-untyped-call]
+        if division is not None:
+            model.zero_grad()
         for one in sums.values():
             one.finish()
     finally:

@@ -12,7 +12,7 @@ it as `found_inf`. When the host synchronises later, weights and moments are sti
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from relora.distributed.reduce import Reduction, Share
 from relora.errors import NonFinite, RunStopped
 from relora.lowrank import low_rank_layers
+from relora.lowrank.division import division_of
 from relora.lowrank.usage import usage_of, with_siblings
 from relora.measure import IGNORED
 from relora.seeding import keyed_seed
@@ -144,6 +145,11 @@ def _own_losses(
             )
         reduction.backward(micro_loss / valid_tokens, last=sequences == own[-1])
         losses.append(micro_loss.detach())
+    for _ in range(reduction.passes(shares) - len(own)):  # the others have one micro-batch more, and wait for this rank
+        without_labels = [micro_batch[0], torch.full_like(micro_batch[1], IGNORED), *micro_batch[2:]]
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            nothing, _ = loss(model, *without_labels)
+        reduction.backward(nothing, last=False)
     return losses
 
 
@@ -167,13 +173,25 @@ def dead_tensors(model: nn.Module) -> list[str]:
         for parameter in model.parameters()
         if (until := getattr(parameter, "zero_until", None)) is not None and not until.any()
     }
-    for layer in low_rank_layers(model).values():
-        if not layer.lora_B.any():
+    layers = list(low_rank_layers(model).values())
+    for layer, is_zero in zip(layers, all_zero(model, [layer.lora_B for layer in layers]), strict=True):
+        if is_zero:
             excused |= {id(factor) for kind, factor in layer.factors.items() if kind != "lora_B"}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in excused}
-    dead = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
+    without = all_zero(model, [parameter.grad for parameter in trained.values()])
+    dead = [name for name, is_zero in zip(trained, without, strict=True) if is_zero]
     alive = with_siblings(model, trained.keys() - set(dead)) if dead else frozenset()
     return [name for name in dead if name not in alive]
+
+
+def all_zero(model: nn.Module, tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Tell of each tensor whether it is absent or all zero, in all processes that the model is divided among."""
+    is_zero = [tensor is None or not tensor.any() for tensor in tensors]
+    division = division_of(model)
+    if division is None or not tensors:
+        return is_zero
+    not_zero = torch.tensor([not zero for zero in is_zero], dtype=torch.int32)
+    return [count == 0 for count in division.sum_(not_zero).tolist()]
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -229,13 +247,15 @@ def _waiting_tensors(model: nn.Module, step: int) -> frozenset[str]:
         return frozenset()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = low_rank_layers(model)
-    pairs = {path for path, layer in layers.items() if not (layer.lora_A.any() or layer.lora_B.any())}
+    zero_a = all_zero(model, [layer.lora_A for layer in layers.values()])
+    zero_b = all_zero(model, [layer.lora_B for layer in layers.values()])
+    pairs = {path for path, a, b in zip(layers, zero_a, zero_b, strict=True) if a and b}
     for_good = [name for name in dead if name.rpartition(".")[0] in pairs]
     absent = [name for name in dead if parameters[name].grad is None]
     if absent:
         usage = usage_of(model)
         for_good += [name for name in absent if usage is None or name not in usage.trained]
-    if all(one.grad is None or not one.grad.any() for one in parameters.values()):
+    if all(all_zero(model, [parameter.grad for parameter in parameters.values()])):
         for_good = for_good or dead
     if for_good:
         others = f" (and {len(for_good) - 1} more tensors)" if len(for_good) > 1 else ""
