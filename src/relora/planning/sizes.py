@@ -5,8 +5,8 @@ from relora.errors import UserError
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def size_in_bytes(text: str) -> int:
-    """Read the value of `--fit`, such as `6GiB`, `800MB` or a plain number of bytes.
+def size_in_bytes(text: str, option: str = "--fit") -> int:
+    """Read the value of an option, such as `6GiB`, `800MB` or a plain number of bytes.
 
     Raises:
         UserError: the text is not a size, or not a positive one.
@@ -18,7 +18,7 @@ def size_in_bytes(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise UserError(f"--fit {text}: give a size, e.g. 6GiB or 800MB")
+        raise UserError(f"{option} {text}: give a size, e.g. 6GiB or 800MB")
     return size
 
 

@@ -45,21 +45,45 @@ def write_comparison(
         answers: prompts, each with its answers as (method, text).
         note: text under the table.
     """
+    return write_page(
+        folder / "comparison.html", [("Methods", columns, rows)], charts=charts, answers=answers, note=note
+    )
+
+
+def write_page(
+    path: Path,
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
+    *,
+    charts: Sequence[Chart] = (),
+    answers: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (),
+    lead: Sequence[str] = (),
+    note: str = "",
+) -> Path:
+    """Write a page about many runs and return its path; its title is the name of its folder.
+
+    Args:
+        tables: (title, names of the columns, cells by row); charts stand below the first one, others below them.
+        lead: sentences at the top.
+        charts, answers, note: see `write_comparison`.
+    """
     charts = [chart for chart in charts if chart.lines]
-    body = [f"<header><h1>{escape(folder.name)}</h1></header>", "<h2>Methods</h2>", table(columns, rows)]
+    (title, columns, rows), *others = tables
+    body = [f"<header><h1>{escape(path.parent.name)}</h1></header>"]
+    body += [f'<p class="lead">{escape(line)}</p>' for line in lead]
+    body.append(f"<h2>{escape(title)}</h2>{table(columns, rows)}")
     if note:
         body.append(f'<p class="note">{escape(note)}</p>')
     if charts:
         body.append(f'<section class="charts">{"".join(map(figure_html, charts))}</section>')
+    body += [f"<h2>{escape(name)}</h2>{table(head, cells)}" for name, head, cells in others]
     if answers:
         body.append("<h2>Answers to held-out prompts</h2>")
     for prompt, given in answers:
         lines = "".join(f"<p><b>{escape(who)}</b>: {escape(text)}</p>" for who, text in given)
         body.append(f"<blockquote><pre>{escape(prompt)}</pre>{lines}</blockquote>")
     page = Template(files("relora.report").joinpath("page.html").read_text(encoding="utf-8"))
-    path = folder / "comparison.html"
     text = page.substitute(
-        title=escape(f"{folder.name} · relora"),
+        title=escape(f"{path.parent.name} · relora"),
         body="\n".join(body),
         figures=script_json({chart.id: chart.figure for chart in charts}),
         plotly=get_plotlyjs() if charts else "",

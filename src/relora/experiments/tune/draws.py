@@ -48,7 +48,7 @@ class Base:
 
 @dataclass
 class Draw:
-    """What was drawn."""
+    """Settings that were drawn."""
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
     """Key -> what was chosen; choices that are no plain values are JSON."""

@@ -178,7 +178,7 @@ def _steps(config: Config, drawn: Mapping[str, Any]) -> int | None:
         return config.schedule.total_steps
     sequences = drawn.get("batch.sequences", config.batch.sequences)
     tokens = config.schedule.total_tokens or config.total_steps * config.batch_tokens
-    return -(-tokens // (sequences * config.data.sequence_length))  # rounded up
+    return -(-tokens // int(sequences * config.data.sequence_length))  # rounded up
 
 
 def _check_key(key: str, name: str, kind: type[BaseModel]) -> None:
