@@ -1,4 +1,4 @@
-"""Files that a search leaves: best.yaml, which runs as it is, tune.json, tune.md, tune.csv and the page tune.html.
+"""Files that a search leaves: best.yaml, which runs as it is, tune.json, tune.md, tune.csv and the page tune.html."""
 
 import csv
 import io
