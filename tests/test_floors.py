@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("adapters", "config", "data", "distributed", "evaluation", "experiments", "export", "inference"),
         *("planning", "recipes", "report"),
     },
+    "__main__": {"cli"},
     "__init__": {"adapters", "lowrank", "recipes", "train"},
 }
 """Wing -> the wings that it may import beside the ground; CONTRIBUTING.md has the same table with what each is."""
@@ -100,7 +101,7 @@ def test_every_wing_is_named_here_and_for_contributors() -> None:
     table = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text()
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     named = {row[1].strip(): set(re.findall(r"`(\w+)`", row[3])) for row in rows if len(row) == 5}
-    for name in wings - GROUND - {"__init__"}:
+    for name in wings - GROUND - {"__init__", "__main__"}:
         assert named.get(f"`{name}`") == MAY_IMPORT[name], name
 
 

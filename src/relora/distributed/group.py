@@ -82,6 +82,10 @@ class Group:
         """Return what some rank has put there, without waiting for it; None if nothing is there."""
         return None
 
+    def lost(self) -> str | None:
+        """Describe a rank that has ended or answers no more; None while all are alive. Also from another thread."""
+        return None
+
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
         """Let all ranks pass the block or none: they meet at its end, and an error of one ends all."""
@@ -114,10 +118,12 @@ class Processes(Group):
         self.timeout_seconds = DEFAULT_TIMEOUT_SECONDS
         self._meetings = 0
         self._told: ReloraError | None = None
+        self._gone: set[int] = set()
         self._is_connected = False
         self._store: Store = PrefixStore(str(next(_joins)), open_store(place))
         # connections of their own, so that none waits behind an operation of another thread
         self._posts: Store = self._store.clone()  # type: ignore[attr-defined]
+        self._watch = Watch(self._posts, self.world, self.rank)
         self._heart = Heart(self._store.clone(), self.rank)  # type: ignore[attr-defined]
         self._heart.start()
         self.meet("the start")
@@ -201,7 +207,8 @@ class Processes(Group):
         with suppress(RuntimeError):
             self._store.add("left", 1)
             deadline = time.monotonic() + _LEAVE_SECONDS
-            while self.is_first and self._store.add("left", 0) < self.world and time.monotonic() < deadline:
+            here = self.world - len(self._gone)
+            while self.is_first and self._store.add("left", 0) < here and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)  # the store ends with this process, and others may still read from it
         self._heart.stop()
 
@@ -280,6 +287,7 @@ class Processes(Group):
             if (failure := self._failure()) is not None:
                 return failure
         silent = silent_ranks(self._store, self.world, self.rank)
+        self._gone |= silent.keys()
         with suppress(RuntimeError):
             if (failure := self._failure()) is not None:
                 return failure

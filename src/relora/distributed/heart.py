@@ -1,4 +1,4 @@
-"""Which processes of a group are alive: each writes a beat into the store, and a beat that stands still names its rank.
+"""Hearts of a group: each process writes a beat into the store, and a beat that stands still names its rank.
 
 A collective operation that fails, or that nobody answers, does not say which process is at fault. The beats do: one
 that was killed, stopped or cut off writes none any more. A beat also says how far its process has come, so that one
@@ -22,7 +22,7 @@ STILL_SECONDS = 3.5
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process wrote last."""
+    """The last beat of a process."""
 
     count: int
     done: int

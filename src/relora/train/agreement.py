@@ -1,32 +1,44 @@
-"""What the ranks of a run tell one another: that they have the same weights, and how fast each of them is."""
+"""Exchanges between the ranks of a run: that they have the same weights, and how fast each of them is."""
 
 import socket
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from relora.device import peak_memory_bytes
 from relora.distributed.agree import check_equal
 from relora.lowrank import low_rank_layers
+from relora.lowrank.division import part_of
+from relora.lowrank.linear import LowRankLinear
 from relora.train.optim import named_state
 from relora.train.run import Progress, Run
+from relora.train.sharded_checkpoint import parts_of_state
 
 
 def agree_on_all(run: Run, progress: Progress, when: str) -> None:
     """Compare all weights, masters and moments with those of the other ranks; do nothing alone.
+
+    Of a divided model only those are compared that every rank has whole.
 
     Raises:
         RankDrift: a tensor differs; the message names it.
     """
     if run.group.world == 1:
         return
-    tensors = {name: parameter.detach() for name, parameter in run.model.named_parameters()}
-    tensors |= dict(run.model.named_buffers())
-    layers = low_rank_layers(run.model).items()
-    masters = {f"{path}.weight (master)": layer.base.master for path, layer in layers}
-    tensors |= {name: master for name, master in masters.items() if master is not None}
-    tensors |= named_state(run.model, progress.optimizer)
-    check_equal(run.group, tensors, f"{when} at step {progress.state.step}")
+    divided = parts_of_state(run.model, progress.optimizer).keys()
+    tensors: dict[str, Tensor | None] = {}
+    tensors |= {name: one.detach() for name, one in run.model.named_parameters() if part_of(one) is None}
+    layers = {path: layer for path, layer in low_rank_layers(run.model).items() if layer.division is None}
+    buffers = dict(run.model.named_buffers())
+    tensors |= {name: buffer for name, buffer in buffers.items() if not name.endswith(LowRankLinear.divided_buffers)}
+    for path, layer in layers.items():
+        tensors |= {f"{path}.{name}": getattr(layer, name) for name in layer.divided_buffers}
+    masters = {f"{path}.weight (master)": layer.base.master for path, layer in layers.items()}
+    state = named_state(run.model, progress.optimizer)
+    tensors |= masters | {name: tensor for name, tensor in state.items() if name not in divided}
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    check_equal(run.group, there, f"{when} at step {progress.state.step}")
 
 
 def figures_of_ranks(run: Run, progress: Progress, steps: float) -> dict[str, Any]:
