@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from relora.distributed.group import ALONE, Group
+from relora.distributed.sharding import passes
 from relora.errors import UserError
 from relora.model.head import IGNORED as IGNORED
 from relora.model.head import head_input
@@ -244,15 +245,21 @@ def evaluate(
     """
     device = device or next(model.parameters()).device
     losses: list[tuple[float, int]] = []
-    with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    own: tuple[Tensor, ...] = ()
+    precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    with evaluating(model), precision, passes(model) as together:
         for number, batch in enumerate(batches):
             if number % group.world == 0:
                 each_batch()
+            if number % group.world == group.rank or not own:
+                own = batch
             if number % group.world != group.rank:
                 losses.append((0.0, 0))
                 continue
             batch_loss, batch_tokens = token_loss(model, *(tensor.to(device) for tensor in batch))
             losses.append((batch_loss.item(), int(batch_tokens.item())))
+        if together and own and 0 < len(losses) % group.world <= group.rank:  # the last batches are others' alone
+            token_loss(model, *(tensor.to(device) for tensor in own))
     loss_sum, tokens = 0.0, 0
     for batch_loss_sum, count in group.sum_(torch.tensor(losses, dtype=torch.float64).reshape(-1, 2)).tolist():
         loss_sum += batch_loss_sum  # a Python float is fp64

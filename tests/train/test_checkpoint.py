@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from relora.errors import RunStopped, UserError
-from relora.train import checkpoint as module
+from relora.train import checkpoint_parts as module
 from relora.train.checkpoint import Checkpoints
 from relora.train.checkpoint_format import FROZEN, SavedState, digest_of
 
@@ -156,7 +157,7 @@ def test_without_hard_links_the_frozen_weights_are_written(tmp_path: Path, monke
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(module.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     checkpoints = Checkpoints(tmp_path, keep_last=4)
     assert len({inode(save(checkpoints, step, frozen_since=0)) for step in (1, 2, 3)}) == 3
     assert Checkpoints(tmp_path).latest()[0] is not None

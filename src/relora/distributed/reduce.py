@@ -110,7 +110,7 @@ class _Bucket:
 
 @dataclass
 class _Step:
-    """What `Buckets` holds during one step."""
+    """State of `Buckets` during one step."""
 
     shares: Sequence[Share]
     parameters: Sequence[nn.Parameter]

@@ -98,6 +98,7 @@ class ShardedModel:
         self._placed: list[_Placed] = []
         self._root: nn.Module | None = None
         self._of_modules: tuple[int, ...] = ()
+        self._forwards: list[_Forward] = []
         self._divide()
         _SHARDED[model] = self
 
@@ -147,7 +148,7 @@ class ShardedModel:
     def _settle_shells(self) -> None:
         """Make the shells anew if the model has other layers than before."""
         modules = tuple(map(id, self.model.modules()))
-        if modules != self._of_modules:
+        if modules != self._of_modules or not all(one.is_in_place for one in self._forwards):
             self._drop_shells()
             self._make_shells()
             self._of_modules = modules
@@ -156,14 +157,12 @@ class ShardedModel:
 
     def _drop_shells(self) -> None:
         """Forget the shells, and give every module its own forward pass back."""
-        for block in (*self.blocks, self.model) if self._root is not None else ():
-            del block.forward
-            if (own := vars(block).pop("_own_forward", None)) is not None:
-                block.forward = own
+        for forward in self._forwards:
+            forward.take_back()
         for one in self._placed:
             for module, _ in one.places:
                 module._load_state_dict_post_hooks.clear()  # FSDP2's, which would keep the old rows in memory
-        self._placed, self._root = [], None
+        self._placed, self._forwards, self._root = [], [], None
 
     def _make_shells(self) -> None:
         """Apply `fully_shard` to a shell around each block and one around the model, on the memory of the own rows."""
@@ -179,11 +178,13 @@ class ShardedModel:
             "mesh": self.mesh,
             "shard_placement_fn": lambda parameter: Shard(part.dim if (part := parts[id(parameter)]) else 0),
         }
-        shells = [_shell_of(block) for block in self.blocks]
+        self._forwards = [_Forward(block) for block in self.blocks]
+        shells = [forward.shell for forward in self._forwards]
         for shell in shells:
             fully_shard(shell, ignored_params=scalars, **settings)
         inside = {parameter for block in self.blocks for parameter in block.parameters()}
-        root = self._root = _shell_of(self.model, shells)
+        self._forwards.append(_Forward(self.model, shells))
+        root = self._root = self._forwards[-1].shell
         fully_shard(root, ignored_params=scalars | inside, **settings)
         for rows, places in tensors.values():
             module, name = places[0]
@@ -270,20 +271,34 @@ class ShardedModel:
         return tensor
 
 
-def _shell_of(module: nn.Module, inner: list[nn.Module] | None = None) -> nn.Module:
-    """Make a shell around a module and let calls of the module go through it."""
-    own = vars(module).get("forward")
-    shell = _Shell(module, module.forward, inner)
-    if own is not None:
-        vars(module)["_own_forward"] = own
-    call = shell.__call__
+class _Forward:
+    """The way from a module to the shell around it: calls of the module go through the shell."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
+    def __init__(self, module: nn.Module, inner: list[nn.Module] | None = None) -> None:
+        self.module = module
+        self.before = vars(module).get("forward")
+        """What stood there in place of the class's own forward pass, as that with activation checkpointing does."""
+        self.shell = _Shell(module, module.forward, inner)
+        call = self.shell.__call__
 
-    forward.__wrapped__ = module.forward  # type: ignore[attr-defined]  # so that its signature is still seen
-    module.forward = forward
-    return shell
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        forward.__wrapped__ = module.forward  # type: ignore[attr-defined]  # so that its signature is still seen
+        self.forward = forward
+        module.forward = forward
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether calls of the module still go through the shell."""
+        return vars(self.module).get("forward") is self.forward
+
+    def take_back(self) -> None:
+        """Let the module run as before, unless somebody else has given it another forward pass by now."""
+        if self.is_in_place:
+            del self.module.forward
+            if self.before is not None:
+                self.module.forward = self.before
 
 
 def _put(one: _Placed, tensor: Tensor) -> None:

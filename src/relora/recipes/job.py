@@ -23,7 +23,7 @@ from relora.measure import Evaluation, token_loss
 from relora.model.blocks import training_blocks
 from relora.model.head import whole_logits_reason
 from relora.recipes.from_settings import adaptive_of, autocast_of, lowrank_notes, optimizer_of, restart_of
-from relora.recipes.ranks import join, opened_checkpoints, reduction_of, see_run_folder
+from relora.recipes.ranks import check_shardable, join, opened_checkpoints, reduction_of, see_run_folder
 from relora.recipes.resume import Start, find_start
 from relora.report.console import Console
 from relora.report.reporter import Reporter
@@ -108,6 +108,7 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool,
                 projected_matrices(
                     model, config.optimizer.projection.rank
                 )  # refuses a rank that does not fit the model
+            check_shardable(config, model, group)
             memory = config.memory.activation_checkpointing
             blocks = training_blocks(model, checkpointing=memory, compiled=config.compile)
             check_space(Path(config.output_dir), job.needed_bytes, continuing=not fresh)
@@ -191,7 +192,7 @@ def assemble(job: Job, start: Start, reporter: Reporter, checkpoints: Checkpoint
         measured_restarts=config.measured_restarts,
         checkpoint_every_steps=config.checkpoint.every_steps,
         group=group,
-        reduction=reduction_of(config, group),
+        reduction=reduction_of(config, job.task.model, job.device, group),
     )
 
 

@@ -17,23 +17,22 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import atomic_folder, sync, write_text
+from relora.lowrank.division import Part
 from relora.train.checkpoint_format import (
     FORMAT,
-    FROZEN,
+    STATE,
     Checkpoint,
     Digest,
-    FileName,
     Manifest,
     SavedState,
     Tensors,
@@ -41,6 +40,21 @@ from relora.train.checkpoint_format import (
     open_checkpoint,
     parse_json,
 )
+from relora.train.checkpoint_parts import Kind, file_name, write_tensors
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that goes into one checkpoint from this process."""
+
+    partial: Path
+    """The hidden folder that it is written in."""
+    state: SavedState
+    tensors: Mapping[Kind, Tensors]
+    linked: Digest | None
+    """Digest of the frozen weights, if they are a link to the last checkpoint's file."""
+    settings: dict[str, str | int]
+    parts: Mapping[str, Part]
 
 
 class Checkpoints:
@@ -63,6 +77,7 @@ class Checkpoints:
         frozen: Tensors,
         optimizer: Tensors,
         settings: Mapping[str, str | int],
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         """Start writing the checkpoint of `state.step`; return as soon as the tensors are copied, so training goes on.
 
@@ -75,6 +90,7 @@ class Checkpoints:
             frozen: frozen weights, by name; empty where checkpoints do not hold them.
             optimizer: the optimizer's tensors, by `parameter name:key`.
             settings: everything beside the configuration that changes numbers; goes into the manifest.
+            parts: those of the tensors that this process has a part of, by name.
 
         Raises:
             RunStopped: this or the previous checkpoint could not be written; earlier ones are untouched.
@@ -84,22 +100,27 @@ class Checkpoints:
             return
         with ExitStack() as open_folder:
             try:
-                for leftover in self.folder.glob(".step-*"):  # left by a run that was killed while it saved
-                    shutil.rmtree(leftover)
-                self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was deleted is not created again
-                partial = open_folder.enter_context(atomic_folder(self.folder / _name(state.step), replace=True))
+                partial = self._begun(open_folder, state.step)
                 linked = self._link_frozen(partial, state) if frozen else None
             except OSError as error:
                 raise self._not_written(state.step, error) from None
-            snapshot: dict[FileName, Tensors] = {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
+            snapshot: dict[Kind, Tensors] = {"weights": weights, "optimizer": optimizer}
             if frozen and linked is None:
-                snapshot[FROZEN] = frozen
+                snapshot["frozen"] = frozen
             if self.background:
-                snapshot = {name: _copied(part) for name, part in snapshot.items()}
+                snapshot = {kind: _copied(part) for kind, part in snapshot.items()}
             opened = open_folder.pop_all()  # from here on `_write` renames or removes the folder, in its own thread
-            self._writing = self._writer.submit(self._write, opened, partial, state, snapshot, linked, settings)
+            content = Content(partial, state, snapshot, linked, dict(settings), parts or {})
+            self._writing = self._writer.submit(self._write, opened, content)
         if not self.background:
             self.wait()
+
+    def _begun(self, open_folder: ExitStack, step: int) -> Path:
+        """Create the hidden folder of a checkpoint, and let `open_folder` rename it, or remove it after an error."""
+        for leftover in self.folder.glob(".step-*"):  # left by a run that was killed while it saved
+            shutil.rmtree(leftover)
+        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was deleted is not created again
+        return open_folder.enter_context(atomic_folder(self.folder / folder_name(step), replace=True))
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +164,7 @@ class Checkpoints:
             checkpoint, _ = self._newest(steps)
         for newer in self.steps():
             if checkpoint is not None and newer > checkpoint.step:
-                shutil.rmtree(self.folder / _name(newer), ignore_errors=True)
+                shutil.rmtree(self.folder / folder_name(newer), ignore_errors=True)
         return checkpoint, broken
 
     def _newest(self, steps: list[int]) -> tuple[Checkpoint | None, list[str]]:
@@ -159,7 +180,7 @@ class Checkpoints:
     def _is_scheduled(self, step: int) -> bool:
         """Whether a checkpoint was scheduled; True for a damaged one, so that `open` is tried and reports it."""
         try:
-            return parse_json(SavedState, self.folder / _name(step) / "state.json").scheduled
+            return parse_json(SavedState, self.folder / folder_name(step) / "state.json").scheduled
         except UserError:
             return True
 
@@ -169,7 +190,7 @@ class Checkpoints:
         Raises:
             UserError: a file, which the message names, is missing, damaged or of an unknown format.
         """
-        self._last = open_checkpoint(self.folder / _name(step), step)
+        self._last = open_checkpoint(self.folder / folder_name(step), step)
         return self._last
 
     def _link_frozen(self, partial: Path, state: SavedState) -> Digest | None:
@@ -178,45 +199,45 @@ class Checkpoints:
         Returns None without a link if they have changed since, if all checkpoints share that copy (a second one is
         due), or if the file system has no hard links.
         """
-        last = self._last
-        if last is None or FROZEN not in last.manifest.files or last.state.frozen_since != state.frozen_since:
+        last, name = self._last, self._file("frozen")
+        if last is None or name not in last.manifest.files or last.state.frozen_since != state.frozen_since:
             return None
         if all(self._copy_id(step) == self._copy_id(last.step) for step in self.steps()):
             return None
         try:
-            os.link(last.folder / FROZEN, partial / FROZEN)
+            os.link(last.folder / name, partial / name)
         except OSError:  # the file was deleted, or the file system has no hard links
             return None
-        return last.manifest.files[FROZEN]
+        return last.manifest.files[name]
 
-    def _write(
-        self,
-        open_folder: ExitStack,
-        partial: Path,
-        state: SavedState,
-        tensors: Mapping[FileName, Tensors],
-        linked: Digest | None,
-        settings: Mapping[str, str | int],
-    ) -> Checkpoint:
-        """Write all files into `partial`, the manifest last, close the folder and delete old checkpoints.
+    def _write(self, open_folder: ExitStack, content: "Content") -> Checkpoint:
+        """Write all files, the manifest last, close the folder and delete old checkpoints.
 
         A checkpoint of this step that is there already is replaced: it is damaged, or of a discarded part of the run.
         """
+        state = content.state
         try:
             with open_folder:
-                for name, part in tensors.items():
-                    save_file({key: tensor.contiguous() for key, tensor in part.items()}, partial / name)
-                write_text(partial / "state.json", json.dumps(asdict(state), indent=1))
-                files: dict[FileName, Digest] = {name: digest_of(partial / name) for name in (*tensors, "state.json")}
-                if linked is not None:
-                    files[FROZEN] = linked
-                manifest = Manifest(FORMAT, dict(settings), files).signed()
-                write_text(partial / "manifest.json", json.dumps(asdict(manifest), indent=1))
+                files = self._write_tensors(content)
+                manifest = complete(content, files, FORMAT)
             sync(self.folder.parent)
         except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk in its own class
             raise self._not_written(state.step, error) from None
         self._prune(state.step)
-        return Checkpoint(self.folder / _name(state.step), state, manifest)
+        return Checkpoint(self.folder / folder_name(state.step), state, manifest)
+
+    def _write_tensors(self, content: "Content") -> dict[str, Digest]:
+        """Write this process's files of tensors; return their digests, with that of a linked one."""
+        files = {}
+        for kind, tensors in content.tensors.items():
+            path = content.partial / self._file(kind)
+            write_tensors(path, tensors, content.parts)
+            files[path.name] = digest_of(path)
+        return files if content.linked is None else files | {self._file("frozen"): content.linked}
+
+    def _file(self, kind: Kind) -> str:
+        """Return the name of the file in which this process saves tensors of a kind."""
+        return file_name(kind)
 
     def _prune(self, newest: int) -> None:
         """Delete checkpoints that `save` does not keep; one that cannot be deleted is tried again next time."""
@@ -229,24 +250,32 @@ class Checkpoints:
             kept.update(others[-1:])
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self.folder / _name(step), ignore_errors=True)
+                shutil.rmtree(self.folder / folder_name(step), ignore_errors=True)
 
     def _copy_id(self, step: int) -> int:
         """Inode of the frozen weights of a checkpoint, the same for all that share them; -step where there are none."""
         try:
-            return (self.folder / _name(step) / FROZEN).stat().st_ino
+            return (self.folder / folder_name(step) / self._file("frozen")).stat().st_ino
         except OSError:
             return -step
 
     def _not_written(self, step: int, error: Exception) -> RunStopped:
         """Build the error for a checkpoint that could not be written."""
         reason = getattr(error, "strerror", None) or str(error)
-        return RunStopped(
-            f"{self.folder / _name(step)}: checkpoint not written ({reason}); make room and run the same command again"
-        )
+        folder = self.folder / folder_name(step)
+        return RunStopped(f"{folder}: checkpoint not written ({reason}); make room and run the same command again")
 
 
-def _name(step: int) -> str:
+def complete(content: Content, files: Mapping[str, Digest], number: int) -> Manifest:
+    """Write the state and, last, the manifest of a checkpoint whose tensors are all written."""
+    state = content.partial / STATE
+    write_text(state, json.dumps(asdict(content.state), indent=1))
+    manifest = Manifest(number, content.settings, {**files, STATE: digest_of(state)}).signed()
+    write_text(content.partial / "manifest.json", json.dumps(asdict(manifest), indent=1))
+    return manifest
+
+
+def folder_name(step: int) -> str:
     """Return the name of a checkpoint's folder."""
     return f"step-{step:08d}"
 

@@ -7,6 +7,8 @@
         state.json               position of the run, and the lengths of the metric files
         manifest.json            written last: length, crc32 and sha256 of the other files, and the numeric environment
 
+Of a sharded run each file of tensors is one of a set, a file for each process (see `checkpoint_parts`).
+
 Files hold plain tensors and JSON, nothing is pickled. A checkpoint is valid if its manifest verifies, not because its
 folder exists.
 """
@@ -17,28 +19,38 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from relora.errors import UserError
-from relora.messages import first_line
+from relora.train.checkpoint_parts import (
+    KINDS,
+    Kind,
+    PartOf,
+    file_name,
+    files_of,
+    is_tensor_file,
+    read_tensors,
+)
 from relora.train.state import Count, TrainState
 
 FORMAT = 2
 
 
-READABLE_FORMATS = (1, 2)
+SHARDED_FORMAT = 3
+"""Format of a checkpoint that several processes have written together."""
+
+
+READABLE_FORMATS = (1, 2, 3)
 """Formats that can be opened. Format 1 (release 0.1) has no frozen.safetensors; weights.safetensors has all weights."""
 
 
-FileName = Literal["weights.safetensors", "frozen.safetensors", "optimizer.safetensors", "state.json"]
+FROZEN: Final = file_name("frozen")
 
 
-FROZEN: Final = "frozen.safetensors"
+STATE: Final = "state.json"
 
 
 Tensors = Mapping[str, Tensor]
@@ -63,7 +75,7 @@ class Manifest:
     format: int
     settings: dict[str, str | int]
     """Everything beside the configuration that changes numbers: versions, threads, device, dtype, the data."""
-    files: dict[FileName, Digest]
+    files: dict[str, Digest]
     sha256: str | None = None
     """Checksum of the fields above; None in format 1."""
 
@@ -103,31 +115,30 @@ class Checkpoint:
         """Optimizer steps done."""
         return self.state.step
 
-    def weights(self) -> dict[str, Tensor]:
-        """Load parameters and buffers, frozen ones included, to the CPU."""
-        frozen = self._load(FROZEN) if FROZEN in self.manifest.files else {}
-        return self._load("weights.safetensors") | frozen
+    def weights(self, part_of: PartOf | None = None) -> dict[str, Tensor]:
+        """Load parameters and buffers, frozen ones included, to the CPU: all of them, or the parts of this process."""
+        return self._load("weights", part_of) | self._load("frozen", part_of)
 
-    def optimizer(self) -> dict[str, Tensor]:
+    def optimizer(self, part_of: PartOf | None = None) -> dict[str, Tensor]:
         """Load the optimizer's tensors to the CPU, as copies: kept memory-mapped ones would keep the file alive."""
-        return {name: tensor.clone() for name, tensor in self._load("optimizer.safetensors").items()}
+        return {name: tensor.clone() for name, tensor in self._load("optimizer", part_of).items()}
 
-    def _load(self, name: FileName) -> dict[str, Tensor]:
-        """Map the tensors of one file; `UserError` if it cannot be read."""
-        try:
-            return load_file(self.folder / name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name}: cannot be read: {first_line(str(error))}") from None
+    def _load(self, kind: Kind, part_of: PartOf | None) -> dict[str, Tensor]:
+        """Map the tensors of one kind; `UserError` if a file cannot be read."""
+        return read_tensors([self.folder / name for name in files_of(kind, self.manifest.files) or ()], part_of)
 
 
-def open_checkpoint(folder: Path, step: int) -> Checkpoint:
+def open_checkpoint(folder: Path, step: int, *, reader: int = 0, readers: int = 1) -> Checkpoint:
     """Verify and open the checkpoint in a folder.
+
+    Args:
+        reader: number of this process, from 0, among `readers` that verify the files together: each reads some.
 
     Raises:
         UserError: a file, which the message names, is missing, damaged, of an unknown format or of another step.
     """
-    manifest = _read_manifest(folder)
-    for name, expected in manifest.files.items():
+    manifest = read_manifest(folder)
+    for name, expected in list(manifest.files.items())[reader::readers]:
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path}: missing, or not a plain file")
@@ -143,7 +154,7 @@ def open_checkpoint(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, state, manifest)
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
     """Read and check manifest.json; `UserError` if its format is unknown, it is damaged, or a file is not listed."""
     path = folder / "manifest.json"
     number = parse_json(_Format, path).format
@@ -155,9 +166,12 @@ def _read_manifest(folder: Path) -> Manifest:
     manifest = parse_json(Manifest, path)
     if number > 1 and manifest != manifest.signed():
         raise UserError(f"{path}: damaged (its own checksum differs)")
-    missing = {"weights.safetensors", "optimizer.safetensors", "state.json"} - manifest.files.keys()
-    if missing:
-        raise UserError(f"{path}: damaged (it does not list {min(missing)})")
+    if unknown := [name for name in manifest.files if name != STATE and not is_tensor_file(name)]:
+        raise UserError(f"{path}: damaged (it lists {unknown[0]!r})")
+    of_kinds = {kind: files_of(kind, manifest.files) for kind in KINDS}
+    missing = [kind for kind, names in of_kinds.items() if names is None or (not names and kind != "frozen")]
+    if missing or STATE not in manifest.files:
+        raise UserError(f"{path}: damaged (it does not list {file_name(min(missing)) if missing else STATE})")
     return manifest
 
 

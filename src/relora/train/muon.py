@@ -18,6 +18,7 @@ order r. For full-rank matrices torch's own Muon is used, whose Newton-Schulz it
 between 0.7 and 1.2 and needs products only; it has no v.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.lowrank.directions import in_float64
+from relora.lowrank.division import part_of, whole_shape
 
 Rule = Literal["adamw", "muon", "muon-exact"]
 """Update rule of a parameter group: AdamW, torch's Muon, or Muon with the exact polar factor (for factors)."""
@@ -82,11 +84,26 @@ class AdamWWithMuon(torch.optim.AdamW):
             if group["rule"] == "muon-exact":
                 self._exact_step(group, found_inf)
         if self._muon is not None and not (found_inf is not None and found_inf.item()):
-            defaults = self._muon.defaults
-            self._muon.state = self.state
-            self._muon.param_groups = [defaults | _own(g) for g in self.param_groups if g["rule"] == "muon"]
-            self._muon.step()  # type: ignore[no-untyped-call]
+            self._matrix_step(self._muon)
         return loss
+
+    def _matrix_step(self, muon: torch.optim.Muon) -> None:
+        """Update the full-rank matrices by torch's Muon; one that is divided among processes is brought together."""
+        groups = [muon.defaults | _own(group) for group in self.param_groups if group["rule"] == "muon"]
+        whole = [group | {"params": [p for p in group["params"] if part_of(p) is None]} for group in groups]
+        muon.state, muon.param_groups = self.state, [group for group in whole if group["params"]]
+        muon.step()  # type: ignore[no-untyped-call]
+        for group in groups:
+            for parameter in group["params"]:
+                if (part := part_of(parameter)) is None or parameter.grad is None:
+                    continue
+                change, state = nn.Parameter(parameter.new_zeros(whole_shape(parameter))), self.state[parameter]
+                change.grad = part.gathered(parameter.grad)
+                kept = {key: part.gathered(tensor) for key, tensor in state.items()}
+                muon.state, muon.param_groups = defaultdict(dict, {change: kept}), [group | {"params": [change]}]
+                muon.step()  # type: ignore[no-untyped-call]
+                state.update({key: part.own(tensor) for key, tensor in muon.state[change].items()})
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(part.own(change.detach()))
 
     @contextmanager
     def _groups_of(self, rule: Rule) -> Iterator[None]:
@@ -105,17 +122,23 @@ class AdamWWithMuon(torch.optim.AdamW):
             of_shape, at_a_time = list(same), max(1, _ENTRIES_AT_A_TIME // (shape[0] * shape[1]))
             for first in range(0, len(of_shape), at_a_time):
                 parameters = of_shape[first : first + at_a_time]
-                updates = torch.stack([_wide(self._look_ahead(parameter, found_inf)) for parameter in parameters])
+                updates = torch.stack([self._look_ahead(parameter, found_inf) for parameter in parameters])
                 for parameter, polar in zip(parameters, polar_factors(updates), strict=True):
                     change = self._evened(parameter, polar, found_inf).mul_(-group["lr"] * RMS * shape[1] ** 0.5)
+                    change = change.T if _is_tall(parameter) else change
+                    if (part := part_of(parameter)) is not None:
+                        change = part.own(change)
                     if group["weight_decay"]:
-                        change.add_(_wide(parameter), alpha=-group["lr"] * group["weight_decay"])
+                        change.add_(parameter, alpha=-group["lr"] * group["weight_decay"])
                     if found_inf is not None:
                         change.masked_fill_(found_inf > 0, 0.0)
-                    _wide(parameter).add_(change)
+                    parameter.add_(change)
 
     def _look_ahead(self, parameter: nn.Parameter, found_inf: Tensor | None) -> Tensor:
-        """Move a parameter's momentum towards its gradient, and return Nesterov's combination of the two."""
+        """Move a factor's momentum towards its gradient, and return Nesterov's combination of the two, ranks as rows.
+
+        Of a factor that is divided among processes every one gets the whole.
+        """
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if found_inf is not None:  # what is not finite has no polar factor
@@ -125,7 +148,9 @@ class AdamWWithMuon(torch.optim.AdamW):
         buffer: Tensor = state["momentum_buffer"]
         moved = buffer.lerp(gradient, 1 - self.momentum)
         buffer.copy_(moved if found_inf is None else torch.where(found_inf > 0, buffer, moved))
-        return gradient.lerp(buffer, self.momentum)
+        ahead, part = gradient.lerp(buffer, self.momentum), part_of(parameter)
+        ahead = ahead if part is None else part.gathered(ahead)
+        return ahead.T if _is_tall(parameter) else ahead
 
     def _evened(self, parameter: nn.Parameter, polar: Tensor, found_inf: Tensor | None) -> Tensor:
         """Divide the polar factor [r, n] of a factor by the root mean squares of its features, and keep its norm."""
@@ -156,14 +181,15 @@ def polar_factors(matrices: Tensor) -> Tensor:
     return polar
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """Return a view of a matrix whose first side is the smaller one."""
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+def _is_tall(parameter: Tensor) -> bool:
+    """Whether the whole of a factor has more rows than columns."""
+    rows, columns = whole_shape(parameter)
+    return rows > columns
 
 
-def _wide_shape(matrix: Tensor) -> tuple[int, int]:
-    """Return the sides of a matrix, the smaller one first."""
-    small, large = sorted(matrix.shape)
+def _wide_shape(parameter: Tensor) -> tuple[int, int]:
+    """Return the sides of the whole of a factor, the smaller one first."""
+    small, large = sorted(whole_shape(parameter))
     return small, large
 
 

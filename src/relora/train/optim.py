@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from relora.errors import UserError
 from relora.lowrank import low_rank_layers
+from relora.lowrank.division import whole_shape
 from relora.train.muon import AdamWWithMuon, Rule
 from relora.train.projected_optimizers import (
     PROJECTED_OPTIMIZERS,
@@ -259,7 +260,7 @@ def _muon_layout(parameter: nn.Parameter, rule: Rule) -> Layout:
     momentum: Layout = {"momentum_buffer": (parameter.shape, True)}
     if rule == "muon":
         return momentum
-    return momentum | {"feature_squares": (torch.Size([max(parameter.shape)]), True)}
+    return momentum | {"feature_squares": (torch.Size([max(whole_shape(parameter))]), True)}
 
 
 def _eight_bit_layout(parameter: nn.Parameter) -> Layout:

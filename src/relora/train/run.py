@@ -26,6 +26,7 @@ from relora.train.checkpoint import Checkpoints
 from relora.train.checkpoint_format import Checkpoint, SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, load_named_state, named_state
 from relora.train.schedule import Schedule
+from relora.train.sharded_checkpoint import parts_of, parts_of_state, wanted_parts
 from relora.train.state import Decisions, LossWindow, TrainState
 from relora.train.step import Batch, Loss
 
@@ -184,12 +185,12 @@ def restore(run: Run, checkpoint: Checkpoint | None) -> Progress:
             run.model, checkpoint, run.schedule, run.lowrank, seed=run.seed, has_frozen=run.saves_frozen
         )
         optimizer = build_optimizer(run.model, run.optimizer)
-        load_named_state(run.model, optimizer, checkpoint.optimizer())
+        load_named_state(run.model, optimizer, checkpoint.optimizer(wanted_parts(run.model)))
     except UserError as error:
         raise UserError(f"{checkpoint.folder}: {error}") from None
     if checkpoint.state.positions.keys() != run.reporter.positions().keys():
         raise UserError(f"{checkpoint.folder / 'state.json'}: `positions` are not those of the metric files")
-    if name := _first_non_finite(run.model, optimizer):
+    if name := next(filter(None, run.group.gather(_first_non_finite(run.model, optimizer))), None):
         raise UserError(f"{checkpoint.folder}: {name} is not finite; delete this checkpoint to use an older one")
     run.reporter.rewind(checkpoint.state.positions)
     return Progress(optimizer, schedule, checkpoint.state.progress)
@@ -220,7 +221,7 @@ def restore_weights(
     if schedule.phase(checkpoint.step) == "low_rank" and not schedule.switch_due(checkpoint.step):
         inject(model, with_ranks(lowrank, decisions.ranks), seed=seed)
     kept = {} if has_frozen else _frozen_tensors(model, lowrank)
-    load_exact_tensors(model, kept | checkpoint.weights())
+    load_exact_tensors(model, kept | checkpoint.weights(wanted_parts(model)))
     return schedule
 
 
@@ -232,11 +233,14 @@ def save(run: Run, progress: Progress) -> None:
         RunStopped: the disk (see `Checkpoints.save`), or the ranks have drifted apart.
     """
     state = progress.state
-    if name := _first_non_finite(run.model, progress.optimizer):
+    if name := next(filter(None, run.group.gather(_first_non_finite(run.model, progress.optimizer))), None):
         raise NonFinite(f"after step {state.step}: {name} is not finite; no checkpoint was written")
     tensors, frozen = exact_tensors(run.model), _frozen_tensors(run.model, run.lowrank)
     moving = {name: tensor for name, tensor in tensors.items() if name not in frozen}
-    check_equal(run.group, moving | named_state(run.model, progress.optimizer), f"after step {state.step}")
+    moments = named_state(run.model, progress.optimizer)
+    parts = parts_of(run.model) | parts_of_state(run.model, progress.optimizer)
+    on_all = {name: tensor for name, tensor in (moving | moments).items() if name not in parts}
+    check_equal(run.group, on_all, f"after step {state.step}")
     run.checkpoints.save(
         SavedState(
             **vars(state),
@@ -244,10 +248,11 @@ def save(run: Run, progress: Progress) -> None:
             frozen_since=progress.schedule.cycle_start(max(state.step - 1, 0)),
             scheduled=save_due(run, state.step),
         ),
-        weights={name: tensor for name, tensor in tensors.items() if name not in frozen},
+        weights=moving,
         frozen=frozen if run.saves_frozen else {},
-        optimizer=named_state(run.model, progress.optimizer),
+        optimizer=moments,
         settings=run.settings,
+        parts=parts,
     )
 
 
