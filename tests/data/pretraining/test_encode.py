@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.paths import DATA
 from tokenizers import normalizers, pre_tokenizers
 
+from relora.data.pretraining import encode
 from relora.data.pretraining.encode import Chunk, Encoder, _encodes_word_by_word, encode_all
 from relora.data.sampling import DRAWS, SplitRule
 from relora.data.tokenizer import END_OF_TEXT, load_tokenizer
@@ -60,6 +61,24 @@ def test_words_have_the_ids_of_whole_texts(encoder: Encoder, texts: list[str]) -
     expected = [id for text in texts for id in [*tokenizer.encode(text, add_special_tokens=False).ids, 1]]
     for _ in range(2):  # met for the first time, and known
         np.testing.assert_array_equal(encoder.encode(Chunk(texts, 0)).train.tokens, expected)
+
+
+@pytest.mark.parametrize(("most", "longest"), [(0, 64), (7, 64), (1 << 18, 3)])
+def test_threads_and_full_caches_change_no_id(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, most: int, longest: int
+) -> None:
+    """Several threads meet the same new words; words that are too long or too many are encoded in every chunk."""
+    monkeypatch.setattr(encode, "CACHED_WORDS", most)
+    monkeypatch.setattr(encode, "LONGEST_CACHED_WORD", longest)
+    encoder = _encoder(tokenizer_folder)
+    texts = [" ".join(f"word{at % 13} été{at % 5}" for at in range(number, number + 60)) for number in range(80)]
+    tokenizer = encoder._tokenizer()
+    found = encode_all((Chunk([text], 0) for text in texts), encoder, workers=4)
+    for text, (_, encoded) in zip(texts, found, strict=True):
+        expected = [*tokenizer.encode(text, add_special_tokens=False).ids, 0]
+        np.testing.assert_array_equal(encoded.train.tokens, expected)
+    known = encoder._known.words.to_pylist()
+    assert len(known) == len(set(known)) <= most and max(map(len, known), default=0) <= longest
 
 
 def test_words_are_left_whole_where_something_may_look_across_a_space(tokenizer_folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 A text repeats its words: of the words in a megabyte of English about a sixth are different. For many tokenizers the
 ids of a text are the ids of its words, one after another (`_encodes_word_by_word`); then a chunk is cut into words, and
-each different word is encoded once. For other tokenizers whole texts are encoded. The ids are the same either way.
+each different word is encoded once. Words are cut, looked up and replaced by their ids as whole arrays, without
+Python's lock. For other tokenizers whole texts are encoded. The ids are the same either way.
 
 Workers are threads. numpy, Arrow and the tokenizer release Python's global lock while they work, so processes, to which
 the text would have to be sent, would not be faster.
@@ -20,12 +21,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow
+import pyarrow.compute
 import tokenizers
 
 from relora.data.pretraining.shards import TokenDtype, token_dtype
@@ -106,7 +108,8 @@ class Encoder:
         self._eos = np.array([eos_token_id], dtype=token_dtype(dtype))
         self.rule = rule
         self._thread = threading.local()
-        self._cached_words: dict[str, npt.NDArray[np.uint32]] = {}
+        self._known = KnownWords.of([], [])
+        self._growing = threading.Lock()
         self._word_by_word = _encodes_word_by_word(json.loads(tokenizer_json))
 
     @property
@@ -148,21 +151,26 @@ class Encoder:
         if not self._word_by_word:
             return [np.array(ids, dtype=np.uint32) for ids in self._ids(texts)]
         words, first_words = _words(texts)
-        encoded_words = words.dictionary_encode()  # the different words, and which of them each word is
-        different_ids = self._word_ids(encoded_words.dictionary.to_pylist())
-        ids = pyarrow.array(different_ids, pyarrow.list_(pyarrow.uint32())).take(encoded_words.indices)
-        flat, bounds = ids.values.to_numpy(), ids.offsets.to_numpy()[first_words]
-        return [flat[start:end] for start, end in pairwise(bounds)]
+        known = self._known
+        numbers = known.numbers_of(words)
+        if (numbers < 0).any():
+            new = words.filter(_mask(numbers < 0)).unique()
+            texts_of_new = new.to_pylist()
+            more = KnownWords.of(texts_of_new, self._ids(texts_of_new))
+            known = known.extended(more)
+            numbers = known.numbers_of(words)
+            self._keep(more)
+        ids, bounds = known.ids_of(numbers)
+        return [ids[start:end] for start, end in pairwise(bounds[first_words])]
 
-    def _word_ids(self, words: list[str]) -> list[npt.NDArray[np.uint32]]:
-        """Return the ids of each of several different words, encoding those that are not cached."""
-        found = {word: self._cached_words[word] for word in words if word in self._cached_words}
-        new = [word for word in words if word not in found]
-        for word, ids in zip(new, self._ids(new), strict=True):
-            found[word] = np.array(ids, dtype=np.uint32)
-            if len(self._cached_words) < CACHED_WORDS and len(word) <= LONGEST_CACHED_WORD:
-                self._cached_words[word] = found[word]
-        return [found[word] for word in words]
+    def _keep(self, more: "KnownWords") -> None:
+        """Keep the ids of new words for later chunks, unless they are long ones or there are too many."""
+        with self._growing:
+            numbers = self._known.numbers_of(more.words)  # another thread may have met the same words
+            room = CACHED_WORDS - len(self._known.words)
+            chosen = (numbers < 0) & (_integers(pyarrow.compute.utf8_length(more.words)) <= LONGEST_CACHED_WORD)
+            chosen &= np.cumsum(chosen) <= room
+            self._known = self._known.extended(more.chosen(chosen))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Return the tokenizer's ids of each text."""
@@ -178,6 +186,47 @@ class Encoder:
             tokenizer.encode_special_tokens = True
             self._thread.tokenizer = tokenizer
         return tokenizer
+
+
+@dataclass(frozen=True)
+class KnownWords:
+    """Different words and their ids."""
+
+    words: pyarrow.StringArray
+    ids: npt.NDArray[np.uint32]
+    """Ids of all words, one after another."""
+    bounds: npt.NDArray[np.int64]
+    """Index of the first id of each word, followed by the number of ids; [words + 1]."""
+
+    @classmethod
+    def of(cls, words: list[str], ids: list[list[int]]) -> "KnownWords":
+        """Put together words and the ids of each."""
+        flat = np.fromiter(chain.from_iterable(ids), dtype=np.uint32)
+        encoded = [word.encode() for word in words]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+        return cls(_strings(b"".join(encoded), ends), flat, np.cumsum([0, *map(len, ids)], dtype=np.int64))
+
+    def numbers_of(self, words: pyarrow.StringArray) -> npt.NDArray[np.int32]:
+        """Return the number that each of `words` has among these; -1 for a word that is none of them."""
+        return _integers(pyarrow.compute.index_in(words, value_set=self.words), null=-1)
+
+    def extended(self, more: "KnownWords") -> "KnownWords":
+        """Return these words and after them `more`."""
+        words = pyarrow.concat_arrays([self.words, more.words])
+        bounds = np.concatenate([self.bounds, self.bounds[-1] + more.bounds[1:]])
+        return KnownWords(words, np.concatenate([self.ids, more.ids]), bounds)
+
+    def chosen(self, which: npt.NDArray[np.bool_]) -> "KnownWords":
+        """Return the words that are chosen, [words]."""
+        ids, bounds = self.ids_of(np.flatnonzero(which))
+        return KnownWords(self.words.filter(_mask(which)), ids, bounds)
+
+    def ids_of(self, numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Return the ids of the words with these numbers, one after another, and the `bounds` of each word in them."""
+        begins = self.bounds[numbers]
+        lengths = self.bounds[numbers + 1] - begins
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        return self.ids[np.repeat(begins - bounds[:-1], lengths) + np.arange(bounds[-1])], bounds
 
 
 def _words(texts: list[str]) -> tuple[pyarrow.StringArray, npt.NDArray[np.int64]]:
@@ -200,8 +249,31 @@ def _words(texts: list[str]) -> tuple[pyarrow.StringArray, npt.NDArray[np.int64]
     is_cut[begins[1:] - 1] = False  # a space at the end of a text is followed by another text's character
     is_cut[begins] = True
     cuts = np.flatnonzero(is_cut).astype(np.int32)
-    words = pyarrow.StringArray.from_buffers(len(cuts) - 1, pyarrow.py_buffer(cuts), pyarrow.py_buffer(joined))
-    return words, np.searchsorted(cuts, begins)
+    return _strings(joined, cuts), np.searchsorted(cuts, begins)
+
+
+# Arrow's arrays to numpy's and back by their buffers: `pyarrow.array` and `to_numpy` would load pandas.
+
+
+def _strings(text: bytes | npt.NDArray[np.uint8], bounds: npt.NDArray[np.int32]) -> pyarrow.StringArray:
+    """Return the strings between the bounds of a text in UTF-8."""
+    return pyarrow.StringArray.from_buffers(len(bounds) - 1, pyarrow.py_buffer(bounds), pyarrow.py_buffer(text))
+
+
+def _mask(which: npt.NDArray[np.bool_]) -> pyarrow.BooleanArray:
+    """Return truth values as Arrow's array."""
+    bits = pyarrow.py_buffer(np.packbits(which, bitorder="little"))
+    return pyarrow.Array.from_buffers(pyarrow.bool_(), len(which), [None, bits])
+
+
+def _integers(array: pyarrow.Int32Array, null: int = 0) -> npt.NDArray[np.int32]:
+    """Return the numbers of an array, with `null` in place of its nulls."""
+    is_valid, numbers = array.buffers()
+    found = np.frombuffer(numbers, np.int32, len(array), 4 * array.offset)
+    if not array.null_count:
+        return found
+    bits = np.unpackbits(np.frombuffer(is_valid, np.uint8), bitorder="little")
+    return np.where(bits[array.offset : array.offset + len(array)], found, np.int32(null))
 
 
 def _encodes_word_by_word(tokenizer: Mapping[str, Any]) -> bool:
