@@ -13,6 +13,8 @@ A mistake of the user is said once, by rank 0. A process that is lost is named, 
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -283,6 +285,9 @@ class Processes(Group):
 
         The lowest rank that is left says it.
         """
+        if threading.current_thread() is threading.main_thread():
+            # the launcher ends all at once where one was lost, and the line is to be said before that
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(RuntimeError):
             if (failure := self._failure()) is not None:
                 return failure

@@ -11,7 +11,7 @@ shell around each block that is not part of the model, and when the layers have 
 new ones are made. Scalars, which FSDP2 cannot divide, stay whole on every process.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,11 @@ _SHARDED: "WeakKeyDictionary[nn.Module, ShardedModel]" = WeakKeyDictionary()
 """The sharded models of this process."""
 
 
+def sharded_of(model: nn.Module) -> "ShardedModel | None":
+    """Return how this process shares a model with others; None for a model that it has whole."""
+    return _SHARDED.get(model)
+
+
 @contextmanager
 def passes(model: nn.Module) -> Iterator[bool]:
     """Run passes of a model inside the block; yield whether all processes must take the same number of them."""
@@ -47,9 +52,9 @@ def passes(model: nn.Module) -> Iterator[bool]:
 class _Shell(nn.Module):
     """Runs a module's own forward pass; `fully_shard` hangs its hooks on this shell and not on the module."""
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], inner: list[nn.Module] | None = None) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., Any], inner: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.module, self.inner = module, nn.ModuleList(inner or [])
+        self.module, self.inner = module, nn.ModuleList(inner)
         self._run = (run,)  # in a tuple, so that it is no attribute that `nn.Module` looks into
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,20 +154,20 @@ class ShardedModel:
         """Make the shells anew if the model has other layers than before."""
         modules = tuple(map(id, self.model.modules()))
         if modules != self._of_modules or not all(one.is_in_place for one in self._forwards):
-            self._drop_shells()
+            self.drop_shells()
             self._make_shells()
             self._of_modules = modules
         elif any(one.rows.data_ptr() != one.address for one in self._placed):
             raise AssertionError("own rows lie elsewhere than those that FSDP2 computes with")
 
-    def _drop_shells(self) -> None:
-        """Forget the shells, and give every module its own forward pass back."""
+    def drop_shells(self) -> None:
+        """Forget the shells, until the next pass, and give every module its own forward pass back."""
         for forward in self._forwards:
             forward.take_back()
         for one in self._placed:
             for module, _ in one.places:
                 module._load_state_dict_post_hooks.clear()  # FSDP2's, which would keep the old rows in memory
-        self._placed, self._forwards, self._root = [], [], None
+        self._placed, self._forwards, self._root, self._of_modules = [], [], None, ()
 
     def _make_shells(self) -> None:
         """Apply `fully_shard` to a shell around each block and one around the model, on the memory of the own rows."""
@@ -274,7 +279,7 @@ class ShardedModel:
 class _Forward:
     """The way from a module to the shell around it: calls of the module go through the shell."""
 
-    def __init__(self, module: nn.Module, inner: list[nn.Module] | None = None) -> None:
+    def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = ()) -> None:
         self.module = module
         self.before = vars(module).get("forward")
         """What stood there in place of the class's own forward pass, as that with activation checkpointing does."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from relora.errors import UserError
 from relora.lowrank.division import Division, Part, divide_, part_of
 from relora.lowrank.linear import LowRankLinear
+from relora.lowrank.storage.frozen_weight import FrozenWeight
 from relora.lowrank.storage.nf4 import BLOCK
 
 
@@ -61,6 +62,23 @@ def check_divisible(layer_name: str, out_features: int, in_features: int, count:
 def _blocks(layer: LowRankLinear, rows: int) -> int:
     """Return the number of nf4 blocks in so many rows of a layer."""
     return -(-rows * layer.in_features // BLOCK)
+
+
+def gathered_storage(layer: LowRankLinear) -> Iterator[tuple[FrozenWeight | LowRankLinear, str, Tensor]]:
+    """Bring together, one after the other, what a divided layer stores beside its parameters.
+
+    Yields:
+        Who has it, the name of the attribute, and the whole: the master of the weight, and the buffers of the layer.
+    """
+    division = layer.division
+    if division is None:
+        return
+    if layer.base.master is not None:
+        yield layer.base, "master", division.gather(layer.base.master, int(layer.base.transposed), layer.out_features)
+    for name in layer.divided_buffers:
+        if (buffer := getattr(layer, name)) is not None:
+            rows = layer.out_features if buffer.ndim == 2 else _blocks(layer, layer.out_features)
+            yield layer, name, division.gather(buffer, 0, rows)
 
 
 @contextmanager

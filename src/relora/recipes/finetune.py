@@ -20,6 +20,7 @@ from relora.data.finetuning.instruct import prompts
 from relora.data.tokenizer import save_tokenizer
 from relora.device import free_memory_bytes
 from relora.distributed.group import together
+from relora.distributed.whole import whole_on_first
 from relora.errors import UserError
 from relora.files.atomic import write_json
 from relora.inference.decoding import Sampling, continue_prompt
@@ -140,18 +141,20 @@ def _finish(config: FinetuneConfig, inputs: FinetuningInputs, run: Run, folder: 
     if _leaves_model(config):
         merge(model)
         fold_rows(model)
-    left = _write_result(config, inputs, folder) if run.group.is_first else ""
+    with whole_on_first(model, folder, run.group):
+        left = _write_result(config, inputs, folder) if run.group.is_first else ""
     run.group.meet("the trained model")
     evaluation = measure_result(run, position, lambda: _evaluate_result(config, inputs, reporter, folder))
-    if not run.group.is_first:
-        return evaluation
-    if inputs.asks and config.samples.examples:
-        try:
-            without_room = _write_answers(config, inputs, run.schedule.total_steps, folder)
-            if without_room:
-                reporter.warning(f"no answers to held-out prompts that {without_room}")
-        except UserError as error:  # the trained model does not depend on them
-            reporter.warning(f"no answers to held-out prompts: {error}")
+    with whole_on_first(model, folder, run.group):
+        if not run.group.is_first:
+            return evaluation
+        if inputs.asks and config.samples.examples:
+            try:
+                without_room = _write_answers(config, inputs, run.schedule.total_steps, folder)
+                if without_room:
+                    reporter.warning(f"no answers to held-out prompts that {without_room}")
+            except UserError as error:  # the trained model does not depend on them
+                reporter.warning(f"no answers to held-out prompts: {error}")
     figures = {"loss": evaluation.loss, **(evaluation.scores or {"perplexity": evaluation.perplexity})}
     shown = ", ".join(f"{name} {figure:.4g}" for name, figure in figures.items())
     unit = "examples" if inputs.is_classifier else "tokens"

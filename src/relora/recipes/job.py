@@ -19,6 +19,7 @@ from relora.distributed.group import ALONE, Group, current_group
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.costs import Rates
+from relora.lowrank.division import whole_shape
 from relora.measure import Evaluation, token_loss
 from relora.model.blocks import training_blocks
 from relora.model.head import whole_logits_reason
@@ -144,7 +145,7 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool,
         held_memory = held_bytes(model, end.optimizer, start.lowrank.residual)
         position = end.position(max(state.step - 1, 0))
         del end, progress  # frees the moments: what `finish` does takes memory, too
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        trainable = sum(whole_shape(one).numel() for one in model.parameters() if one.requires_grad)
         if measured is None or state.step == run.schedule.total_steps:
             measured = finish(run, folder, position)
     return RunResult(folder, state.step, state.tokens, trainable, held_memory, measured)

@@ -11,6 +11,7 @@ from torch import nn
 from relora.config import RunConfig
 from relora.data.tokenizer import copy_tokenizer
 from relora.distributed.group import together
+from relora.distributed.whole import whole_on_first
 from relora.errors import RunStopped, UserError
 from relora.files.atomic import write_json
 from relora.inference.generate import sample_texts
@@ -94,16 +95,18 @@ def _taking_over(config: RunConfig, inputs: PretrainingInputs) -> Callable[[nn.M
 def _finish(config: RunConfig, inputs: PretrainingInputs, run: Run, folder: Path, position: Position) -> Evaluation:
     """Write the trained model, sampled texts and the report; return the held-out loss of the written model."""
     merge(inputs.model)
-    if run.group.is_first:
-        save_model(inputs.model, folder / "model", inputs.tokenizer)
+    with whole_on_first(inputs.model, folder, run.group):
+        if run.group.is_first:
+            save_model(inputs.model, folder / "model", inputs.tokenizer)
     run.group.meet("the trained model")
     evaluation = measure_result(run, position, lambda: inputs.evaluate_whole(inputs.model, run.reporter))
-    if not run.group.is_first:
-        return evaluation
-    try:
-        _write_samples(config, inputs, folder)
-    except UserError as error:  # the trained model does not depend on them
-        run.reporter.warning(f"no samples of text: {error}")
+    with whole_on_first(inputs.model, folder, run.group):
+        if not run.group.is_first:
+            return evaluation
+        try:
+            _write_samples(config, inputs, folder)
+        except UserError as error:  # the trained model does not depend on them
+            run.reporter.warning(f"no samples of text: {error}")
     run.reporter.message(
         f"held-out perplexity {evaluation.perplexity:.2f} on all {evaluation.tokens:,} tokens; "
         f"model in {folder / 'model'}"

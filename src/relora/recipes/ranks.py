@@ -93,6 +93,8 @@ def check_shardable(config: TrainingConfig, model: nn.Module, group: Group) -> N
         raise UserError(f"{what} adds up gradients rank by rank; distributed.deterministic needs `replicate`")
     if isinstance(config, FinetuneConfig) and config.lowrank.init == "gradient-svd":
         raise UserError(f"{what}: lowrank.init: gradient-svd needs all gradients at once; set kaiming or `replicate`")
+    if isinstance(config, FinetuneConfig) and config.lowrank.trainable_tokens:
+        raise UserError(f"{what}: lowrank.trainable_tokens needs whole embeddings; set `replicate`")
     if not decoder_blocks(model):
         raise UserError(f"{what}: the model has no repeated blocks to be divided by; set `replicate`")
     for name, module in model.named_modules():
