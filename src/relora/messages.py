@@ -7,9 +7,10 @@ characters are escaped.
 import difflib
 import reprlib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:  # `relora --help` needs no settings, and pydantic takes as long to load as all the rest of it
+    from pydantic import BaseModel, ValidationError
 
 LONGEST_SHOWN = 60
 """Largest number of characters of a key or a value in a message."""
@@ -24,7 +25,7 @@ PLAIN_WORDS = {"model_type": "must be a section of keys and values", "tuple_type
 """Messages in place of pydantic's, for those of its error types whose messages name types of Python."""
 
 
-def first_mistake(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+def first_mistake(error: "ValidationError", root: "type[BaseModel] | None" = None) -> str:
     """Describe the first mistake that pydantic found, in one line.
 
     Args:
@@ -51,7 +52,7 @@ def first_mistake(error: ValidationError, root: type[BaseModel] | None = None) -
     return f"`{key}` is {short_repr(mistake['input'])}: {reason}"
 
 
-def unknown_key(key: str, root: type[BaseModel]) -> str | None:
+def unknown_key(key: str, root: "type[BaseModel]") -> str | None:
     """Describe a dotted key that a class of settings does not have, with the nearest that it has; None if it has it."""
     if key in _all_keys(root):
         return None
@@ -98,7 +99,7 @@ def _without_types(location: Sequence[str]) -> list[str]:
     return [part for part in location if "[" not in part and part != "str"]
 
 
-def _nearest(location: Sequence[str], root: type[BaseModel]) -> str:
+def _nearest(location: Sequence[str], root: "type[BaseModel]") -> str:
     """Suggest the valid key nearest to an unknown one, from its own section first, then from all."""
     location = [part for part in location[:-1] if not part.isdecimal()] + [location[-1][:LONGEST_SHOWN]]
     keys = list(_all_keys(root))
@@ -115,7 +116,7 @@ def _nearest(location: Sequence[str], root: type[BaseModel]) -> str:
     return f"valid here: {names}" if len(names) <= 2 * LONGEST_SHOWN else "`relora config --schema` lists all keys"
 
 
-def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _all_keys(model: "type[BaseModel]", prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a class of settings and of the sections in it; a list adds no part to a key."""
     for name, field in model.model_fields.items():
         yield prefix + name
@@ -123,7 +124,9 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _all_keys(section, f"{prefix}{name}.")
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models_in(annotation: Any) -> "Iterator[type[BaseModel]]":
+    from pydantic import BaseModel
+
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

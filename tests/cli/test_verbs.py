@@ -54,6 +54,15 @@ def test_help_and_misspelt_keys_answer_before_torch_is_loaded(config: Path) -> N
     assert ended.stdout.splitlines()[-1] == "False"
 
 
+def test_the_help_answers_before_pydantic_is_loaded() -> None:
+    """It would take longer than all the rest; typer itself may load it for the options of a verb."""
+    script = WITHOUT_TORCH.format(commands=[["--help"]])
+    ended = subprocess.run(
+        [sys.executable, "-c", script.replace('"torch"', '"pydantic"')], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "False"
+
+
 def test_config_prints_every_default_and_reads_its_own_output(config: Path, tmp_path: Path) -> None:
     printed = done("config", config, "optimizer.lr=2e-3", "lowrank.target_modules=[q_proj, v_proj]")
     tree = yaml.safe_load(printed)
