@@ -37,7 +37,8 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `Processes` ignores SIGTERM once a rank is lost
+                signal.signal(number, handler)
 
     def agree(self) -> None:
         """Let what any rank has heard count on all; every rank calls this at the same place. Alone, do nothing."""
