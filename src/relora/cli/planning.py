@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from relora.cli.options import Json, Overrides, print_json
+from relora.cli.options import Json, Overrides, print_found, print_json
 from relora.errors import UserError
 
 app = typer.Typer()
@@ -22,14 +22,31 @@ def plan(
     alternatives: Annotated[
         bool, typer.Option("--alternatives", help="Also for other methods, bases and kinds of checkpointing.")
     ] = False,
+    world: Annotated[
+        str | None, typer.Option(help="Predict a step on so many processes instead, e.g. 8 or 8,64,1024.")
+    ] = None,
+    bandwidth: Annotated[str, typer.Option(help="With --world: slowest link of a process, e.g. 25GB/s.")] = "25GB/s",
+    within: Annotated[
+        str | None, typer.Option(help="With --world: link within a machine; unless given, --bandwidth.")
+    ] = None,
+    per_machine: Annotated[int, typer.Option(min=1, help="With --world: processes of a machine.")] = 8,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="With --world: share of the backward pass that hides sending.")
+    ] = 0.5,
+    step_seconds: Annotated[
+        str | None,
+        typer.Option(help="With --world: measured seconds of a step on one process, one for each phase: 9.1,8.4."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Memory by kind and time by phase, before anything is built."""
     from relora.cli.tables.plan import print_plan
+    from relora.cli.tables.scale import print_scale
     from relora.config import load_config, to_yaml
     from relora.planning.fit import fitting, write_config
     from relora.planning.plan import as_figures, make_plan
-    from relora.planning.sizes import size_in_bytes
+    from relora.planning.scale import link_of, scale, scale_figures
+    from relora.planning.sizes import counts, positive_numbers, size_in_bytes
 
     settings = load_config(config, overrides or [])
     if out is not None and fit is None:
@@ -40,18 +57,26 @@ def plan(
         raise UserError(f"{out}: there is no folder {out.parent}; make it, or give another --out")
     if fit is not None:
         settings = fitting(settings, size_in_bytes(fit))
-    found = make_plan(settings, probed=probe, alternatives=alternatives)
+    if world is not None:
+        if probe or alternatives or out is not None:
+            raise UserError("--world: predicts steps on several processes; leave out --probe, --alternatives and --out")
+        link = link_of(bandwidth, within, per_machine, overlap)
+        measured = None if step_seconds is None else positive_numbers(step_seconds, "--step-seconds")
+        found = scale(settings, counts(world, "--world"), link, step_seconds=measured)
+        print_found(found, as_json, print_scale, scale_figures)
+        return
+    made = make_plan(settings, probed=probe, alternatives=alternatives)
     if out is not None:
         write_config(settings, out)
     if as_json:
-        figures = as_figures(found)
+        figures = as_figures(made)
         if fit is not None:
             figures["config"] = settings.model_dump(mode="json")
         print_json(figures)
         return
     if fit is not None and out is None:
         print(to_yaml(settings), end="")
-    print_plan(found)
+    print_plan(made)
 
 
 @app.command("config", epilog="Example: relora config configs/quickstart.yaml batch.sequences=32")
