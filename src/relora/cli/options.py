@@ -86,8 +86,10 @@ def processes_to_lead() -> int | None:
     place = place_of(os.environ)
     if place is None:
         return 1
+    if place.rank:
+        return None
     leave_launcher()
-    return place.local_world if place.rank == 0 else None
+    return place.local_world
 
 
 def parse_share(text: str) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from relora.distributed.heart import Heart, Watch, beats, described, silent_ranks
-from relora.distributed.launch import Place, open_store, place_of, rank_named_by
+from relora.distributed.launch import JOIN_SECONDS, Place, is_spoken_for, open_store, place_of
 from relora.errors import PeerFailed, ReloraError, RunStopped, UserError
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -128,7 +128,22 @@ class Processes(Group):
         self._watch = Watch(self._posts, self.world, self.rank)
         self._heart = Heart(self._store.clone(), self.rank)  # type: ignore[attr-defined]
         self._heart.start()
-        self.meet("the start")
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # since a rank of the last group was lost
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._find_all()
+
+    def _find_all(self) -> None:
+        """Wait until all ranks have joined; raise `RunStopped`, which names those that have not, after a while."""
+        here = [f"here/{rank}" for rank in range(self.world)]
+        self._store.set(here[self.rank], "")
+        deadline = time.monotonic() + JOIN_SECONDS
+        while not self._store.check(here):
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
+                line = f"rank {', '.join(map(str, missing))} did not join within {JOIN_SECONDS} seconds"
+                is_speaker = self.rank == min({*range(self.world)} - {*missing})
+                raise RunStopped(line) if is_speaker else PeerFailed(line, RunStopped.exit_status)
+            time.sleep(_POLL_SECONDS)
 
     def connect(self, device: torch.device, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -338,7 +353,7 @@ def current_group() -> Group:
         try:
             place = place_of(os.environ)
         except UserError as error:
-            if rank_named_by(os.environ):
+            if is_spoken_for(os.environ):
                 raise PeerFailed(str(error), error.exit_status) from None
             raise
         if place is None:

@@ -81,10 +81,11 @@ def place_of(variables: Mapping[str, str]) -> Place | None:
     )
 
 
-def rank_named_by(variables: Mapping[str, str]) -> int:
-    """Return the rank that the variables name, 0 where they name none: the process that speaks for all is rank 0."""
-    text = variables.get("RANK", "0")
-    return int(text) if text.isascii() and text.isdigit() else 0
+def is_spoken_for(variables: Mapping[str, str]) -> bool:
+    """Whether there is a rank 0 to say what is wrong with the variables: they name another rank, one that exists."""
+    rank, world = variables.get("RANK", ""), variables.get("WORLD_SIZE", "")
+    are_counts = all(text.isascii() and text.isdigit() for text in (rank, world))
+    return are_counts and 0 < int(rank) < int(world)
 
 
 def leave_launcher() -> None:
