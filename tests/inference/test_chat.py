@@ -100,6 +100,18 @@ def test_adapters_answer_in_turn(model: Path, tmp_path: Path) -> None:
         recorded.chat.handle("/adapter green")
 
 
+def test_what_was_heard_changes_no_answer(model: Path, tmp_path: Path) -> None:
+    """Keys and values kept between turns, thrown away by another adapter, are those of a prompt read anew."""
+    lines = ["Hello", "And Tom?", "/adapter red", "Why?", "/adapter base", "Why?", "/system Be kind.", "Hello"]
+    place = lora(tmp_path / "red", seed=1)
+    keeping, reading_anew = (RecordedChat(model, adapters=[place]) for _ in range(2))
+    for line in lines:
+        reading_anew.chat._heard.forget()
+        assert keeping.take(line) == reading_anew.take(line)
+    assert len(keeping.chat.conversation.turns) == 5
+    assert keeping.chat._heard._ids  # the model is of the form whose keys and values are kept
+
+
 def test_save_writes_what_fine_tuning_reads(model: Path, tmp_path: Path) -> None:
     recorded = RecordedChat(model, system="Be kind.")
     with pytest.raises(UserError, match="/save: give a file"):
