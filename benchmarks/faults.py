@@ -10,6 +10,8 @@ disk        a full, failing, read-only or vanished disk
 cycles      many saves: what is kept, what is left behind, who may write
 drift       memory, threads and open files over a long run
 fuzz        odd configurations, folders, sources and command lines
+ranks       one of two processes under torchrun killed at a random step; started again by itself, to the same bits
+stopped     one of two processes stopped; named, and started again
 large       one endless line, one endless word, a million tiny documents
 
 The suite runs a fast part of each. Exit status 1 if anything failed.
@@ -34,6 +36,8 @@ CAMPAIGNS = {
     "cycles": ("cycles", "campaign", 1000),
     "drift": ("drift", "campaign", 2000),
     "fuzz": ("fuzz", "campaign", 20_000),
+    "ranks": ("ranks", "campaign", 20),
+    "stopped": ("ranks", "stops", 3),
     "large": ("large", "campaign", 100),
 }
 """Name -> module under tests/faults, its function, and how many trials make the figure in docs/reliability.md."""

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"device", "distributed", "lowrank", "measure", "report"},
     "adapters": {"lowrank", "model", "report", "runs"},
     "inference": {"adapters", "data", "device", "measure", "model", "runs"},
-    "evaluation": {"data", "distributed", "inference", "measure", "model", "report", "runs"},
+    "evaluation": {"data", "device", "distributed", "inference", "measure", "model", "report", "runs"},
     "recipes": {
         *("adapters", "config", "data", "device", "distributed", "evaluation", "inference", "lowrank", "measure"),
         *("model", "report", "runs", "train"),

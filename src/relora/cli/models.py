@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from relora.cli.options import Device, Dtype, Json, Trust, print_found, print_json
+from relora.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Trust,
+    launched,
+    print_found,
+    print_json,
+    processes_to_lead,
+)
 from relora.errors import UserError
 
 app = typer.Typer()
@@ -97,6 +106,8 @@ def evaluate(
     options = {name: value for name, value in options.items() if value is not None}
     kind = _one_kind([name for name, value in scored_on.items() if value], list(options))
     options |= {"adapter": adapter, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if kind != "data" and processes_to_lead() is None:
+        return
     if kind == "instructions":
         from relora.cli.tables.scores import print_instruction_scores
         from relora.evaluation.instructions import evaluate_instructions
@@ -111,7 +122,10 @@ def evaluate(
         from relora.cli.tables.scores import print_scores
         from relora.evaluation.perplexity import evaluate_model
 
-        print_found(evaluate_model(model, data or [], **options), as_json, print_scores)
+        with launched() as prints:
+            scores = evaluate_model(model, data or [], **options)
+        if prints:
+            print_found(scores, as_json, print_scores)
 
 
 @app.command(epilog='Example: relora generate runs/quickstart --prompt "Once upon a time" --max-new-tokens 100')

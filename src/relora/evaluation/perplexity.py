@@ -26,6 +26,8 @@ from relora.data.pretraining.corpus import Corpus
 from relora.data.pretraining.shards import PreparedFolder
 from relora.data.readers import file_kind
 from relora.data.tokenizer import fingerprint
+from relora.device import choose_device
+from relora.distributed.group import DEFAULT_TIMEOUT_SECONDS, current_group, together
 from relora.errors import UserError
 from relora.evaluation.scored_model import BATCH, check_counts, check_loss, open_scored_model, scored_length
 from relora.inference.loading import LoadedModel
@@ -88,7 +90,7 @@ def evaluate_model(
     batch: int = BATCH,
     trust_remote_code: bool = False,
 ) -> list[Score]:
-    """Score a model on every source of `data`.
+    """Score a model on every source of `data`. Several processes share the windows and come to the same figures.
 
     Args:
         model_or_run: a run folder, a model folder or a hub id.
@@ -107,20 +109,29 @@ def evaluate_model(
     Raises:
         UserError: the model, the adapter or a source does not exist, or they do not belong together.
     """
-    check_counts(sequence_length=sequence_length, stride=stride, tokens=tokens, batch=batch)
-    loaded = open_scored_model(model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    length = scored_length(loaded, sequence_length)
-    if stride is not None and stride > length:
-        raise UserError(f"stride ({stride}) must not exceed sequence_length ({length}), or tokens would be left out")
-    if not data:
-        raise UserError("no data given; give a prepared folder or a text file")
-    scores = []
-    for source in data:
-        if (Path(source) / "index.json").is_file():
-            scores.append(_score_prepared(loaded, source, length, stride or length, tokens, batch))
-        else:
-            scores.append(_score_text(loaded, source, length, stride or max(1, length // 2), tokens, batch))
-    return scores
+    with together() as group:
+        with group.stage("the opening of the model"):
+            check_counts(sequence_length=sequence_length, stride=stride, tokens=tokens, batch=batch)
+            if group.world > 1:
+                device = str(choose_device(device, group.local_rank))
+            loaded = open_scored_model(
+                model_or_run, adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            length = scored_length(loaded, sequence_length)
+            if stride is not None and stride > length:
+                raise UserError(
+                    f"stride ({stride}) must not exceed sequence_length ({length}), or tokens would be left out"
+                )
+            if not data:
+                raise UserError("no data given; give a prepared folder or a text file")
+        group.connect(loaded.model.device, DEFAULT_TIMEOUT_SECONDS)
+        scores = []
+        for source in data:
+            if (Path(source) / "index.json").is_file():
+                scores.append(_score_prepared(loaded, source, length, stride or length, tokens, batch))
+            else:
+                scores.append(_score_text(loaded, source, length, stride or max(1, length // 2), tokens, batch))
+        return scores
 
 
 def sliding_windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
@@ -150,7 +161,8 @@ def _score_prepared(
         batches, total = held_out, len(held_out)
     else:
         batches, total = _batches([folder.window(0, count)], length, stride, batch)
-    result = evaluate(loaded.model, with_progress(batches, total, source), bytes_per_token=folder.bytes_per_token)
+    shown = with_progress(batches, total, source) if current_group().is_first else batches
+    result = evaluate(loaded.model, shown, bytes_per_token=folder.bytes_per_token, group=current_group())
     check_loss(result.loss, loaded.model, source)
     return Score(
         result.loss,
@@ -169,7 +181,8 @@ def _score_text(loaded: LoadedModel, source: str, length: int, stride: int, toke
     """Score the first `tokens` tokens of raw text, each document by itself."""
     text = _read_text(loaded, source, tokens)
     batches, total = _batches(text.documents, length, stride, batch)
-    result = evaluate(loaded.model, with_progress(batches, total, source))
+    shown = with_progress(batches, total, source) if current_group().is_first else batches
+    result = evaluate(loaded.model, shown, group=current_group())
     check_loss(result.loss, loaded.model, source)
     loss_sum = result.loss * result.tokens
     whole = Evaluation.of(loss_sum, result.tokens, text.bytes)
