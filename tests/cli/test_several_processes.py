@@ -1,4 +1,6 @@
-"""Launchers of several processes, such as torchrun: what trains is refused, what only reads works."""
+"""Launchers of several processes, such as torchrun, whose variables are incomplete: what trains is refused, what only
+reads works.
+"""
 
 import json
 from pathlib import Path
@@ -9,10 +11,10 @@ from tests.command import call
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "finetune", "compare"])
-def test_several_processes_do_not_train(
+def test_a_launcher_that_names_no_rank_is_refused(
     config: Path, finetuning_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """Every process would write the same run folder."""
+    """Each process would take itself for the only one, and write the same run folder."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     before = contents(tmp_path)
     assert_refused(call(verb, finetuning_config if verb == "finetune" else config), "WORLD_SIZE", "torchrun")
