@@ -1,7 +1,7 @@
 """Locks that the kernel holds: they end with the process that took them, however it ends, so none is ever stale.
 
-The lock is advisory and lies on a file (flock). On a disk that several machines share, NFS from version 4 on included, it
-holds between machines, too.
+The lock is advisory and lies on a file (flock). On a disk that several machines share, NFS from version 4 on included,
+it holds between machines, too.
 """
 
 import fcntl

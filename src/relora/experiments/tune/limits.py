@@ -91,4 +91,9 @@ def check_limits(limits: Limits, config: Config) -> None:
     if limits.minutes is not None and limits.minutes <= 0:
         raise UserError(f"--minutes {limits.minutes:g}: must be above 0")
     if limits.memory is not None:
-        _peak(config)
+        _peak(config)  # says what cannot be planned
+        if choose_device(config.device).type == "cpu" and process_bytes() > limits.memory:
+            raise UserError(
+                f"--memory: a process takes {format_bytes(process_bytes())} before it has a model, and "
+                f"{format_bytes(limits.memory)} are allowed; allow more"
+            )

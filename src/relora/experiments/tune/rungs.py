@@ -78,8 +78,9 @@ def parse_rungs(text: str) -> tuple[float, ...]:
         rungs = tuple(float(part) for part in text.split(","))
     except ValueError:
         rungs = ()
-    names = [percent(rung) for rung in rungs]
-    if not rungs or rungs[-1] != 1 or names[0] < 1 or any(b <= a for a, b in pairwise(names)):
+    names = [percent(rung) for rung in rungs if 0 < rung <= 1]
+    rising = all(before < after for before, after in pairwise([0, *names]))
+    if not rungs or rungs[-1] != 1 or len(names) < len(rungs) or not rising:
         raise UserError(f"--rungs {text}: give ascending shares of the run that end with 1, e.g. 0.25,0.5,1")
     return rungs
 

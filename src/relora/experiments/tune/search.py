@@ -30,7 +30,7 @@ from relora.files.locks import FileLock
 from relora.processes import Call, OutOfMemory, serve_calls
 from relora.runs.folder import is_being_written
 
-MOST_DRAWS = 100
+MOST_DRAWS = 30
 """Draws for one trial, of which none can be used, after which a search gives up."""
 FIRST_TRIALS = 3
 """Trials after which a search gives up if all of them failed."""

@@ -6,10 +6,12 @@ a dead worker is seen at once, also by storages that know no heartbeat. Storages
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from relora.errors import UserError
+from relora.errors import RunStopped, UserError
 from relora.files.locks import FileLock
 from relora.messages import first_line
 
@@ -52,12 +54,27 @@ def open_storage(location: str | None, folder: Path) -> Any:
         arguments["connect_args"] = {"timeout": WAIT_SECONDS}
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
-    except (ImportError, ModuleNotFoundError) as error:
-        name = getattr(error, "name", None)
-        raise UserError(f"--storage {without_password(url)}: needs its driver; pip install {name or 'it'}") from None
+    except ImportError as error:
+        name = getattr(error.__cause__ or error, "name", None) or "the one of this database"
+        raise UserError(f"--storage {without_password(url)}: needs a driver; pip install {name}") from None
     except Exception as error:  # SQLAlchemy's and optuna's errors have no common class
         reason = first_line(str(getattr(error, "orig", None) or error))
         raise UserError(f"--storage {without_password(url)}: cannot be used: {reason}") from None
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn the error of a database that is lost during a search into one line.
+
+    Raises:
+        RunStopped: the storage failed; what it held is there when it is back.
+    """
+    optuna = import_optuna()
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        reason = first_line(str(getattr(error.__cause__, "orig", None) or error.__cause__ or error))
+        raise RunStopped(f"--storage: lost ({reason}); when it is back, the same command continues") from None
 
 
 def without_password(url: str) -> str:

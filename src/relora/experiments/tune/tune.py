@@ -19,6 +19,7 @@ from relora.experiments.tune.sampler import SAMPLERS
 from relora.experiments.tune.search import Budget, Plan, Search
 from relora.experiments.tune.spaces import Config, read_space
 from relora.experiments.tune.standing import best_trials
+from relora.experiments.tune.storage import storage_errors
 from relora.experiments.tune.study import Study
 from relora.files.locks import FileLock
 from relora.recipes.finetuning_inputs import base_folder, read_records
@@ -95,12 +96,13 @@ def tune(
         trials = study.trials()
         return Result(folder, path, tuple(overrides), base, config, found, rungs, trials, tuple(objectives))
 
-    try:
-        search.run()
-    except Interrupted:
-        if best_trials(study.trials()):
-            write_files(result(), study)
-        raise
+    with storage_errors():
+        try:
+            search.run()
+        except Interrupted:
+            if best_trials(study.trials()):
+                write_files(result(), study)
+            raise
     ended = result()
     if not best_trials(ended.trials):
         reasons = [trial.reason for trial in ended.trials if trial.reason]
