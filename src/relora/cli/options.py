@@ -56,6 +56,16 @@ def print_json(figures: Any) -> None:
     print(json.dumps(figures, indent=1, default=str))
 
 
+def settled(config: Any) -> Any:
+    """Return a configuration whose `distributed.strategy` is settled for the processes of this launch."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return config
+    from relora.distributed.group import current_group
+    from relora.planning.strategy import settled_strategy
+
+    return settled_strategy(config, current_group())
+
+
 @contextmanager
 def launched() -> Iterator[bool]:
     """Join the other processes, if a launcher such as torchrun has started several; an error is said by one of them.

@@ -20,6 +20,7 @@ from relora.cli.options import (
     print_found,
     print_json,
     processes_to_lead,
+    settled,
     unescape,
 )
 from relora.errors import UserError
@@ -95,7 +96,7 @@ def pretrain(
         print_found(timetable, as_json, print_timetable)
         return
     with launched() as prints:
-        settings = load_config(config, overrides or [])
+        settings = settled(load_config(config, overrides or []))
         from relora.recipes.pretrain import pretrain as run_pretrain
 
         result = run_pretrain(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
@@ -125,7 +126,7 @@ def finetune(
         print(show_examples(settings, show))
         return
     with launched() as prints:
-        settings = load_finetune_config(config, overrides or [])
+        settings = settled(load_finetune_config(config, overrides or []))
         from relora.recipes.finetune import finetune as run_finetune
 
         result = run_finetune(settings, fresh=fresh, strict=strict, quiet=quiet or as_json, until=until)
