@@ -13,22 +13,25 @@ from relora.planning.sizes import format_bytes
 def print_scale(found: Sequence[Scaled], console: Console | None = None) -> None:
     """Print a row for each number of processes, phase and strategy."""
     columns = [
-        *(Column(name, justify="right") for name in ("ranks", "sequences of a rank")),
-        *(Column(name) for name in ("phase", "strategy")),
-        *(Column(name, justify="right") for name in ("sends", "a step", "waits", "efficiency", "peak of a rank")),
+        Column("ranks", justify="right", no_wrap=True),
+        *(Column(name, no_wrap=True) for name in ("phase", "strategy")),
+        *(Column(name, justify="right", no_wrap=True) for name in ("sends", "waits", "a step", "of ideal", "peak")),
     ]
     rows = [
         [
             f"{one.world:,}",
-            f"{one.sequences:,}",
             one.phase.replace("_", " "),
             one.strategy,
             format_bytes(one.sent_bytes),
-            f"{one.step_seconds:.3g} s",
             f"{one.exposed:.3g} s",
+            f"{one.step_seconds:.3g} s",
             f"{100 * one.efficiency:.0f}%",
             format_bytes(one.peak),
         ]
         for one in found
     ]
-    console_or_stdout(console).print(build_table(columns, rows, title="a step on several processes, on paper"))
+    console = console_or_stdout(console)
+    console.print(build_table(columns, rows))
+    console.print(
+        "on paper: a rank sends and waits so much in a step; of ideal: tokens per second against as many ranks alone"
+    )
