@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from relora.config import parse_config
+from relora.config.reading import parse_finetune_config
 from relora.distributed.agree import tensor_hashes
 from relora.distributed.group import current_group, together
 from relora.errors import ReloraError
 from relora.measure import Evaluation
+from relora.recipes import finetune, pretrain
+from relora.recipes.finetuning_inputs import FinetuningInputs, gather_finetuning
 from relora.recipes.job import Job, Position, measure_result, run_job
-from relora.recipes.pretrain import job_of
-from relora.recipes.pretraining_inputs import gather_pretraining
+from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining
 from relora.train.checkpoint import Checkpoints
 from relora.train.run import Run
 
@@ -48,15 +50,25 @@ def played(scene: dict[str, Any]) -> dict[str, Any]:
     """Train one scene to its end with the other ranks."""
     with together() as group:
         with group.stage("the inputs"):
-            config = parse_config(scene["tree"])
-            inputs = gather_pretraining(config)
-            job = with_fault(job_of(config, inputs), scene.get("fault"))
+            inputs, job = gathered(scene["tree"])
+            job = with_fault(job, scene.get("fault"))
 
         def finish(run: Run, folder: Path, position: Position) -> Evaluation:
             return measure_result(run, position, lambda: inputs.evaluate_whole(inputs.model, run.reporter))
 
         result = run_job(job, finish, fresh=False, strict=False, quiet=True, until=scene.get("until"))
     return {"loss": result.evaluation.loss, "hash": hash_of(inputs.model), "steps": result.steps}
+
+
+def gathered(tree: dict[str, Any]) -> tuple[PretrainingInputs | FinetuningInputs, Job]:
+    """Inputs and job of a configuration of either kind."""
+    if "task" in tree:
+        config = parse_finetune_config(tree)
+        examples = gather_finetuning(config)
+        return examples, finetune.job_of(config, examples)
+    settings = parse_config(tree)
+    inputs = gather_pretraining(settings)
+    return inputs, pretrain.job_of(settings, inputs)
 
 
 def hash_of(model: torch.nn.Module) -> int:
