@@ -214,3 +214,16 @@ def test_errors_are_raised_before_the_first_token(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
         generate(tmp_path / "no-model-either", [PROMPT], adapters=[str(tmp_path / "nowhere")], write=pieces.append)
     assert pieces == []
+
+
+@pytest.mark.parametrize("stop", [(), ("a", "</s>")])
+def test_prompts_that_grow_together_get_the_texts_that_each_gets_alone(stop: tuple[str, ...]) -> None:
+    """More of them than grow at a time; streamed one after another."""
+    prompts = [f"{name} {verb}" for name in ("Once", "Lily and Tom", "The") for verb in ("was", "had a big", "upon")]
+    sampling = Sampling(max_new_tokens=16, temperature=1.2, repetition_penalty=1.1)
+    pieces: list[str] = []
+    together = generate(STORIES, prompts, sampling, seed=3, stop=stop, device="cpu", write=pieces.append)
+    alone = [generate(STORIES, [prompt], sampling, seed=3, stop=stop, device="cpu") for prompt in prompts]
+    assert together.texts == [each.texts[0] for each in alone]
+    assert together.tokens == sum(each.tokens for each in alone)
+    assert "".join(pieces) == "".join(text + "\n" for text in together.texts)
