@@ -208,6 +208,9 @@ def _open_reporter(job: Job, folder: Path, start: Start, quiet: bool, group: Gro
 
 def _announce(job: Job, start: Start, reporter: Reporter) -> None:
     """Say where the run starts, what was found in the data, and what the user should know before it trains."""
+    if (world := current_group().world) > 1:
+        order = "in a fixed order" if job.config.distributed.deterministic else "in buckets"
+        reporter.message(f"{world} processes share the sequences of each step; gradients are added up {order}")
     if start.checkpoint:
         total_steps = job.schedule_of(job.config).total_steps
         reporter.message(f"continuing after step {start.step} of {total_steps}")
