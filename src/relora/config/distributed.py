@@ -10,7 +10,7 @@ class DistributedSettings(Settings):
 
     strategy: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
     """Place of the model: whole on every rank (`replicate`), or divided among them (`shard`). `hybrid` divides it among
-    the ranks of each machine; `auto` is `replicate`."""
+    the ranks of each machine; `auto` is `shard` only where a whole model is predicted not to fit a rank's memory."""
     deterministic: bool = False
     """Add up the micro-batches in one order, so that every number of ranks gives the same bits. It takes more memory
     and sends more; `false` differs in the last bits."""

@@ -84,7 +84,7 @@ def read_tensors(paths: Sequence[Path], part_of: PartOf | None = None) -> dict[s
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     found.setdefault(name, []).append(_Piece(file.get_slice(name), *ranges.get(name, ())))
         return {name: _joined(pieces, part_of and part_of(name, _shape(pieces))) for name, pieces in found.items()}
-    except (OSError, SafetensorError, ValueError, TypeError, IndexError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(str(error))}") from None
 
 
@@ -134,7 +134,12 @@ def _joined(pieces: Sequence[_Piece], part: Part | None) -> Tensor:
         pieces = [first]
     if part is not None and part.dim != first.dim:
         raise ValueError("a tensor is divided by another dimension")
-    if sum(piece.shape[first.dim] for piece in pieces) != shape[first.dim]:
-        raise ValueError("a part of a tensor is missing, or there twice")
+    stop = 0
+    for piece in pieces:
+        if (piece.dim, piece.size, piece.first) != (first.dim, first.size, stop):
+            raise ValueError("parts of a tensor do not fit together")
+        stop += piece.shape[piece.dim]
+    if stop != shape[first.dim]:
+        raise ValueError("a part of a tensor is missing")
     wanted = slice(0, shape[first.dim]) if part is None else part.division.own(part.size)
     return torch.cat([piece.rows(wanted.start, wanted.stop) for piece in pieces], dim=first.dim)
