@@ -78,11 +78,11 @@ def play(
     }
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_of(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """Weights and moments of a run's last checkpoint."""
     checkpoint, broken = Checkpoints(folder / "checkpoints").latest()
     assert checkpoint is not None and not broken
-    assert checkpoint.step == STEPS
+    assert checkpoint.step == steps
     return {**checkpoint.weights(), **checkpoint.optimizer()}
 
 
