@@ -1,7 +1,8 @@
 """Script that torchrun starts: plays the scenes of a folder one after the other, each a run of the command's own kind.
 
 A scene: {"name", "tree": configuration, "until": step or null, "machines": number of machines that the ranks stand for,
-"die": step at whose checkpoint rank 1 is killed while it writes, or null}. Trees with a `task` are fine-tuned.
+"die": step at whose checkpoint rank 1 is killed while it writes, or null, "skew": step before which one bit of a weight
+changes on rank 3, or null}. Trees with a `task` are fine-tuned.
 """
 
 import json
@@ -19,6 +20,8 @@ from relora.errors import ReloraError
 from relora.recipes.finetune import finetune
 from relora.recipes.pretrain import pretrain
 from relora.train import checkpoint as checkpoints
+from relora.train import loop
+from relora.train.step import train_step
 
 
 def main(place: Path) -> None:
@@ -31,6 +34,7 @@ def main(place: Path) -> None:
         met: dict[str, Any] = {}
         if scene.get("die") and os.environ["RANK"] == "1":
             die_in_checkpoint(scene["die"])
+        loop.train_step = skewed(scene["skew"]) if scene.get("skew") and os.environ["RANK"] == "3" else train_step
         try:
             if "task" in scene["tree"]:
                 result = finetune(parse_finetune_config(scene["tree"]), quiet=True)
@@ -40,6 +44,18 @@ def main(place: Path) -> None:
         except ReloraError as error:
             met = {"error": type(error).__name__, "line": str(error), "status": error.exit_status}
         (place / f"{scene['name']}-{os.environ['RANK']}.json").write_text(json.dumps(met))
+
+
+def skewed(at: int) -> Any:
+    """A step before which, at one step, one bit of this process's rows changes."""
+
+    def step(model: torch.nn.Module, *rest: Any, step: int, **others: Any) -> Any:
+        if step == at:
+            weight = next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight"))
+            weight.data.view(torch.int32).view(-1)[5] ^= 1
+        return train_step(model, *rest, step=step, **others)
+
+    return step
 
 
 def die_in_checkpoint(step: int) -> None:

@@ -100,6 +100,7 @@ def four(place: Path, prepared: Path) -> Met:
         scene("moved", trees["moved"], until=12),
         scene("hybrid", trees["hybrid"], machines=2),
         scene("one-machine", trees["one-machine"]),
+        scene("skewed", settings(prepared, place / "skewed", distributed={"strategy": "hybrid"}), machines=2, skew=12),
     ]
     return play(4, scenes, place / "four", worker=WORKER)
 
@@ -192,6 +193,12 @@ def test_machines_hold_replicas_whose_ranks_share_one(one: Path, four: Met) -> N
     assert [met.get("steps") for met in four["hybrid"]] == [STEPS] * 4, four["hybrid"]
     assert largest_difference(tensors_of(one / "plain-1"), tensors_of(one / "hybrid")) < TOLERANCE
     assert len(list((one / "hybrid/checkpoints/step-00000030").glob("weights-*"))) == 2
+
+
+def test_a_part_that_differs_between_two_copies_is_found(four: Met) -> None:
+    lines = [met["line"] for met in four["skewed"] if met["error"] != "PeerFailed"]
+    assert len(lines) == 1 and "rank 3 has another" in lines[0] and "down_proj.weight" in lines[0], four["skewed"]
+    assert "step 17" in lines[0]
 
 
 def test_what_cannot_be_shared_is_refused_once(four: Met, two: Met, place: Path) -> None:

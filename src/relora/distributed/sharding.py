@@ -282,7 +282,7 @@ class _Forward:
     def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = ()) -> None:
         self.module = module
         self.before = vars(module).get("forward")
-        """What stood there in place of the class's own forward pass, as that with activation checkpointing does."""
+        """Forward pass that stood in place of the class's own, as that with activation checkpointing does."""
         self.shell = _Shell(module, module.forward, inner)
         call = self.shell.__call__
 

@@ -46,6 +46,7 @@ from relora.model.own_loss import own_loss_note
 from relora.model.unused import leave_out_unused
 from relora.recipes.from_settings import autocast_of, form_of, lowrank_of
 from relora.recipes.pretraining_inputs import marked_as_sample
+from relora.recipes.ranks import first_device
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
 from relora.runs.changes import HELD_OUT
@@ -148,7 +149,7 @@ def gather_finetuning(config: FinetuneConfig) -> FinetuningInputs:
     resize = config.model.resize_vocabulary == "auto"
     notes += fit_vocabulary(model, vocabulary_size(tokenizer), config.data.sequence_length, resize=resize)
     check_weights(model, base)
-    model.to(device)
+    model.to(first_device(config, device, current_group()))
     model_notes = [attention_note(model)]
     if config.task != "classification":
         check_causal(model, base)

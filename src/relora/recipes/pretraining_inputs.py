@@ -30,6 +30,7 @@ from relora.model.own_loss import own_loss_note
 from relora.model.unused import leave_out_unused
 from relora.model.vocabulary import grow_vocabulary
 from relora.recipes.from_settings import autocast_of, lowrank_of
+from relora.recipes.ranks import first_device
 from relora.report.reporter import Reporter
 from relora.report.trackers import check_trackers
 from relora.runs.changes import HELD_OUT
@@ -94,7 +95,7 @@ def gather_pretraining(config: RunConfig) -> PretrainingInputs:
     }
     if config.model.path is not None:
         content["model"] = fingerprint_of((model_folder(config.model.path) / "config.json").read_bytes())
-    model.to(device)
+    model.to(first_device(config, device, current_group()))
     if config.model.path is not None:
         check_weights(model, config.model.path)
         check_causal(model, config.model.path)

@@ -68,6 +68,11 @@ def reduction_of(config: TrainingConfig, model: nn.Module, device: torch.device,
     return Reduction() if group.world == 1 else Buckets(group)
 
 
+def first_device(config: TrainingConfig, device: torch.device, group: Group) -> torch.device:
+    """Return where a whole model is held before the run begins: on the device, or in main memory if ranks share it."""
+    return device if sharers_of(config, group) == 1 else torch.device("cpu")
+
+
 def sharers_of(config: TrainingConfig, group: Group) -> int:
     """Return the number of ranks that share one copy of the model; 1 where every rank has the whole model."""
     sharers = {"shard": group.world, "hybrid": group.local_world}

@@ -9,7 +9,7 @@ from torch import Tensor
 from relora.device import peak_memory_bytes
 from relora.distributed.agree import check_equal
 from relora.lowrank import low_rank_layers
-from relora.lowrank.division import part_of
+from relora.lowrank.division import division_of, part_of
 from relora.lowrank.linear import LowRankLinear
 from relora.train.optim import named_state
 from relora.train.run import Progress, Run
@@ -19,7 +19,8 @@ from relora.train.sharded_checkpoint import parts_of_state
 def agree_on_all(run: Run, progress: Progress, when: str) -> None:
     """Compare all weights, masters and moments with those of the other ranks; do nothing alone.
 
-    Of a divided model only those are compared that every rank has whole.
+    Of a divided model those are compared that every rank has whole and, where there are several copies of it, the parts
+    of each rank with the same parts of the other copies.
 
     Raises:
         RankDrift: a tensor differs; the message names it.
@@ -39,6 +40,10 @@ def agree_on_all(run: Run, progress: Progress, when: str) -> None:
     tensors |= masters | {name: tensor for name, tensor in state.items() if name not in divided}
     there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     check_equal(run.group, there, f"{when} at step {progress.state.step}")
+    if (division := division_of(run.model)) is not None:
+        parts = {name: one.detach() for name, one in run.model.named_parameters() if part_of(one) is not None}
+        parts |= {name: state[name] for name in divided}
+        check_equal(run.group, parts, f"{when} at step {progress.state.step}", division.count)
 
 
 def figures_of_ranks(run: Run, progress: Progress, steps: float) -> dict[str, Any]:
