@@ -81,6 +81,7 @@ def two(place: Path, prepared: Path, four: Met, one: Path) -> Met:
             scene("skewed", tree("skewed"), fault=["skew", 1, 12]),
             scene("slow", tree("slow"), fault=["slow", 1, 2]),
             scene("full", tree("full"), fault=["save", 0, 12]),
+            scene("unlike", tree("unlike"), fault=["seed", 1, 0]),
             *(scene(f"{name}-2", tuning(one, place / f"{name}-2", **sections)) for name, sections in TUNINGS.items()),
         ],
         place / "two",
@@ -296,18 +297,12 @@ def test_only_rank_0_says_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert (ended.status, ended.err, ended.out) == (2, "", "")
 
 
-def test_different_configurations_are_refused_once(place: Path, prepared: Path) -> None:
-    """Each rank has its own seed: rank 0 alone says so, in one line, and nothing is written."""
-    tree = settings(prepared, place / "unlike")
-    script = (
-        "import os, sys; from relora.cli import main; "
-        "sys.argv = ['relora', 'pretrain', sys.argv[1], 'seed=' + os.environ['RANK']]; main()"
-    )
-    (place / "unlike.py").write_text(script)
-    process = torchrun(2, place / "unlike.py", written(tree, place / "unlike.yaml"))
-    said = [line for line in process.communicate()[0].splitlines() if line.startswith("relora: ")]
-    assert len(said) == 1 and "seed: 0 on rank 0, 1 on rank 1" in said[0], said
-    assert process.returncode and not (place / "unlike").exists()
+def test_different_configurations_are_refused_once(two: Met, place: Path) -> None:
+    """Each rank has its own seed: rank 0 alone says so, and nothing is written."""
+    first, second = two["unlike"]
+    assert (first["error"], first["status"]) == ("UserError", 2) and "seed: 0 on rank 0, 1 on rank 1" in first["line"]
+    assert (second["error"], second["status"]) == ("PeerFailed", 2)
+    assert not (place / "unlike").exists()
 
 
 def test_prepare_and_compare_use_rank_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A scene: {"name", "tree": configuration, "until": step or null, "fault": [kind, 
     skew    a rank changes one bit of one weight
     slow    a rank takes longer over every batch
     save    the disk of a rank is full at its next checkpoint
+    seed    each rank has its own number as the seed
 """
 
 import errno
@@ -50,7 +51,9 @@ def played(scene: dict[str, Any]) -> dict[str, Any]:
     """Train one scene to its end with the other ranks."""
     with together() as group:
         with group.stage("the inputs"):
-            inputs, job = gathered(scene["tree"])
+            fault = scene.get("fault") or (None, None, None)
+            seed = {"seed": group.rank} if fault[0] == "seed" else {}
+            inputs, job = gathered(scene["tree"] | seed)
             job = with_fault(job, scene.get("fault"))
 
         def finish(run: Run, folder: Path, position: Position) -> Evaluation:
