@@ -14,7 +14,7 @@ magnitude` with a small `keep_ratio` prunes).
 from collections.abc import Mapping
 from typing import Any
 
-Defaults = Mapping[str, Mapping[str, Any]]
+Defaults = dict[str, dict[str, Any]]
 """Section -> key -> default."""
 
 RENEWING: Defaults = {

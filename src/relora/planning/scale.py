@@ -1,4 +1,4 @@
-"""What a step takes on several processes: its computing, what it sends, how long that takes, and the memory of a rank.
+"""Prediction of a step on several processes: its computing, what it sends, how long that takes, and a rank's memory.
 
     replicate   a ring sum of the gradients of what trains             2 (W - 1)/W · g bytes a step
     shard       weights are gathered for each pass forward and back,   (W - 1)/W · (2 w + g) bytes a micro-batch
@@ -182,4 +182,4 @@ def _largest_unit(config: RunConfig) -> float:
         model = shape_of(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
     whole = sum(parameter.numel() for parameter in model.parameters())
-    return max(*blocks, whole - sum(blocks)) / whole
+    return float(max(*blocks, whole - sum(blocks)) / whole)
