@@ -7,14 +7,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from relora.errors import Diverged, Interrupted, NonFinite, ReloraError, RunStopped, UserError
-from relora.processes import Call, OutOfMemory, run_in_processes
+from relora.processes import Call, OutOfMemory, run_in_processes, serve_calls
 
 
 def square(number: int) -> tuple[int, int, int]:
@@ -153,3 +153,30 @@ def test_processes_end_with_their_parent(number: signal.Signals, status: int, tm
     assert process.returncode == status
     assert out == ("" if number == signal.SIGKILL else f"{number.name}: it ended\n")
     wait_until((tmp_path / "stopped").exists)
+
+
+def test_calls_come_as_earlier_ones_end() -> None:
+    """A supply that has nothing yet is asked again; an error is an outcome, and the others go on."""
+    ended: dict[int, object] = {}
+
+    def supply() -> Iterator[Call[None] | None]:
+        yield Call("first", fail, (UserError("wrong"),))
+        while not ended:
+            yield None
+        yield Call("second", fail, (RunStopped("stopped"),))
+
+    assert serve_calls(supply(), ended.__setitem__, jobs=2)
+    assert [(index, type(outcome), str(outcome)) for index, outcome in ended.items()] == [
+        (0, UserError, "wrong"),
+        (1, RunStopped, "stopped"),
+    ]
+
+
+def test_processes_are_stopped_when_the_time_is_over(tmp_path: Path) -> None:
+    def supply() -> Iterator[Call[None] | None]:
+        yield Call("endless", wait_for_sigterm, (tmp_path,))
+        while True:
+            yield None
+
+    assert not serve_calls(supply(), lambda index, outcome: None, jobs=2, seconds=20)
+    assert (tmp_path / "stopped").exists() or not (tmp_path / "started").exists()
