@@ -45,7 +45,9 @@ def test_a_search_leaves_its_best_settings_and_what_it_found(config: Path, tmp_p
     tune(config, *options, "--objectives", "loss,adapter")
     found = record(config)
     trials = {trial["trial"]: trial for trial in found["trials"]}
-    assert len(trials) == 3 and trials[1]["diverged"] and trials[0]["values"]["optimizer.lowrank_lr"] == 2e-3  # the configuration itself
+    assert (
+        len(trials) == 3 and trials[1]["diverged"] and trials[0]["values"]["optimizer.lowrank_lr"] == 2e-3
+    )  # the configuration itself
     finished = [trial for trial in trials.values() if trial["state"] == "complete" and not trial["diverged"]]
     assert finished and found["best"]["trial"] == found["trials"][0]["trial"]
     for trial in trials.values():
@@ -162,9 +164,12 @@ def test_two_workers_share_a_study_without_a_duplicate(config: Path, launch: Lau
 
 def test_a_search_on_a_database_server(config: Path, server: str) -> None:
     tune(config, "--trials", 2, "--rungs", "1", "--storage", server)
-    study = optuna.load_study(study_name="study", storage=server.replace("postgresql://", "postgresql+psycopg://"))
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
-    assert record(config)["best"]["loss"] == min(trial.value for trial in study.trials if trial.value is not None)
+    storage = optuna.storages.RDBStorage(server.replace("postgresql://", "postgresql+psycopg://"))
+    trials = optuna.load_study(study_name="study", storage=storage).trials
+    storage.remove_session()
+    storage.engine.dispose()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
+    assert record(config)["best"]["loss"] == min(trial.value for trial in trials if trial.value is not None)
 
 
 @pytest.mark.parametrize(

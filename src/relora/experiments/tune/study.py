@@ -38,7 +38,7 @@ class Study:
     def __init__(self, folder: Path, location: str | None, purpose: Mapping[str, Mapping[str, Any]]) -> None:
         optuna = import_optuna()
         self.folder = folder
-        storage = open_storage(location, folder)
+        storage = self._storage = open_storage(location, folder)
         try:
             self.optuna = optuna.create_study(
                 storage=storage,
@@ -53,9 +53,16 @@ class Study:
             else:
                 self._check(attributes, json.loads(json.dumps(purpose)))
         except UserError:
+            self.close()
             raise
         except Exception as error:  # SQLAlchemy's errors and those of a damaged journal have no common class
             raise UserError(f"--storage: the study cannot be read: {first_line(str(error))}") from None
+
+    def close(self) -> None:
+        """Close the connections to a database."""
+        if hasattr(self._storage, "engine"):
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     def trials(self) -> list[Trial]:
         """Return all trials by number."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,20 @@ def tune(
         trials = study.trials()
         return Result(folder, path, tuple(overrides), base, config, found, rungs, trials, tuple(objectives))
 
-    with storage_errors():
+    with closing(study), storage_errors():
         try:
             search.run()
         except Interrupted:
             if best_trials(study.trials()):
                 write_files(result(), study)
             raise
-    ended = result()
-    if not best_trials(ended.trials):
-        reasons = [trial.reason for trial in ended.trials if trial.reason]
-        raise UserError(f"{folder}: no trial has a finite loss; {reasons[-1] if reasons else 'all of them diverged'}")
-    write_files(ended, study)
+        ended = result()
+        if not best_trials(ended.trials):
+            reasons = [trial.reason for trial in ended.trials if trial.reason]
+            raise UserError(
+                f"{folder}: no trial has a finite loss; {reasons[-1] if reasons else 'all of them diverged'}"
+            )
+        write_files(ended, study)
     return ended
 
 
