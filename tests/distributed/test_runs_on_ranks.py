@@ -80,9 +80,9 @@ def two(place: Path, prepared: Path, four: Met, one: Path) -> Met:
             scene("rewound", tree("rewound", non_finite={"policy": "rewind"}), fault=["nan", 1, 12]),
             scene("skewed", tree("skewed"), fault=["skew", 1, 12]),
             scene("slow", tree("slow"), fault=["slow", 1, 2]),
-            scene("full", tree("full"), fault=["save", 0, 12]),
             scene("unlike", tree("unlike"), fault=["seed", 1, 0]),
             *(scene(f"{name}-2", tuning(one, place / f"{name}-2", **sections)) for name, sections in TUNINGS.items()),
+            scene("full", tree("full"), fault=["save", 0, 12]),  # the last: the disk stays full
         ],
         place / "two",
     )
