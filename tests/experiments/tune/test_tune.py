@@ -67,7 +67,7 @@ def test_a_search_leaves_its_best_settings_and_what_it_found(config: Path, tmp_p
 
     left = {path.name for path in (tmp_path / "study").iterdir()}
     assert left >= {"best.yaml", "tune.json", "tune.md", "tune.csv", "tune.html", "study.db"}
-    lines = list(csv.DictReader((tmp_path / "study" / "tune.csv").open()))
+    lines = list(csv.DictReader((tmp_path / "study" / "tune.csv").read_text().splitlines()))
     assert len(lines) == 4 and [line["repeats"] for line in lines].count("") == 3
     page = (tmp_path / "study" / "tune.html").read_text()
     assert "parcoords" in page and "Pareto front" in page and "no trial saw" in page
