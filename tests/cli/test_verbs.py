@@ -67,7 +67,7 @@ def test_config_prints_every_default_and_reads_its_own_output(config: Path, tmp_
     printed = done("config", config, "optimizer.lr=2e-3", "lowrank.target_modules=[q_proj, v_proj]")
     tree = yaml.safe_load(printed)
     assert tree["optimizer"]["lr"] == 2e-3 and tree["lowrank"]["target_modules"] == ["q_proj", "v_proj"]
-    assert tree["restart"]["optimizer"] == "keep" and not (tmp_path / "run").exists()
+    assert tree["restart"]["optimizer"] == "project" and not (tmp_path / "run").exists()
     (tmp_path / "again.yaml").write_text(printed)
     assert done("config", tmp_path / "again.yaml") == printed
 

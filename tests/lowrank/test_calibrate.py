@@ -22,7 +22,7 @@ def test_measured_rates_are_plausible() -> None:
     rates = measure(CPU)
     sides, figures = zip(*rates.fp32, strict=True)
     assert list(sides) == sorted(sides) and list(figures) == sorted(figures)
-    assert 1e8 < figures[-1] < 1e15 and 1e7 < rates.bandwidth < 1e13 and rates.bf16 > 0 and rates.int8 > 0
+    assert 1e8 < figures[-1] < 1e15 and 1e7 < rates.bandwidth < 1e13 and rates.bf16 > 0 and rates.int8 >= 0
 
 
 def test_the_first_measurement_stays(tmp_path: Path) -> None:

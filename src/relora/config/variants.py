@@ -61,12 +61,12 @@ def _defaults(tree: Mapping[str, Any]) -> Defaults:
         return PAPER
     if method not in ("lora", "relora"):
         return {}
-    by_muon = _muon_fits(tree)
+    renewing = _muon_fits(tree) and _renewal_fits(tree)
     if method == "lora":
-        return {"optimizer": RENEWING["optimizer"]} if by_muon else {}
-    if by_muon and _renewal_fits(tree):
-        return RENEWING | ({"warm_start": {"takeover": True}} if _value(tree, "warm_start", "steps") != 0 else {})
-    return BALANCED | ({"optimizer": RENEWING["optimizer"]} if by_muon else {})
+        return {"optimizer": RENEWING["optimizer"]} if renewing else {}
+    if not renewing:
+        return BALANCED
+    return RENEWING | ({"warm_start": {"takeover": True}} if _value(tree, "warm_start", "steps") != 0 else {})
 
 
 def _muon_fits(tree: Mapping[str, Any]) -> bool:
@@ -78,10 +78,16 @@ def _muon_fits(tree: Mapping[str, Any]) -> bool:
 
 
 def _renewal_fits(tree: Mapping[str, Any]) -> bool:
-    """Whether restarts can retain a share of the directions, and no setting asks for restarts of another kind."""
+    """Whether restarts can retain a share of the directions, and no setting asks for restarts of another kind.
+
+    The configuration that a run of an earlier version has in its folder gives every key of its restarts, so such a run
+    goes on as it began.
+    """
     whole_layers = _value(tree, "restart", "stagger") != "ranks" and not _value(tree, "restart", "adaptive")
     balanced = _value(tree, "restart", "init") in (None, "balanced")
-    return whole_layers and balanced and _value(tree, "restart", "retain") != 0 and _value(tree, "lowrank", "r") != 1
+    projected = _value(tree, "restart", "optimizer") in (None, "project")
+    retaining = _value(tree, "restart", "retain") != 0 and _value(tree, "lowrank", "r") != 1
+    return whole_layers and balanced and projected and retaining
 
 
 def _value(tree: Mapping[str, Any], section: str, key: str) -> Any:

@@ -34,6 +34,8 @@ ALLOWED = {
     "data.validation": "the same tokens",
 }
 """Keys and sections that may change, with a remark on what the change does (empty: none needed)."""
+OTHER_MOMENTS = ("optimizer.factors", "optimizer.matrices")
+"""Keys within `ALLOWED` that may not change: the moments of one rule are none for another."""
 FIXED = {
     "data": "data: the prepared folders hold other tokens",
     "model": "model.path: its config.json is another",
@@ -58,7 +60,8 @@ def allowed_changes(there: TrainingConfig, here: TrainingConfig, folder: Path) -
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changed = [key for key in differing if not covered_by(key, FREE)]
     # Keys near the top come first: those below may only have been filled in by a method or a variant.
-    refused = sorted((key for key in changed if not covered_by(key, ALLOWED)), key=lambda key: key.count("."))
+    not_allowed = (key for key in changed if not covered_by(key, ALLOWED) or key in OTHER_MOMENTS)
+    refused = sorted(not_allowed, key=lambda key: key.count("."))
     if refused:
         shown = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in refused[:3])
         raise UserError(

@@ -76,7 +76,6 @@ def test_it_is_said_in_words(tmp_path: Path, space: Space) -> None:
     effects = effects_of(trials, space, study, RUNGS)
     words = "\n".join(advice(trials, space, effects, RUNGS))
     assert "optimizer.lowrank_lr matters most" in words
-    assert "lies at the upper end of its range; widen it" in words
     assert "below that of the configuration itself (trial 0)" in words
     assert "lowrank.lora_dropout" in next(line for line in words.splitlines() if line.startswith("No effect"))
     titles = [chart.title for chart in charts(trials, space, effects, RUNGS)]
@@ -90,6 +89,18 @@ def test_a_rank_that_brings_nothing_is_named(space: Space) -> None:
     words = advice(trials, space, effects, RUNGS)
     assert "lowrank.r beyond 8 brings nothing here." in words
     assert any("Nothing better than the values of the configuration" in line for line in words)
+
+
+@pytest.mark.parametrize(("multiple", "end"), [(9.9, "upper"), (0.101, "lower"), (1.0, None)])
+def test_a_best_value_at_the_end_of_its_range_is_named(space: Space, multiple: float, end: str | None) -> None:
+    trials = [
+        Trial(0, "complete", {"lowrank.r": 8, "optimizer.lowrank_lr": 1.0}, losses={100: 1.0}, target=1),
+        Trial(1, "complete", {"lowrank.r": 8, "optimizer.lowrank_lr": multiple}, losses={100: 0.5}, target=1),
+    ]
+    said = [line for line in advice(trials, space, Effects(), RUNGS) if "end of its range; widen it" in line]
+    assert said == (
+        [] if end is None else [f"optimizer.lowrank_lr: the best value lies at the {end} end of its range; widen it."]
+    )
 
 
 def test_too_few_or_equal_trials_say_nothing(tmp_path: Path, space: Space) -> None:
