@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.lowrank import LowRankConfig, exact_tensors, inject, restart
-from relora.train import checkpoint as module
+from relora.train import checkpoint_parts as module
 from relora.train.checkpoint import Checkpoints
 from relora.train.checkpoint_format import SavedState
 from relora.train.optim import OptimizerConfig, build_optimizer, named_state

@@ -149,7 +149,7 @@ class Progress:
     """Part of `unlogged_seconds` that went into reading batches."""
     unlogged_waited_seconds: float = 0.0
     """Part of `unlogged_seconds` in which this process waited for others."""
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace = field(default_factory=Pace, compare=False)
     evaluation: Evaluation | None = None
     """The last held-out measurement."""
     without_gradient: frozenset[str] = frozenset()
