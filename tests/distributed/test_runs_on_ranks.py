@@ -152,7 +152,9 @@ def test_fine_tuning_gives_the_same_bits(tuned: Path, name: str) -> None:
 
 def losses(folder: Path) -> list[float]:
     return [
-        record["validation_loss"] for record in read_json_lines(folder / "metrics.jsonl") if "validation_loss" in record
+        record["validation_loss"]
+        for record in read_json_lines(folder / "metrics.jsonl")
+        if record["kind"] == "evaluation"
     ]
 
 
