@@ -26,7 +26,7 @@ class BesideAdamW(torch.optim.AdamW):
         return loss
 
     def update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """Update one parameter of a method."""
+        """Update one parameter of a method; every method that has groups of its own gives its rule here."""
         raise NotImplementedError
 
 

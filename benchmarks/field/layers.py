@@ -1,14 +1,14 @@
 """Layers with fewer numbers than a weight, which train from scratch: W [out, in] is not stored.
 
-    factorized   W = B A                  Kamalakara et al. 2022, arXiv 2209.13569, section 3; the factors are drawn as
+    factorized   W = B A                  Kamalakara et al. 2022, arXiv 2209.13569; the factors are drawn as
                                           the model draws its weights
     spectral     the same with B = U sqrt(S), A = sqrt(S) Vᵀ of the r leading triplets of a drawn W: Khodak et al. 2021,
-                                          arXiv 2105.01029, section 3
+                                          arXiv 2105.01029
     refactored   as spectral, and every 200 steps B A is factorized like this anew and the optimizer forgets both:
-                                          Glentis et al. 2025, arXiv 2505.22922 ("low-rank restarts", lemma 4.1)
-    CoLA         y = B silu(A x)          Liu et al. 2025, arXiv 2502.10940, section 3.2; factors drawn as in its
+                                          Glentis et al. 2025, arXiv 2505.22922
+    CoLA         y = B silu(A x)          Liu et al. 2025, arXiv 2502.10940; factors drawn as in its
                                           published code, with the model's own nonlinearity kept as at 60M there
-    SLTrain      W = B A + S              Han et al. 2024, arXiv 2406.02214, section 3; S has values at a share of
+    SLTrain      W = B A + S              Han et al. 2024, arXiv 2406.02214; S has values at a share of
                                           random places that stay as they are drawn. A as in LoRA, B = 0, S uniform in
                                           ± 1/sqrt(in)
 

@@ -3,12 +3,12 @@
 G [m, n] is the gradient of a matrix laid so that m <= n, and Q [m, r] the leading left singular vectors of the gradient
 at the last renewal, one every `every_steps` steps (200 in GaLore, whose subspace this is).
 
-SUMO (Refael et al. 2025, arXiv 2505.24749, algorithm 1), polar(M) = U Vᵀ of M = U S Vᵀ, exact:
+SUMO (Refael et al. 2025, arXiv 2505.24749), polar(M) = U Vᵀ of M = U S Vᵀ, exact:
 
     at a renewal      M <- (Q_newᵀ Q_old) M
     at every step     M <- μ M + Qᵀ G,    W <- W - η Q polar(M)
 
-GUM (Pan et al. 2025, arXiv 2510.17802, v1, algorithm 2): a period's update is that of the subspace, or with probability
+GUM (Pan et al. 2025, arXiv 2510.17802): a period's update is that of the subspace, or with probability
 q that of its complement, so that both together are without bias; the momentum begins anew with the period:
 
     with 1 - q        M <- μ M + Qᵀ G / (1 - q),          W <- W - η Q polar(M)

@@ -3,7 +3,7 @@
     y = W x + s B A x,    s = 1 / r,    a_i the rows of A, b_i the columns of B
 
 Both factors begin with values, W stays as it is drawn. To exchange a_i for a vector a of its pool (Zhou et al. 2024,
-arXiv 2406.06564, sections 3.1 to 3.3, and the authors' published code):
+arXiv 2406.06564, and the authors' published code):
 
     W <- W + s b_i (a_i - a)ᵀ,    a_i <- a        the layer's function stays
     the moments and the step count of b_i become zero, and b_i does not move for 5 steps; likewise for b_i and a_i

@@ -151,6 +151,7 @@ def test_fine_tuning_gives_the_same_bits(tuned: Path, name: str) -> None:
 
 
 def losses(folder: Path) -> list[float]:
+    """Held-out losses measured in training; the final one is of other weights, since `worker` opens no base in fp32."""
     return [
         record["validation_loss"]
         for record in read_json_lines(folder / "metrics.jsonl")

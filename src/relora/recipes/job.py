@@ -106,9 +106,7 @@ def run_job(job: Job, finish: Finish, *, fresh: bool, strict: bool, quiet: bool,
     with ExitStack() as held:
         with group.stage("the opening of the run folder"):
             if config.optimizer.name in PROJECTED_OPTIMIZERS:
-                projected_matrices(
-                    model, config.optimizer.projection.rank
-                )  # refuses a rank that does not fit the model
+                projected_matrices(model, config.optimizer.projection.rank)  # refuses a rank that does not fit
             check_shardable(config, model, group)
             memory = config.memory.activation_checkpointing
             blocks = training_blocks(model, checkpointing=memory, compiled=config.compile)

@@ -91,6 +91,13 @@ def test_a_rank_that_brings_nothing_is_named(space: Space) -> None:
     assert any("Nothing better than the values of the configuration" in line for line in words)
 
 
+@pytest.mark.parametrize(("spread", "said"), [(0.05, "matters most"), (0.25, "No setting stands out yet")])
+def test_a_share_within_its_uncertainty_is_no_finding(space: Space, spread: float, said: str) -> None:
+    effects = Effects({"optimizer.lowrank_lr": (0.3, spread), "lowrank.r": (0.1, 0.1)}, {})
+    trials = [Trial(0, "complete", {"lowrank.r": 8, "optimizer.lowrank_lr": 1.0}, losses={100: 1.0}, target=1)]
+    assert any(said in line for line in advice(trials, space, effects, RUNGS))
+
+
 @pytest.mark.parametrize(("multiple", "end"), [(9.9, "upper"), (0.101, "lower"), (1.0, None)])
 def test_a_best_value_at_the_end_of_its_range_is_named(space: Space, multiple: float, end: str | None) -> None:
     trials = [

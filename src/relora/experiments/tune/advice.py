@@ -49,6 +49,8 @@ def _importance(own: Sequence[Trial], effects: Effects) -> list[str]:
     ranked = sorted(effects.importance.items(), key=lambda item: -item[1][0])
     (first, (share, spread)), others = ranked[0], ranked[1:]
     lines = [f"{first} matters most: {_share(share, spread)} of the variation between trials."]
+    if share - spread < WORTH_NAMING:
+        lines = [f"No setting stands out yet; {first} comes first, with {_share(share, spread)} of the variation."]
     if second := [f"{key} ({_share(*one)})" for key, one in others if one[0] >= WORTH_NAMING]:
         lines.append(f"Then {', '.join(second)}.")
     if idle := [key for key, (mean, deviation) in others if mean < WORTH_NAMING and mean - deviation <= 0.02]:

@@ -219,9 +219,7 @@ class Search:
         """Note what a part of a trial has come to."""
         number, share, lock = self._held.pop(index)
         try:
-            if isinstance(
-                outcome, Interrupted
-            ):  # somebody stopped this one process: the trial is there to be taken over
+            if isinstance(outcome, Interrupted):  # this one process was stopped, and the trial is left to be taken over
                 return
             with self._deciding():
                 figures = self.study.trials()[number].figures
