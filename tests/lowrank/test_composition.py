@@ -125,10 +125,17 @@ def test_a_restart_needs_additional_memory_for_one_layer_only(base: str, arithme
     assert one_layer <= bytes_held.peak < one_layer + coarse + 0.3 * one_layer
 
 
+_groups: list[object] = []
+"""Process group of this process, kept until it ends."""
+
+
 def _rank(rank: int, store: str, arithmetic: str, sharded: bool, results: str) -> None:
     """Run one of two processes: half of the batch through a DDP or FSDP model; rank 0 writes the gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    # The last reference must not be that of DDP's reducer: it would end the group while it holds the interpreter's lock,
+    # and wait for a thread of the group that wants the lock to drop what a backward pass left behind.
+    _groups.append(dist.group.WORLD)
     try:
         model = built(arithmetic)
         if sharded:

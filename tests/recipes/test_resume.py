@@ -120,7 +120,8 @@ def test_an_allowed_change_is_said_in_one_line(
 
 
 def test_a_longer_run_says_what_becomes_of_the_schedule(configure: Configure, folder: Path) -> None:
-    lines = changes(folder, configure(schedule__total_steps=18000))
+    (folder / "config.yaml").write_text(to_yaml(configure(restart__every_steps=1000)))
+    lines = changes(folder, configure(restart__every_steps=1000, schedule__total_steps=18000))
     assert lines[0] == "schedule.total_steps: 9000 -> 18000"
     assert lines[1].startswith(
         "the cosine now ends at step 18000 instead of 9000: at step 4000 the learning rate goes from "
@@ -136,8 +137,9 @@ def test_restarts_that_the_run_decides_on_are_not_counted(configure: Configure, 
 
 def test_a_restart_that_the_old_length_left_out_is_not_counted(configure: Configure, folder: Path) -> None:
     """Before step 4000 the old run, of 4000 steps, did the restarts before 2000 and 3000."""
-    (folder / "config.yaml").write_text(to_yaml(configure(schedule__total_steps=4000)))
-    assert "3 restarts in all instead of 2" in changes(folder, configure(schedule__total_steps=5000))[1]
+    (folder / "config.yaml").write_text(to_yaml(configure(restart__every_steps=1000, schedule__total_steps=4000)))
+    longer = configure(restart__every_steps=1000, schedule__total_steps=5000)
+    assert "3 restarts in all instead of 2" in changes(folder, longer)[1]
 
 
 def test_a_run_cannot_become_shorter_than_it_is(configure: Configure, folder: Path) -> None:

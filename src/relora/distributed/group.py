@@ -276,7 +276,8 @@ class Processes(Group):
         try:
             looked = time.monotonic()
             while not self._store.check(keys):
-                if (failure := self._failure()) is not None:
+                # a rank that failed after this meeting was complete does not take its outcome from the others
+                if (failure := self._failure()) is not None and not self._store.check(keys):
                     raise failure
                 if time.monotonic() - looked > pause:
                     looked = time.monotonic()
