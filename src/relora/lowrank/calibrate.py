@@ -29,6 +29,8 @@ _SIDE = 1024
 """Side of the square matrices that are multiplied on a CPU; four times as much on other devices."""
 _NARROW_SIDES = (8, 32, 128, 512)
 """Narrowest sides at which the fp32 rate is measured, besides the square product."""
+_SMALL_SIDE = 256
+"""Side at which it is found out whether a type is worth measuring: a processor that emulates it is 50 times slower."""
 _ROUNDS = 6
 """Repetitions of every measurement; the fastest counts."""
 
@@ -70,7 +72,7 @@ def measure(device: torch.device) -> Rates:
     """Measure the rates of a device; this takes some tenths of a second."""
     side = _SIDE if device.type == "cpu" else 4 * _SIDE
 
-    def product(narrowest: int, dtype: torch.dtype) -> Callable[[], object]:
+    def product(narrowest: int, dtype: torch.dtype, side: int = side) -> Callable[[], object]:
         """Return a function that multiplies [side, side] by [side, narrowest]."""
         x = torch.ones(side, side, device=device, dtype=dtype)
         y = torch.ones(side, narrowest, device=device, dtype=dtype)
@@ -81,7 +83,8 @@ def measure(device: torch.device) -> Rates:
     numbers = torch.zeros(16 * side * side, device=device)
     copy = torch.empty_like(numbers)
     calls = {f"fp32 {narrowest}": product(narrowest, torch.float32) for narrowest in (*_NARROW_SIDES, side)}
-    calls |= {"bf16": product(side, torch.bfloat16), "copy": lambda: copy.copy_(numbers)}
+    bf16_side = side if _bf16_is_usable(device) else _SMALL_SIDE
+    calls |= {"bf16": product(bf16_side, torch.bfloat16, bf16_side), "copy": lambda: copy.copy_(numbers)}
     if _int8_is_usable(device):
         calls["int8"] = product(side, torch.int8)
     seconds = _best_seconds(calls, device)
@@ -91,17 +94,25 @@ def measure(device: torch.device) -> Rates:
         fp32_rates.append((narrowest, best_rate))
     return Rates(
         fp32=tuple(fp32_rates),
-        bf16=2 * side**3 / seconds["bf16"],
+        bf16=2 * bf16_side**3 / seconds["bf16"],
         int8=2 * side**3 / seconds["int8"] if "int8" in calls else 0.0,
         bandwidth=2 * 4 * numbers.numel() / seconds["copy"],
     )
+
+
+def _bf16_is_usable(device: torch.device) -> bool:
+    """Tell whether a product in bf16 takes less than twice the time of the same product in fp32."""
+    numbers = torch.ones(_SMALL_SIDE, _SMALL_SIDE, device=device)
+    short = numbers.bfloat16()
+    seconds = _best_seconds({"bf16": lambda: short @ short, "fp32": lambda: numbers @ numbers}, device)
+    return seconds["bf16"] < 2 * seconds["fp32"]
 
 
 def _int8_is_usable(device: torch.device) -> bool:
     """Tell whether `torch._int_mm` gives exact sums, in less than twice the time of the same product in fp32."""
     if device.type not in ("cpu", "cuda"):
         return False
-    side = 256
+    side = _SMALL_SIDE
     codes = torch.full((side, side), LEVELS, device=device, dtype=torch.int8)
     numbers = codes.float()
     seconds = _best_seconds({"int8": lambda: torch._int_mm(codes, codes), "fp32": lambda: numbers @ numbers}, device)
