@@ -7,8 +7,8 @@
 processes in namespaces that a pair of virtual cards connects, whose rate `tc` limits, and puts the measured step beside
 the bound: the measured step without a limit, and the bytes that it sends over the rate.
 
-All figures are medians over the steps after the first two of every run; runs of the sides take turns. The methods are
-full rank with AdamW, and the package's default at low rank from scratch.
+All figures are medians over the steps of every run after the first `--skip`, which make moments and buckets; runs of
+the sides take turns. The methods are full rank with AdamW, and the package's default at low rank from scratch.
 """
 
 import argparse
@@ -30,13 +30,12 @@ from relora.data.pretraining.prepare import prepare
 
 METHODS = ("full", "relora")
 HOSTS = ("10.9.0.1", "10.9.0.2")
-SKIPPED = 2
-"""First steps of a run that do not count: they make the optimizer's moments and the buckets."""
 
 
 def config_of(arguments: argparse.Namespace, method: str, folder: Path, data: Path) -> Path:
     """Write the configuration of a run of one side."""
     sequences = arguments.tokens // arguments.length
+    train, validation = (str(data / part) for part in ("train", "validation"))
     tree = {
         "output_dir": str(folder),
         "model": {
@@ -47,7 +46,11 @@ def config_of(arguments: argparse.Namespace, method: str, folder: Path, data: Pa
             "num_hidden_layers": arguments.layers,
             "num_attention_heads": arguments.hidden // 64,
         },
-        "data": {"train": str(data / "train"), "validation": str(data / "validation"), "sequence_length": arguments.length},
+        "data": {
+            "train": str(data / "train"),
+            "validation": str(data / "validation"),
+            "sequence_length": arguments.length,
+        },
         "method": method,
         "lowrank": {"r": arguments.rank, "lora_alpha": arguments.rank},
         "warm_start": {"steps": 0},
@@ -66,10 +69,10 @@ def config_of(arguments: argparse.Namespace, method: str, folder: Path, data: Pa
     return file
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path, skip: int) -> list[dict[str, Any]]:
     """Read the records of the steps that count."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train" and record["step"] > SKIPPED]
+    return [record for record in records if record["kind"] == "train" and record["step"] > skip]
 
 
 def run(commands: Sequence[Sequence[str]]) -> None:
@@ -95,13 +98,11 @@ def launched(ranks: int, config: Path) -> list[list[str]]:
 
 def on_two_hosts(config: Path) -> list[list[str]]:
     """Build the commands of a run on two namespaces."""
-    return [
-        # gloo asks for the address of the host's name, which is that of the real machine: it is told the card instead
-        ["ip", "netns", "exec", f"relora{node}", "env", "GLOO_SOCKET_IFNAME=card", sys.executable]
-        + ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"]
-        + [f"--master-addr={HOSTS[0]}", "--master-port=29511", "-m", "relora", "pretrain", str(config), "--quiet"]
-        for node in range(2)
-    ]
+    # gloo asks for the address of the host's name, which is that of the real machine: it is told the card instead
+    launcher = ["env", "GLOO_SOCKET_IFNAME=card", sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+    launcher += ["--nproc-per-node=1", f"--master-addr={HOSTS[0]}", "--master-port=29511"]
+    product = ["-m", "relora", "pretrain", str(config), "--quiet"]
+    return [["ip", "netns", "exec", f"relora{node}", *launcher, f"--node-rank={node}", *product] for node in range(2)]
 
 
 @contextmanager
@@ -148,11 +149,11 @@ def scaling(arguments: argparse.Namespace, place: Path, data: Path) -> None:
     """Print the tokens per second of several processes relative to those of as many times one."""
     seconds, peaks = defaultdict(list), defaultdict(list)
     for turn in range(arguments.turns):
-        for method in METHODS:
+        for method in arguments.methods:
             for ranks in (1, *arguments.ranks):
                 folder = place / f"{method}-{ranks}-{turn}"
                 run(launched(ranks, config_of(arguments, method, folder, data)))
-                found = metrics(folder)
+                found = metrics(folder, arguments.skip)
                 seconds[method, ranks] += [record["step_seconds"] for record in found]
                 peaks[method, ranks] += [record["peak_memory_bytes"] for record in found]
     print(f"{'method':8} {'ranks':>5} {'s/step':>8} {'of as many times one':>21} {'peak of a rank':>15}")
@@ -172,7 +173,7 @@ def link(arguments: argparse.Namespace, place: Path, data: Path) -> None:
                     limit(rate)
                     folder = place / f"{method}-{rate}-{turn}"
                     run(on_two_hosts(config_of(arguments, method, folder, data)))
-                    found = metrics(folder)
+                    found = metrics(folder, arguments.skip)
                     seconds[method, rate] += [record["step_seconds"] for record in found]
                     sent[method] = found[-1]["reduced_bytes"]
     print(f"{arguments.tokens} tokens a step, 2 hosts, {arguments.rate}")
@@ -188,6 +189,7 @@ def link(arguments: argparse.Namespace, place: Path, data: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("scaling", "link"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of `scaling`")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--rate", default="1gbit", help="of the link, as `tc` writes it, in gbit or mbit")
     parser.add_argument("--hidden", type=int, default=512)
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--micro", type=int, default=4, help="sequences of a micro-batch")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=2, help="first steps of each run that do not count")
     parser.add_argument("--turns", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
