@@ -46,11 +46,7 @@ def config_of(arguments: argparse.Namespace, method: str, folder: Path, data: Pa
             "num_hidden_layers": arguments.layers,
             "num_attention_heads": arguments.hidden // 64,
         },
-        "data": {
-            "train": str(data / "train"),
-            "validation": str(data / "validation"),
-            "sequence_length": arguments.length,
-        },
+        "data": {"train": train, "validation": validation, "sequence_length": arguments.length},
         "method": method,
         "lowrank": {"r": arguments.rank, "lora_alpha": arguments.rank},
         "warm_start": {"steps": 0},
@@ -147,7 +143,8 @@ def bytes_per_second(rate: str) -> float:
 
 def scaling(arguments: argparse.Namespace, place: Path, data: Path) -> None:
     """Print the tokens per second of several processes relative to those of as many times one."""
-    seconds, peaks = defaultdict(list), defaultdict(list)
+    seconds: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+    peaks: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
     for turn in range(arguments.turns):
         for method in arguments.methods:
             for ranks in (1, *arguments.ranks):
@@ -165,7 +162,8 @@ def scaling(arguments: argparse.Namespace, place: Path, data: Path) -> None:
 
 def link(arguments: argparse.Namespace, place: Path, data: Path) -> None:
     """Print the step of both methods with and without a limit of the link, beside its bound."""
-    seconds, sent = defaultdict(list), {}
+    seconds: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
+    sent: dict[str, int] = {}
     with two_hosts():
         for turn in range(arguments.turns):
             for method in METHODS:
