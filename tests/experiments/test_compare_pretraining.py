@@ -20,10 +20,10 @@ from tests.command import call
 
 from relora.config import load_config, parse_config
 from relora.errors import UserError
-from relora.experiments.compare_pretraining import Budget, budget_of, compare_pretraining, shortened
+from relora.experiments.compare_pretraining import Budget, budget_of, compare_pretraining
 from relora.experiments.methods import methods_of
-from relora.experiments.pretraining_runs import with_run_folder
-from relora.recipes.from_settings import schedule_of
+from relora.experiments.pretraining_runs import end_of, train_and_record, with_run_folder
+from relora.recipes.pretrain import pretrain
 from relora.report.history import read_history
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes"}
@@ -84,8 +84,8 @@ def test_rates_are_tuned_and_repeated_over_seeds(compared: tuple[Path, str, str]
     assert tried[:3] == [(4e-6, 0.25, 0), (4e-3, 0.25, 0), (4e6, 0.25, 0)]
     assert (4e-3, 1.0, 0) in tried and (4e-3, 1.0, 1) in tried and (0.01, 1.0, 1) in tried
     assert sum(length == 1.0 and seed == 0 for _, length, seed in tried) == 3
-    # three runs of 4 steps and two of 16, with 64 tokens a step
-    assert full["tuning_tokens"] == (3 * 4 + 2 * 16) * 64
+    # three runs go to step 4, and two of these on to step 16, with 64 tokens a step
+    assert full["tuning_tokens"] == (4 + 2 * 16) * 64
     assert relora["tuning_tokens"] == 0 and relora["rate"] == 0.01
     # everything except the factors trains at the best rate of full rank
     assert [(one["lr"], one["lowrank_lr"], one["seed"]) for one in relora["outcomes"]] == [
@@ -159,11 +159,21 @@ def test_seconds_are_those_of_training_steps(compared: tuple[Path, str, str]) ->
 
 def test_runs_leave_their_records_and_little_else(compared: tuple[Path, str, str]) -> None:
     runs = list((compared[0].parent / "compared" / "runs").iterdir())
-    assert len(runs) == 8
+    assert len(runs) == 6  # three of the search, the other seed of its winner, and two at the rate that was given
     for run in runs:
         left = {path.name for path in run.iterdir()}
-        assert left >= {"outcome.json", "config.yaml", "metrics.jsonl", "environment.json"}
-        assert not left & {"checkpoints", "model", "report.html"}
+        assert left >= {"config.yaml", "metrics.jsonl", "environment.json"}
+        assert left & {"outcome.json", "outcome-4.json"} and not left & {"checkpoints", "model", "report.html"}
+    assert sum((run / "outcome-4.json").exists() for run in runs) == 3
+    assert sum((run / "outcome.json").exists() for run in runs) == 5
+
+
+def test_a_run_that_a_search_lets_go_on_is_that_of_a_run_in_one_piece(compared: tuple[Path, str, str]) -> None:
+    path = compared[0]
+    won = record(path)["results"][0]["outcomes"][0]
+    assert (Path(won["folder"]) / "outcome-4.json").exists()
+    config = load_config(Path(won["folder"]) / "config.yaml", [f"output_dir={path.parent / 'through'}"])
+    assert pretrain(config, quiet=True).evaluation.loss == won["loss"]
 
 
 def test_what_is_done_is_not_done_again(compared: tuple[Path, str, str]) -> None:
@@ -307,58 +317,31 @@ def test_an_outcome_that_was_damaged_is_named(prepared: Path, tmp_path: Path) ->
         compare_pretraining(path, [], overrides, Budget())
 
 
-@given(
-    total=st.integers(40, 5000),
-    warm_start=st.floats(0, 0.9),
-    every=st.floats(0.02, 0.5),
-    warmup=st.integers(0, 30),
-    length=st.sampled_from([0.25, 0.5, 0.63]),
-    stagger=st.sampled_from(["none", "layers"]),
-    switch_warmup=st.none() | st.integers(0, 30),
-)
-def test_a_shortened_run_has_the_same_shape(
-    total: int, warm_start: float, every: float, warmup: int, length: float, stagger: str, switch_warmup: int | None
-) -> None:
-    period = max(8, round(every * total))
+@given(total=st.integers(2, 5000), start=st.floats(0, 0.9), share=st.sampled_from([0.25, 0.5, 0.63, 1.0]))
+def test_a_rung_is_a_share_of_what_follows_the_warm_start(total: int, start: float, share: float) -> None:
+    warm_start = int(start * total)
     tree = {
         "output_dir": "x",
+        "method": "lora",
         "model": {"preset": "llama-9m"},
         "data": {"train": "x", "validation": "x"},
-        "lowrank": {"warmup_steps": switch_warmup},
-        "warm_start": {"steps": round(warm_start * total)},
-        "restart": {
-            "every_steps": period,
-            "warmup_steps": min(warmup, period // 4),
-            "ramp": "factors",
-            "stagger": stagger,
-            "turns": 2,
-        },
-        "schedule": {"total_tokens": total * 64 * 256, "warmup_steps": min(warmup, total - 1)},
+        "warm_start": {"steps": warm_start},
+        "schedule": {"total_steps": total, "warmup_steps": 0},
     }
-    config = parse_config(tree)
-    short = parse_config(applied(tree, shortened(config, length)))
-    assert short.total_steps == round(total * length)
-    whole, part = schedule_of(config), schedule_of(short)
-    periods = ("restart_every_steps", "restart_warmup_steps", "switch_warmup_steps")
-    for name in ("warmup_steps", "warm_start_steps", *periods):
-        assert abs(getattr(part, name) - length * getattr(whole, name)) <= 1
-    # rounding may move a restart across the end
-    slack = 1 + len(whole.restarts) / (length * period) * 2
-    assert abs(len(part.restarts) - len(whole.restarts)) <= slack
-    assert shortened(config, 1.0) == []
+    end = end_of(parse_config(tree), share)
+    assert warm_start < end <= total and abs(end - warm_start - share * (total - warm_start)) <= 1
+    full = end_of(parse_config(tree | {"method": "full"}), share)
+    assert 1 <= full <= total and abs(full - share * total) <= 1
 
 
-def applied(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return the tree with overrides applied as the command line applies them."""
-    tree = json.loads(json.dumps(tree))
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, _, last = key.rpartition(".")
-        here = tree
-        for part in filter(None, section.split(".")):
-            here = here.setdefault(part, {})
-        here[last] = yaml.safe_load(value)
-    return tree
+def test_other_rates_of_factors_are_told_apart_at_the_first_rung(prepared: Path, tmp_path: Path) -> None:
+    """The warm start of nearly half the run, which is the same at every rate, is over there."""
+    path = written(prepared, tmp_path, warm_start={"steps": 7}, evaluate={"every_steps": 100, "tokens": 400})
+    config = load_config(path, ["method=lora", "checkpoint.keep_last=1"])
+    rates = (1e-3, 1e-1)
+    configs = [load_config(path, ["method=lora", f"optimizer.lowrank_lr={rate}"]) for rate in rates]
+    low, high = (train_and_record(with_run_folder(one, tmp_path, "run"), 0.25, keep=False) for one in configs)
+    assert low.steps == high.steps == end_of(config, 0.25) == 9 and low.loss != high.loss
 
 
 def test_budget_of_a_command_line() -> None:

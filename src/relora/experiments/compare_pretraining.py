@@ -5,18 +5,18 @@
     3. repeat             every method runs at its best rate at the other seeds
 
 A method is a list of overrides (`methods`), a search asks for runs (`search`), and every run has a process of its own
-and is made once (`pretraining_runs`). The price of reuse: the full-length run at the first seed by which a search chose
-the rate is also the first of the method's results, so its mean is a little too good, for every method alike.
+and is made once (`pretraining_runs`): one that a search lets go on does so from its checkpoint. The price of reuse: the
+full-length run at the first seed by which a search chose the rate is also the first of the method's results, so its
+mean is a little too good, for every method alike.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from relora.config import RunConfig, load_config
 from relora.errors import UserError
-from relora.experiments.pretraining_runs import run_all, with_run_folder
+from relora.experiments.pretraining_runs import drop_checkpoints, end_of, run_all, with_run_folder
 from relora.experiments.rates import parse_rates, rates_by_method
 from relora.experiments.results import Attempt, Comparison, MethodResult, PretrainingOutcome
 from relora.experiments.search import Choice, Search, Trial, best_of, halving, run_searches
@@ -117,7 +117,7 @@ def compare_pretraining(
             overrides=overridden,
             rate=choices[name].rate,
             at_edge=choices[name].at_edge,
-            tuning_tokens=runner.tuning_tokens.get(name, 0),
+            tuning_tokens=runner.tuning_tokens(name),
             outcomes=tuple(outcome for attempt, outcome in outcomes.items() if attempt.method == name),
         )
         for name, overridden in methods.items()
@@ -125,40 +125,6 @@ def compare_pretraining(
     comparison = Comparison(runner.folder, results, list(runner.done.items()))
     write_pretraining_files(comparison)
     return comparison
-
-
-def shortened(config: RunConfig, length: float) -> list[str]:
-    """Return overrides that make a run of the same shape with `length` times as many steps.
-
-    Every period shrinks alike: warm-up, warm start, cycles, and the warm-up of the factors after the switch and after a
-    restart. A period that is not zero keeps at least one step.
-    """
-    if length == 1.0:
-        return []
-    total = max(2, round(config.total_steps * length))
-
-    def scaled(steps: int, least: int, most: int) -> int:
-        return 0 if steps == 0 else min(max(round(steps * length), least), most)
-
-    start, restart = config.warm_start, config.restart
-    warm_start = start.model_dump(mode="json") | {
-        "steps": scaled(start.steps, 1, total - 1),
-        "window_steps": scaled(start.window_steps, 1, total),
-    }
-    every = scaled(restart.every_steps, restart.turns if restart.stagger != "none" else 1, total)
-    found = [
-        f"schedule.total_steps={total}",
-        "schedule.total_tokens=null",
-        f"schedule.warmup_steps={scaled(config.schedule.warmup_steps, 1, total - 1)}",
-        f"warm_start={json.dumps(warm_start)}",
-        f"restart.every_steps={every}",
-        f"restart.warmup_steps={scaled(restart.warmup_steps, 1, every - 1)}",
-        f"optimizer.projection.every_steps={scaled(config.optimizer.projection.every_steps, 1, total)}",
-    ]
-    switch_warmup = config.lowrank.warmup_steps
-    if switch_warmup is not None:
-        found.append(f"lowrank.warmup_steps={scaled(switch_warmup, 1, total)}")
-    return found
 
 
 class _AttemptRunner:
@@ -181,8 +147,8 @@ class _AttemptRunner:
         """Best learning rate of full rank, as soon as it is known."""
         self.done: dict[Attempt, PretrainingOutcome] = {}
         """Outcomes so far, in the order in which they were asked for."""
-        self.tuning_tokens: dict[str, int] = {}
-        """Method -> tokens of all runs by which its rate was chosen."""
+        self._searched: dict[tuple[str, float], int] = {}
+        """(method, rate) -> tokens of the run, as far as a search of several rates has taken it."""
         base = load_config(path, overrides)
         self.seed, self.folder = base.seed, Path(base.output_dir)
         if is_run(self.folder):
@@ -203,17 +169,28 @@ class _AttemptRunner:
     def choose_rates(self, methods: Sequence[str]) -> dict[str, Choice]:
         """Find the learning rate of each method, by runs if there are several to choose from."""
         searches = {name: self._search(name) for name in methods}
+        asked: list[Attempt] = []
 
-        def losses_of(asked: list[tuple[str, Trial]]) -> list[float]:
-            attempts = [Attempt(name, trial.rate, trial.length, self.seed) for name, trial in asked]
+        def losses_of(pairs: list[tuple[str, Trial]]) -> list[float]:
+            attempts = [Attempt(name, trial.rate, trial.length, self.seed) for name, trial in pairs]
+            asked.extend(attempts)
             for attempt in attempts:
                 if len(self._first_rates(attempt.method)) > 1:
                     config = self._attempt_config(attempt)
-                    spent = self.tuning_tokens.get(attempt.method, 0)
-                    self.tuning_tokens[attempt.method] = spent + config.total_steps * config.batch_tokens
+                    tokens = end_of(config, attempt.length) * config.batch_tokens
+                    self._searched[attempt.method, attempt.rate] = tokens  # of the longest one, which comes last
             return [outcome.loss_or_infinity for outcome in self.outcomes_of(attempts)]
 
-        return run_searches(searches, losses_of)
+        choices = run_searches(searches, losses_of)
+        if not self._budget.keep:
+            went_on = {(attempt.method, attempt.rate) for attempt in asked if attempt.length == 1.0}
+            left = [attempt for attempt in asked if (attempt.method, attempt.rate) not in went_on]
+            drop_checkpoints(self._attempt_config(attempt) for attempt in left)
+        return choices
+
+    def tuning_tokens(self, method: str) -> int:
+        """Return the tokens of all runs by which the rate of a method was chosen."""
+        return sum(tokens for (name, _), tokens in self._searched.items() if name == method)
 
     def outcomes_of(self, attempts: Sequence[Attempt]) -> list[PretrainingOutcome]:
         """Return the outcomes of attempts in their order, running those that have not been run yet."""
@@ -227,8 +204,8 @@ class _AttemptRunner:
                 f"  ({outcome.seconds:,.0f} s)"
             )
 
-        configs = [self._attempt_config(attempt) for attempt in new]
-        outcomes = run_all(configs, jobs=self._budget.jobs, keep=self._budget.keep, on_outcome=tell)
+        runs = [(self._attempt_config(attempt), attempt.length) for attempt in new]
+        outcomes = run_all(runs, jobs=self._budget.jobs, keep=self._budget.keep, on_outcome=tell)
         self.done |= zip(new, outcomes, strict=True)
         return [self.done[attempt] for attempt in attempts]
 
@@ -236,8 +213,7 @@ class _AttemptRunner:
         """Return the configuration of one run, its run folder included."""
         own = self.method_config(attempt.method)
         rates = self._rate_overrides(own, attempt.rate)
-        short = shortened(own, attempt.length)
-        config = self.method_config(attempt.method, *rates, *short, f"seed={attempt.seed}")
+        config = self.method_config(attempt.method, *rates, f"seed={attempt.seed}")
         return with_run_folder(config, self._runs, f"{attempt.method}-lr{attempt.rate:g}")
 
     def _search(self, method: str) -> Search:

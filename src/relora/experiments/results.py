@@ -86,7 +86,7 @@ class Attempt:
     rate: float
     """Learning rate of what the method tunes: `lowrank_lr` of a method with factors, `lr` of any other."""
     length: float
-    """Share of the configured run's steps, 1 for all of them."""
+    """Share of the steps after the warm start at which the run is measured, 1 for its end."""
     seed: int
 
 

@@ -2,12 +2,14 @@
 
 Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943):
 
-    4 rates for 1/4 of the run    ->    the best 2 of them at full length    ->    the best of these
+    4 rates for 1/4 of the run    ->    the best 2 of them go on to its end    ->    the best of these
 
-Each round has half the rates of the round before and longer runs; the last round has two rates and full-length runs. If
-the best rate of a round is the lowest or highest that was tried, a better one may lie beyond it, so the round tries one
-more rate there, at most two in a whole search. The price: a rate that is better only late in a run is dropped early.
-Short runs that have every period shortened alike avoid most of that.
+Each round has half the rates of the round before, whose runs go on; the last round has two rates and ends their runs.
+If the best rate of a round is the lowest or highest that was tried, a better one may lie beyond it, so the round tries
+one more rate there, at most two in a whole search. The price: a rate that is better late in a run only is lost early.
+
+`relora tune` decides otherwise who goes on (`tune.rungs`): there nobody waits for a round to be full. Here a round has
+to be, since its edges are known only then, and since every method is to get the same runs whichever ends first.
 """
 
 import math
@@ -15,7 +17,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 SHORTEST = 0.25
-"""Length of the runs of the first round, as a share of the whole run."""
+"""Share of the whole run after which the first round measures."""
 MOST_BEYOND = 2
 """Rates beyond the given ones that one search may try."""
 
@@ -26,7 +28,7 @@ class Trial:
 
     rate: float
     length: float
-    """Length of the run, as a share of the whole run."""
+    """Share of the whole run after which it is measured."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from relora.errors import Interrupted, ReloraError, UserError
+from relora.experiments.parts import CHECKPOINTS, clear
 from relora.experiments.tune.draws import Base, completed
 from relora.experiments.tune.limits import Limits, planned_figures, too_slow, why_not
 from relora.experiments.tune.rungs import Trial, is_pending, next_promotion, percent, work_of
@@ -25,7 +26,7 @@ from relora.experiments.tune.sampler import suggest
 from relora.experiments.tune.spaces import Config, Space
 from relora.experiments.tune.standing import Standing, best_trials
 from relora.experiments.tune.study import Study
-from relora.experiments.tune.trials import CHECKPOINTS, QUIET, RESULTS, Reached, clear, run_part
+from relora.experiments.tune.trials import QUIET, RESULTS, Reached, run_part
 from relora.files.locks import FileLock
 from relora.processes import Call, OutOfMemory, serve_calls
 from relora.runs.folder import is_being_written
