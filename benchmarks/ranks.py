@@ -154,8 +154,8 @@ def scaling(arguments: argparse.Namespace, place: Path, data: Path) -> None:
                 seconds[method, ranks] += [record["step_seconds"] for record in found]
                 peaks[method, ranks] += [record["peak_memory_bytes"] for record in found]
     print(f"{'method':8} {'ranks':>5} {'s/step':>8} {'of as many times one':>21} {'peak of a rank':>15}")
-    for (method, ranks), found in seconds.items():
-        step = statistics.median(found)
+    for (method, ranks), of_steps in seconds.items():
+        step = statistics.median(of_steps)
         share = statistics.median(seconds[method, 1]) / ranks / step
         print(f"{method:8} {ranks:5} {step:8.3f} {share:21.3f} {max(peaks[method, ranks]) / 1e9:12.2f} GB")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from docs.draw_results import PICTURE, TABLE, drawn, rows_of
 from docs.generate_configuration import DOCUMENT, REQUIRED, generate
 from tests.paths import ROOT
 
@@ -65,6 +66,13 @@ def complete_file(number: int) -> str:
 def test_the_page_of_all_keys_is_what_the_schema_says() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     assert document == generate(document), "run `python docs/generate_configuration.py`"
+
+
+def test_the_picture_of_the_results_is_drawn_from_their_table() -> None:
+    rows = rows_of(TABLE.read_text(encoding="utf-8"))
+    assert {"full", "relora", "relora-scratch", "lora"} <= {row.name for row in rows}
+    assert [row.name for row in rows if row.is_ours] == ["relora-scratch", "relora"]
+    assert PICTURE.read_text(encoding="utf-8") == drawn(rows), "run `python docs/draw_results.py`"
 
 
 @pytest.mark.parametrize("kind", [RunConfig, FinetuneConfig], ids=["pretraining", "fine-tuning"])
