@@ -25,7 +25,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a run has come to."""
+    """Outcome of a part of a run."""
 
     result: RunResult | None
     """None if the numbers of the run stopped being finite."""

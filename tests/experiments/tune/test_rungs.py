@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora.errors import UserError
-from relora.experiments.tune.rungs import Trial, is_pending, next_promotion, parse_rungs, percent, work_of
+from relora.experiments.tune.rungs import Trial, is_pending, next_promotion, parse_rungs, percent
 
 Losses = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, math.inf]), min_size=1, max_size=24)
 
@@ -82,11 +82,6 @@ def test_trials_that_diverged_failed_or_were_given_up_never_go_on() -> None:
     ]
     found = next_promotion(trials, (0.5, 1.0), more_to_come=False)
     assert found is not None and found.number == 3
-
-
-def test_the_work_of_a_search() -> None:
-    assert work_of(24, (1.0,)) == 24
-    assert work_of(24, (0.25, 0.5, 1.0)) == 24 * 0.25 + 12 * 0.25 + 6 * 0.5
 
 
 @pytest.mark.parametrize("text", ["", "a", "0.5", "1,0.5", "0,1", "0.5,0.5,1", "0.5,1,2", "nan,1", "0.001,1"])

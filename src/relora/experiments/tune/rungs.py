@@ -107,15 +107,9 @@ def next_promotion(trials: Sequence[Trial], rungs: Sequence[float], *, more_to_c
     return found
 
 
-def work_of(trials: int, rungs: Sequence[float]) -> float:
-    """Return the work of a search, in whole runs, if its trials are promoted as planned."""
-    work, arriving, before = 0.0, float(trials), 0.0
-    for index, rung in enumerate(rungs):
-        work += arriving * (rung - before)
-        before = rung
-        if index + 1 < len(rungs):
-            arriving = max(1.0, arriving * rung / rungs[index + 1])
-    return work
+def may_go_on(trial: Trial, index: int) -> bool:
+    """Whether a trial at a rung is not out of the search: gone on, waiting, or finished."""
+    return trial.target > index or trial.state == "running"
 
 
 def _best_waiting(trials: Sequence[Trial], rungs: Sequence[float], index: int, *, at_least: int) -> Trial | None:
@@ -124,11 +118,6 @@ def _best_waiting(trials: Sequence[Trial], rungs: Sequence[float], index: int, *
     arrived = [trial for trial in trials if name in trial.losses]
     allowed = max(at_least, int(len(arrived) * rungs[index] / rungs[index + 1] + 1e-9))
     ranked = sorted(arrived, key=lambda trial: (trial.losses[name], trial.number))
-    able = [trial for trial in ranked if math.isfinite(trial.losses[name]) and _may_go_on(trial, index)]
+    able = [trial for trial in ranked if math.isfinite(trial.losses[name]) and may_go_on(trial, index)]
     waiting = (trial for trial in able[:allowed] if trial.state == "running" and trial.target == index)
     return next(waiting, None)
-
-
-def _may_go_on(trial: Trial, index: int) -> bool:
-    """Whether a trial at a rung is not out of the search: gone on, waiting, or finished."""
-    return trial.target > index or trial.state == "running"

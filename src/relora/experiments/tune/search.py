@@ -14,14 +14,15 @@ part of a run that goes on from its checkpoint. The numbers of a trial do not de
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from relora.errors import Interrupted, ReloraError, UserError
 from relora.experiments.parts import CHECKPOINTS, clear
 from relora.experiments.tune.draws import Base, completed
+from relora.experiments.tune.estimate import WALL_SECONDS, Work, seconds_left, seconds_per_token
 from relora.experiments.tune.limits import Limits, planned_figures, too_slow, why_not
-from relora.experiments.tune.rungs import Trial, is_pending, next_promotion, percent, work_of
+from relora.experiments.tune.rungs import Trial, is_pending, next_promotion, percent
 from relora.experiments.tune.sampler import suggest
 from relora.experiments.tune.spaces import Config, Space
 from relora.experiments.tune.standing import Standing, best_trials
@@ -78,12 +79,11 @@ class Search:
     plan: Plan
     study: Study
     tell: Callable[[str], None]
-    _held: dict[int, tuple[int, float, FileLock]] = field(default_factory=dict)
-    """Number of a call -> number of the trial, share of the run that the part ends at, and the lock of the trial."""
+    _held: dict[int, tuple[int, float, FileLock, float]] = field(default_factory=dict)
+    """Number of a call -> number of the trial, share of the run that the part ends at, lock of the trial, time of the
+    beginning."""
     _given: int = 0
     _started: float = field(default_factory=time.monotonic)
-    _done_before: float = 0.0
-    """Work of the study when this worker joined, in whole runs."""
 
     def run(self) -> None:
         """Work until nothing is left to do, or the time is over.
@@ -93,7 +93,6 @@ class Search:
             Interrupted: a signal arrived; trials under way have a checkpoint. The message says how the search stands.
         """
         hours = self.plan.budget.hours
-        self._done_before = sum(trial.share for trial in self.study.trials())
         try:
             ended = serve_calls(
                 self._parts(),
@@ -106,7 +105,7 @@ class Search:
             number = error.exit_status - 128
             raise Interrupted(f"{name}: {self.standing()}; the same command continues", number) from None
         finally:
-            for _, _, lock in self._held.values():
+            for _, _, lock, _ in self._held.values():
                 lock.release()
         if ended:
             self._close()
@@ -114,8 +113,7 @@ class Search:
     def standing(self) -> Standing:
         """Return how the search stands."""
         trials = self.study.trials()
-        own = [trial for trial in trials if trial.repeats is None]
-        return Standing(trials, self.plan.rungs, self._seconds_left(own))
+        return Standing(trials, self.plan.rungs, self._seconds_left(trials))
 
     def _parts(self) -> Iterator[Call[Reached] | None]:
         """Give the next part of a trial whenever a process is free; None while others decide what comes next."""
@@ -208,7 +206,7 @@ class Search:
             return None
         share = self.plan.rungs[trial.target]
         config = self.plan.base.with_values(trial.values, *QUIET, f"output_dir={folder}", f"seed={trial.seed}")
-        self._held[self._given] = trial.number, share, lock
+        self._held[self._given] = trial.number, share, lock, time.monotonic()
         self._given += 1
         return Call(str(folder), run_part, (config, share))
 
@@ -218,7 +216,7 @@ class Search:
 
     def _settle(self, index: int, outcome: Reached | ReloraError) -> None:
         """Note what a part of a trial has come to."""
-        number, share, lock = self._held.pop(index)
+        number, share, lock, began = self._held.pop(index)
         try:
             if isinstance(outcome, Interrupted):  # this one process was stopped, and the trial is left to be taken over
                 return
@@ -231,13 +229,15 @@ class Search:
                 if isinstance(outcome, ReloraError):
                     self.study.fail(number, str(outcome))
                 else:
-                    self._note(self.study.trials()[number], share, outcome)
+                    seconds = figures.get(WALL_SECONDS, 0.0) + time.monotonic() - began
+                    reached = replace(outcome, figures={**outcome.figures, WALL_SECONDS: seconds})
+                    self._note(self.study.trials()[number], share, reached)
         finally:
             lock.release()
         trial = self.study.trials()[number]
-        reached = trial.reason or ("diverged" if trial.diverged else f"{percent(share)}%  loss {trial.loss:.4f}")
+        news = trial.reason or ("diverged" if trial.diverged else f"{percent(share)}%  loss {trial.loss:.4f}")
         again = "" if trial.repeats is None else f" (trial {trial.repeats} with seed {trial.seed})"
-        self.tell(f"trial {number}{again}  {reached};  {self.standing()}")
+        self.tell(f"trial {number}{again}  {news};  {self.standing()}")
 
     def _note(self, trial: Trial, share: float, reached: Reached) -> None:
         """Report a loss, and end the trial if there is nothing left for it to do."""
@@ -274,17 +274,27 @@ class Search:
         most = self.plan.budget.tokens
         return most is not None and sum(trial.figures.get("tokens", 0) for trial in trials) >= most
 
-    def _seconds_left(self, own: list[Trial]) -> float | None:
+    def _seconds_left(self, trials: list[Trial]) -> float | None:
         """Estimate the seconds that the search will still take; None before anything is done."""
-        budget, spent = self.plan.budget, time.monotonic() - self._started
-        left = [] if budget.hours is None else [max(budget.hours * SECONDS_PER_HOUR - spent, 0.0)]
-        done = sum(trial.share for trial in own)
-        if budget.trials is not None and done > self._done_before:
-            whole = work_of(budget.trials, self.plan.rungs) + min(budget.finalists, budget.trials) * (budget.seeds - 1)
-            left.append(max(whole - done, 0.0) * spent / (done - self._done_before))
-        tokens = sum(trial.figures.get("tokens", 0.0) for trial in own)
-        if budget.tokens is not None and tokens:
-            left.append(max(budget.tokens / tokens - 1, 0.0) * spent)
+        budget, now = self.plan.budget, time.monotonic()
+        left = [] if budget.hours is None else [max(budget.hours * SECONDS_PER_HOUR - (now - self._started), 0.0)]
+        held = {number: now - began for number, _, _, began in self._held.values()}
+        running = {trial.number for trial in trials if is_pending(trial, self.plan.rungs)}
+        lanes = self.plan.jobs + len(running - held.keys())
+        if budget.trials is not None:
+            work = Work(
+                trials=budget.trials,
+                rungs=self.plan.rungs,
+                seeds=budget.seeds,
+                finalists=budget.finalists,
+                lanes=lanes,
+                elapsed=held,
+            )
+            if (seconds := seconds_left(trials, work)) is not None:
+                left.append(seconds)
+        if budget.tokens is not None and (each := seconds_per_token(trials)) is not None:
+            tokens = sum(trial.figures.get("tokens", 0.0) for trial in trials)
+            left.append(max(budget.tokens - tokens, 0.0) * each / lanes)
         return min(left, default=None)
 
     def _deciding(self) -> FileLock:
