@@ -36,7 +36,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search the settings of LoRA or ReLoRA; the same command continues a search, or joins it from another machine."""
-    from relora.cli.tables.comparison import print_comparison
+    from relora.cli.tables.trials import print_trials
     from relora.experiments.tune.limits import Limits
     from relora.experiments.tune.output import columns, recorded, rows
     from relora.experiments.tune.rungs import parse_rungs
@@ -61,7 +61,14 @@ def tune(
         objectives=[name.strip() for name in objectives.split(",") if name.strip()],
         tell=partial(typer.echo, err=True),
     )
-    print_found(found, as_json, lambda result: print_comparison(columns(result), rows(result)), recorded)
+    print_found(
+        found,
+        as_json,
+        lambda result: print_trials(
+            columns(result), rows(result), list(result.space.settings), result.folder / "tune.md"
+        ),
+        recorded,
+    )
     if not as_json:
         for line in recorded(found)["advice"]:
             print(line)
