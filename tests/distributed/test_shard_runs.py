@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tests.command import call
 from tests.distributed.launched import STEPS, largest_difference, play, settings, tensors_of, torchrun, written
+from tests.faults.mounted import Disk, can_mount
+from tests.faults.ranks import steps_of
 
 from relora.data.tokenizer import load_tokenizer
 from relora.model.load import build_model
@@ -33,8 +36,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "lowrank": {"residual": {"scale": 1.0, "every_steps": 2}},
     },
     "bf16": {"lowrank": {"base": "bf16"}, "restart": {"directions": "gradient-svd"}},
-    "int8": {"lowrank": {"base": "int8"}},
-    "frozen-int8": {"precision": {"frozen": "int8"}, "memory": {"activation_checkpointing": "full"}},
+    "int8": {
+        "lowrank": {"base": "int8"},
+        "precision": {"frozen": "int8"},
+        "memory": {"activation_checkpointing": "full"},
+    },
 }
 """Kinds of pretraining, each run by one process and by two that share the model; `paper` has a residual, too."""
 EXACT = {"plain", "paper"}
@@ -222,6 +228,27 @@ def test_a_rank_file_that_is_not_as_it_was_takes_the_checkpoint_along(two: Met, 
     found, broken = Checkpoints(folder).latest()
     assert found is not None and found.step == 20
     assert len(broken) == 1 and file.name in broken[0]
+
+
+@pytest.mark.skipif(not can_mount(), reason="this process may not mount a file system")
+def test_a_disk_that_fills_up_ends_both_ranks_in_one_line(tmp_path: Path, prepared: Path, one: Path) -> None:
+    """Rank 1 waits in a collective operation of the sharded model when rank 0 cannot write."""
+    with Disk(tmp_path, 2**26) as disk:
+        folder = disk.path / "filled"
+        config = written(settings(prepared, folder), tmp_path / "filled.yaml")
+        process = torchrun(2, "-m", "relora", "pretrain", config, "distributed.strategy=shard", "--quiet")
+        while process.poll() is None and steps_of(folder) < 12:
+            time.sleep(0.01)
+        disk.fill()
+        said = process.communicate()[0]
+        lines = [line for line in said.splitlines() if line.startswith("relora: ")]
+        assert len(lines) == 1 and "No space left on device" in lines[0], said
+        assert process.returncode
+        found, broken = Checkpoints(folder / "checkpoints").latest()
+        assert found is not None and found.step == 10 and not broken
+        (disk.path / "filler").unlink()
+        assert call("pretrain", config, "--quiet").status == 0
+        assert largest_difference(tensors_of(one / "plain-1"), tensors_of(folder)) < TOLERANCE
 
 
 def test_a_kill_while_one_rank_saves_leaves_the_checkpoint_before(place: Path, prepared: Path, one: Path) -> None:

@@ -203,11 +203,13 @@ class Processes(Group):
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
+        self._heart.is_armed = False  # its end is a meeting, at which every rank learns of a failure
         try:
             yield
         except ReloraError as error:
             raise self._settled(error, _STAGE_SECONDS) from None
         self.meet(what)
+        self._heart.is_armed = True
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -220,6 +222,7 @@ class Processes(Group):
         return self._settled(error, _SAME_LINE_SECONDS)
 
     def close(self) -> None:
+        self._heart.is_armed = False
         self._disconnect()
         with suppress(RuntimeError):
             self._store.add("left", 1)
@@ -244,6 +247,7 @@ class Processes(Group):
         """
         if error is self._told:
             return error
+        self._heart.is_armed = False
         line, status = str(error), error.exit_status
         with suppress(RuntimeError):
             if isinstance(error, PeerFailed):
@@ -278,6 +282,7 @@ class Processes(Group):
             while not self._store.check(keys):
                 # a rank that failed after this meeting was complete does not take its outcome from the others
                 if (failure := self._failure()) is not None and not self._store.check(keys):
+                    self._heart.is_armed = False
                     raise failure
                 if time.monotonic() - looked > pause:
                     looked = time.monotonic()
@@ -302,6 +307,7 @@ class Processes(Group):
         The lowest rank that is left says it.
         """
         if threading.current_thread() is threading.main_thread():
+            self._heart.is_armed = False
             # the launcher ends all at once where one was lost, and the line is to be said before that
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(RuntimeError):

@@ -18,6 +18,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 BEAT_SECONDS = 1.0
 STILL_SECONDS = 3.5
 """A beat that has not changed for so long stands still."""
+STUCK_SECONDS = 5.0
+"""Time from the failure of another rank until this process ends if its main thread has not learnt of it by then."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,21 @@ class Beat:
 
 
 class Heart(threading.Thread):
-    """Thread that writes the beat of this process; `done` counts what the process has completed with the others."""
+    """Thread that writes the beat of this process; `done` counts what the process has completed with the others.
+
+    It also ends the process where its main thread waits in vain for a rank that has failed. A rank that fails closes
+    its connections, but not those that a sharded model holds, and gloo and NCCL cannot be called back from a collective
+    operation. The failed rank says why; this one has nothing to add, and its files are safe from an end at any moment.
+    """
 
     def __init__(self, store: Store, rank: int) -> None:
         super().__init__(daemon=True, name="heart")
         self._store, self._rank, self._ended = store, rank, threading.Event()
         self.done = 0
+        self.is_armed = True
+        """Whether this process is ended where another rank has failed; false while the main thread learns of it."""
         self._count = 0
+        self._failed_at: float | None = None
         self._host = socket.gethostname()
         self._beat()
 
@@ -65,12 +75,24 @@ class Heart(threading.Thread):
         while not self._ended.wait(BEAT_SECONDS):
             try:
                 self._beat()
+                self._end_if_stuck()
             except RuntimeError:  # the store's process has ended; the main thread finds out by itself
                 return
 
     def stop(self) -> None:
         """Stop beating."""
         self._ended.set()
+
+    def _end_if_stuck(self) -> None:
+        """End the process if another rank failed a while ago and the main thread has not learnt of it."""
+        if not self.is_armed or not self._store.check(["failed/first"]):
+            return
+        now, first = time.monotonic(), int(self._store.get("failed/first"))
+        self._failed_at = self._failed_at or now
+        if first != self._rank and now - self._failed_at >= STUCK_SECONDS:
+            status = json.loads(self._store.get(f"failed/{first}"))[1]
+            self._store.add("left", 1)
+            os._exit(status)
 
     def _beat(self) -> None:
         self._count += 1
