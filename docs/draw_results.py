@@ -2,8 +2,8 @@
 
     python docs/draw_results.py
 
-Each method is a bar from the perplexity of full rank: its mean over the seeds relative to full rank by AdamW, and its
-seeds as dots. The figures are read from the table, so that picture and table cannot disagree; a test compares them.
+Each method is a bar: its mean over the seeds relative to full rank by AdamW of the same seeds. A dot is one seed. The
+figures are read from the table, so that picture and table cannot disagree; a test compares them.
 """
 
 import re
@@ -42,11 +42,6 @@ class Row:
     group: str
     """The line in italics above it, empty for the baselines."""
 
-    @property
-    def mean(self) -> float:
-        """Mean perplexity."""
-        return sum(self.seeds) / len(self.seeds)
-
 
 def rows_of(text: str) -> list[Row]:
     """Read the rows of the first table after the heading."""
@@ -64,8 +59,10 @@ def rows_of(text: str) -> list[Row]:
 
 def drawn(rows: list[Row]) -> str:
     """Draw the rows as SVG."""
-    level = next(row.mean for row in rows if row.name == BASELINE)
-    ratios = [seed / level for row in rows for seed in row.seeds]
+    full = next(row.seeds for row in rows if row.name == BASELINE)
+    dots = {row.name: [seed / of for seed, of in zip(row.seeds, full, strict=False)] for row in rows}
+    means = {row.name: sum(row.seeds) / sum(full[: len(row.seeds)]) for row in rows}
+    ratios = [dot for found in dots.values() for dot in found]
     low, high = min(*ratios, 0.97), max(ratios) + 0.02
 
     def x(ratio: float) -> float:
@@ -77,15 +74,14 @@ def drawn(rows: list[Row]) -> str:
             group, y = row.group, y + ROW
             parts.append(f'<text class="soft" x="16" y="{y}">{escape(group)}</text>')
         y += ROW
-        ratio = row.mean / level
-        start, end = sorted((x(1.0), x(ratio)))
+        start, end = sorted((x(1.0), x(means[row.name])))
         kind = "ours" if row.is_ours else "other"
         parts.append(f'<text class="end" x="{LEFT - 14}" y="{y}">{escape(row.name)}</text>')
         width = max(end - start, 1)
         parts.append(f'<rect class="{kind}" x="{start:.1f}" y="{y - 13}" width="{width:.1f}" height="17"/>')
-        parts += [f'<circle class="seed" cx="{x(seed / level):.1f}" cy="{y - 4.5}" r="2.6"/>' for seed in row.seeds]
-        right = max(end, *(x(seed / level) for seed in row.seeds))
-        parts.append(f'<text x="{right + 8:.1f}" y="{y}">{ratio:.3f}</text>')
+        parts += [f'<circle class="seed" cx="{x(dot):.1f}" cy="{y - 4.5}" r="2.6"/>' for dot in dots[row.name]]
+        right = max(end, *(x(dot) for dot in dots[row.name]))
+        parts.append(f'<text x="{right + 8:.1f}" y="{y}">{means[row.name]:.3f}</text>')
     height = y + 24
     grid = []
     for percent in range(int(low * 100) + 1, int(high * 100) + 1, 2):
@@ -94,7 +90,7 @@ def drawn(rows: list[Row]) -> str:
         grid.append(f'<text class="soft middle" x="{place:.1f}" y="{TOP - 8}">{percent / 100:.2f}</text>')
     grid.append(f'<line class="level" x1="{x(1.0):.1f}" y1="{TOP}" x2="{x(1.0):.1f}" y2="{height - 12}"/>')
     title = "Held-out perplexity relative to full-rank AdamW, equal tokens (left is better)"
-    spoken = "; ".join(f"{row.name} {row.mean / level:.3f}" for row in rows)
+    spoken = "; ".join(f"{row.name} {means[row.name]:.3f}" for row in rows)
     body = "\n  ".join([*grid, *parts])
     size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     return f"""<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="title desc">
