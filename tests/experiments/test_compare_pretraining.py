@@ -201,21 +201,21 @@ def without_times(tree: Any) -> Any:
 def test_a_comparison_that_is_stopped_goes_on(prepared: Path, tmp_path: Path) -> None:
     """At SIGKILL and SIGTERM the run stops with a checkpoint; continued, it ends at the loss of a run in one piece."""
     changes = {
-        "schedule": {"total_steps": 600, "warmup_steps": 2},
-        "evaluate": {"every_steps": 200, "tokens": 400},
+        "schedule": {"total_steps": 400, "warmup_steps": 2},
+        "evaluate": {"every_steps": 100, "tokens": 400},
         "checkpoint": {"every_steps": 1000},
     }
     path = written(prepared, tmp_path, **changes)
-    assert stopped_at(path, signal.SIGKILL, 100) == -signal.SIGKILL
+    assert stopped_at(path, signal.SIGKILL, 20) == -signal.SIGKILL
     [run] = (tmp_path / "compared" / "runs").iterdir()
     wait_for(lambda: is_free(run))  # its process ends by itself
     first = newest_step(run)
-    assert stopped_at(path, signal.SIGTERM, first + 100) == 143
-    assert 100 <= first < newest_step(run) < 600 and not (run / "outcome.json").exists()
+    assert stopped_at(path, signal.SIGTERM, first + 20) == 143
+    assert 20 <= first < newest_step(run) < 400 and not (run / "outcome.json").exists()
     ended = call("compare", path, "--methods", "full", "--json", "--keep")
     assert ended.status == 0, ended.err
     [result] = json.loads(ended.out)["results"]
-    assert result["outcomes"][0]["steps"] == 600 and (run / "model").is_dir() and (run / "report.html").exists()
+    assert result["outcomes"][0]["steps"] == 400 and (run / "model").is_dir() and (run / "report.html").exists()
     other = call("compare", path, "--methods", "full", "--json", f"output_dir={tmp_path / 'other'}")
     assert json.loads(other.out)["results"][0]["outcomes"][0]["loss"] == result["outcomes"][0]["loss"]
 

@@ -1,5 +1,6 @@
 """The verb that searches settings: tune."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,7 @@ def tune(
 ) -> None:
     """Search the settings of LoRA or ReLoRA; the same command continues a search, or joins it from another machine."""
     from relora.cli.tables.trials import print_trials
+    from relora.distributed.launch import place_of
     from relora.experiments.tune.limits import Limits
     from relora.experiments.tune.output import columns, recorded, rows
     from relora.experiments.tune.rungs import parse_rungs
@@ -44,6 +46,7 @@ def tune(
     from relora.experiments.tune.tune import tune as run_tune
     from relora.planning.sizes import size_in_bytes
 
+    place = place_of(os.environ)
     found = run_tune(
         config,
         overrides or [],
@@ -61,6 +64,8 @@ def tune(
         objectives=[name.strip() for name in objectives.split(",") if name.strip()],
         tell=partial(typer.echo, err=True),
     )
+    if place is not None and place.rank:
+        return  # under a launcher one of the workers prints what all of them have found
     print_found(
         found,
         as_json,

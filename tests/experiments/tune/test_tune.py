@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def _rank(found: dict[str, Any]) -> int:
 
 
 def test_a_search_that_is_killed_and_one_that_is_interrupted_go_on(config: Path, launch: Launch) -> None:
-    options = ("--trials", 3, "--rungs", "0.5,1")
+    options = ("--trials", 2, "--rungs", "0.5,1")
     folder = config.parent / "study"
     with launch(*options) as killed:
         _wait_for(lambda: (folder / "trials" / "0000" / "metrics.jsonl").exists(), killed)
@@ -100,7 +101,7 @@ def test_a_search_that_is_killed_and_one_that_is_interrupted_go_on(config: Path,
     reported = {trial.number: trial.intermediate_values for trial in in_storage(config)}
     tune(config, *options)
     ended = in_storage(config)
-    assert [trial.number for trial in ended] == [0, 1, 2]
+    assert [trial.number for trial in ended] == [0, 1]
     for number, losses in reported.items():
         assert losses.items() <= ended[number].intermediate_values.items()
     assert all(trial.state.is_finished() for trial in ended)
@@ -148,28 +149,30 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def test_two_workers_share_a_study_without_a_duplicate(config: Path, launch: Launch) -> None:
-    """On SQLite; they get the variables of a launcher, as under torchrun."""
-    options = ("--trials", 4, "--rungs", "1", "--sampler", "random")
-    with launch(*options) as one, launch(*options) as other:
-        errors = [worker.communicate(timeout=600)[1] for worker in (one, other)]
-    assert (one.returncode, other.returncode) == (0, 0), errors
+def test_workers_of_a_launcher_share_a_study_without_a_duplicate(config: Path) -> None:
+    """On SQLite, under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "relora"]
+    command += ["tune", str(config), "--space", str(config.with_name("space.yaml"))]
+    command += ["--trials", "3", "--rungs", "1", "--sampler", "random"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
     trials = in_storage(config)
-    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert [trial.number for trial in trials] == [0, 1, 2]
     assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
-    assert len({json.dumps(trial.params, sort_keys=True) for trial in trials}) == 4
-    told = [line.split()[1] for err in errors for line in err.splitlines() if line.startswith("trial ")]
-    assert sorted(told) == ["0", "1", "2", "3"]  # each was run by one of them, once
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in trials}) == 3
+    told = [line.split()[1] for line in ended.stderr.splitlines() if line.startswith("trial ")]
+    assert sorted(told) == ["0", "1", "2"]  # each was run by one of them, once
+    assert ended.stdout.count("best.yaml") == 1  # one of them prints the table
 
 
 def test_a_search_on_a_database_server(config: Path, server: str) -> None:
-    tune(config, "--trials", 2, "--rungs", "1", "--storage", server)
+    tune(config, "--trials", 1, "--rungs", "1", "--storage", server)
     storage = optuna.storages.RDBStorage(server.replace("postgresql://", "postgresql+psycopg://"))
     trials = optuna.load_study(study_name="study", storage=storage).trials
     storage.remove_session()
     storage.engine.dispose()
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
-    assert record(config)["best"]["loss"] == min(trial.value for trial in trials if trial.value is not None)
+    assert [trial.state.name for trial in trials] == ["COMPLETE"]
+    assert record(config)["best"]["loss"] == trials[0].value
 
 
 @pytest.mark.parametrize(

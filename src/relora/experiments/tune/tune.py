@@ -12,6 +12,7 @@ import torch
 
 from relora.config import FinetuneConfig, RunConfig
 from relora.data.pretraining.shards import PreparedFolder
+from relora.distributed.launch import leave_launcher, place_of
 from relora.errors import Interrupted, UserError
 from relora.experiments.tune.draws import Base
 from relora.experiments.tune.limits import Limits, check_limits
@@ -28,16 +29,6 @@ from relora.runs.changes import flat_settings
 from relora.runs.fingerprints import file_digest, fingerprint_of
 from relora.runs.settings import is_run
 
-_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-)
-"""Variables by which `torchrun` tells a process that it is one of several of one run."""
 _WITHOUT_EFFECT = ("output_dir", "device", "log", "checkpoint", "samples")
 """Sections of the configuration that change none of a trial's numbers."""
 OBJECTIVES = {"loss": "loss", "memory": "peak_bytes", "adapter": "adapter_bytes", "seconds": "seconds"}
@@ -167,7 +158,6 @@ def _own_device() -> tuple[str, ...]:
     Returns:
         An override for the GPU of this process, where the launcher gave it one.
     """
-    local = os.environ.get("LOCAL_RANK")
-    for name in _LAUNCHER:
-        os.environ.pop(name, None)
-    return (f"device=cuda:{local}",) if local is not None and torch.cuda.is_available() else ()
+    place = place_of(os.environ)
+    leave_launcher()
+    return () if place is None or not torch.cuda.is_available() else (f"device=cuda:{place.local_rank}",)
