@@ -37,8 +37,10 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search the settings of LoRA or ReLoRA; the same command continues a search, or joins it from another machine."""
+    import torch
+
     from relora.cli.tables.trials import print_trials
-    from relora.distributed.launch import place_of
+    from relora.distributed.launch import leave_launcher, place_of
     from relora.experiments.tune.limits import Limits
     from relora.experiments.tune.output import columns, recorded, rows
     from relora.experiments.tune.rungs import parse_rungs
@@ -47,6 +49,7 @@ def tune(
     from relora.planning.sizes import size_in_bytes
 
     place = place_of(os.environ)
+    leave_launcher()  # each process is a worker of its own
     found = run_tune(
         config,
         overrides or [],
@@ -62,6 +65,7 @@ def tune(
         sampler=sampler,
         jobs=jobs,
         objectives=[name.strip() for name in objectives.split(",") if name.strip()],
+        device=f"cuda:{place.local_rank}" if place is not None and torch.cuda.is_available() else None,
         tell=partial(typer.echo, err=True),
     )
     if place is not None and place.rank:

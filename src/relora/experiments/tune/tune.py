@@ -2,17 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relora.config import FinetuneConfig, RunConfig
 from relora.data.pretraining.shards import PreparedFolder
-from relora.distributed.launch import leave_launcher, place_of
 from relora.errors import Interrupted, UserError
 from relora.experiments.tune.draws import Base
 from relora.experiments.tune.limits import Limits, check_limits
@@ -47,6 +43,7 @@ def tune(
     sampler: str,
     jobs: int,
     objectives: Sequence[str] = ("loss",),
+    device: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Search the settings of a configuration, or join a search; write best.yaml, the table and the page of the study.
@@ -56,6 +53,7 @@ def tune(
         space: file of the space; None for the built-in one.
         storage: see `relora.experiments.tune.storage.open_storage`.
         objectives: names of `OBJECTIVES` among which a Pareto front is shown; the search itself follows the loss.
+        device: device of this worker; None for the configured one.
         tell: called with a line for each part of a trial that ends.
 
     Raises:
@@ -63,7 +61,7 @@ def tune(
         Interrupted: a signal arrived; the same command continues.
     """
     _check(budget, sampler, jobs, objectives)
-    base = Base(path, (*overrides, *_own_device()))
+    base = Base(path, (*overrides, *(() if device is None else (f"device={device}",))))
     config = base.with_values({})
     found = read_space(space, config)
     folder = Path(config.output_dir)
@@ -150,14 +148,3 @@ def _flat(config: Config) -> Mapping[str, Any]:
         if not any(key == name or key.startswith(f"{name}.") for name in (*_WITHOUT_EFFECT, "data.train.path"))
         and key not in ("data.validation", "model.path")
     }
-
-
-def _own_device() -> tuple[str, ...]:
-    """Make this process a worker of its own under a launcher such as `torchrun`: trials train in one process each.
-
-    Returns:
-        An override for the GPU of this process, where the launcher gave it one.
-    """
-    place = place_of(os.environ)
-    leave_launcher()
-    return () if place is None or not torch.cuda.is_available() else (f"device=cuda:{place.local_rank}",)
