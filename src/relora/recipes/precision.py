@@ -142,8 +142,7 @@ def _by_device(device: torch.device) -> tuple[str, str]:
     """Return dtype and reason where the device alone decides."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        with torch.cuda.device(device):
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
         return ("bf16-mixed", f"{name} multiplies in bf16") if has_bf16 else ("fp32", f"{name} has no bf16")
     if device.type == "cpu":
         return "fp32", "this processor has no instructions for bf16"
