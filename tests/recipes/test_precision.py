@@ -236,7 +236,7 @@ def test_a_run_goes_on_with_what_it_began_with_on_whatever_machine(
     stopped = configure("stopped")
     pretrain(stopped, quiet=True, until=3)
     assert load_config(Path(stopped.output_dir) / "config.yaml").precision.dtype == "bf16-mixed"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     capsys.readouterr()
     pretrain(stopped)
     captured = capsys.readouterr()

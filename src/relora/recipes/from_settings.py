@@ -130,7 +130,8 @@ def settled_lowrank(
     if config.method not in ("lora", "relora"):
         return lowrank
     rates = kept or calibrated(device)
-    return replace(lowrank, frozen=frozen_arithmetic(config, model, rates), rates=rates)
+    arithmetic = frozen_arithmetic(config, model, rates)
+    return replace(lowrank, frozen=arithmetic, cast=autocast_of(config), rates=rates)
 
 
 def frozen_arithmetic(config: TrainingConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
