@@ -84,7 +84,7 @@ class LowRankConfig:
     frozen: Arithmetic = "native"
     """Arithmetic of the products with frozen weights, in training only."""
     cast: torch.dtype | None = None
-    """Dtype of autocast in training: weights are kept in it, too, and not cast anew in every pass. None: no autocast."""
+    """Dtype of autocast in training: weights are kept in it, too, and not cast in every pass. None: no autocast."""
     residual: Residual = Residual()
     """Full-rank path beside the factors; needs a base in fp32 or better, and is for pretraining."""
     rates: Rates | None = None
