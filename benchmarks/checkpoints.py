@@ -153,6 +153,7 @@ def configuration(model: str, block: int, rounds: int, folder: Path) -> RunConfi
             "batch": {"sequences": 2, "micro_sequences": 2},
             "checkpoint": {"every_steps": block},
             "evaluate": {"every_steps": steps, "tokens": 64},
+            "precision": {"dtype": "fp32"},
             "log": {"every_steps": steps, "trackers": []},
         }
     )

@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bf16": {"lowrank": {"base": "bf16"}, "restart": {"directions": "gradient-svd"}},
     "int8": {
         "lowrank": {"base": "int8"},
-        "precision": {"frozen": "int8"},
+        "precision": {"dtype": "fp32", "frozen": "int8"},
         "memory": {"activation_checkpointing": "full"},
     },
 }

@@ -23,6 +23,7 @@ from relora.errors import UserError
 from relora.experiments.compare_pretraining import Budget, budget_of, compare_pretraining
 from relora.experiments.methods import methods_of
 from relora.experiments.pretraining_runs import end_of, train_and_record, with_run_folder
+from relora.planning.model_shape import with_settled_dtype
 from relora.recipes.pretrain import pretrain
 from relora.report.history import read_history
 
@@ -310,6 +311,7 @@ def test_an_outcome_that_was_damaged_is_named(prepared: Path, tmp_path: Path) ->
     path = written(prepared, tmp_path)
     overrides = methods_of("full", [], path, [])
     own = load_config(path, [*overrides["full"], "checkpoint.keep_last=1", "optimizer.lr=0.004"])
+    own = with_settled_dtype(own)
     run = Path(with_run_folder(own, tmp_path / "compared" / "runs", "full-lr0.004").output_dir)
     run.mkdir(parents=True)
     (run / "outcome.json").write_text('{"loss": "low"}')

@@ -29,6 +29,7 @@ def configuration(**changes: Any) -> RunConfig:
         "lowrank": {"r": 4},
         "schedule": {"total_steps": 4, "warmup_steps": 0},
         "warm_start": {"steps": 1},
+        "precision": {"dtype": "fp32"},
         "batch": {"sequences": 2, "micro_sequences": 1},
     }
     return parse_config(tree | changes)

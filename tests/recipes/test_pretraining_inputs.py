@@ -36,7 +36,7 @@ def configured(folder: Path, prepared: Path, width: int = 32, **precision: str) 
             "restart": {"every_steps": 2, "warmup_steps": 1},
             "schedule": {"total_steps": 4, "warmup_steps": 1},
             "batch": {"sequences": 64, "micro_sequences": 64},
-            "precision": precision,
+            "precision": {"dtype": "fp32", **precision},
             "checkpoint": {"every_steps": 2},
             "evaluate": {"tokens": 64},
             "log": {"trackers": []},

@@ -29,6 +29,7 @@ def configure(tmp_path: Path) -> Configure:
             "model": {"preset": "llama-9m"},
             "data": {"train": "t", "validation": "v"},
             "schedule": {"total_steps": 9000},
+            "precision": {"dtype": "fp32"},
         }
         for key, value in overrides.items():
             section, _, last = key.partition("__")

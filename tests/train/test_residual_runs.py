@@ -284,4 +284,5 @@ def test_int8_is_chosen_where_it_pays_though_codes_are_computed_again_at_every_s
     fast = Rates(fp32=((8, 2e9), (1024, 9e9)), bf16=2e10, int8=4e12, bandwidth=1e12)
     with torch.device("meta"):
         model = build_model("llama-9m", {}, seed=0)
-    assert frozen_arithmetic(configured(lowrank={"r": 8, "residual": {"scale": 1.0}}), model, fast) == "int8"
+    config = configured(lowrank={"r": 8, "residual": {"scale": 1.0}}, precision={"dtype": "fp32"})
+    assert frozen_arithmetic(config, model, fast) == "int8"

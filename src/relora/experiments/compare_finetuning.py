@@ -18,6 +18,7 @@ from relora.experiments.rates import rates_by_method
 from relora.experiments.results import FinetuningOutcome
 from relora.experiments.search import best_rate
 from relora.experiments.tables import write_finetuning_files
+from relora.planning.model_shape import with_settled_dtype
 from relora.processes import RUNS_STOPPED, Call, run_in_processes
 from relora.recipes.finetune import train_on
 from relora.recipes.finetuning_inputs import gather_finetuning
@@ -75,6 +76,7 @@ def compare_finetuning(
     for method in candidates:
         if method not in FINETUNING_METHODS:
             raise UserError(f"--methods: `{method}` is none of {', '.join(FINETUNING_METHODS)}")
+    config = with_settled_dtype(config)
     TextScorer()  # finds a missing extra before hours of training
     runs = [_run_config(config, method, rate) for method, rates in candidates.items() for rate in rates]
     calls = [Call(run.output_dir, train_and_score, (run, answers)) for run in runs]

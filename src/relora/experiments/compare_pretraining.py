@@ -21,6 +21,7 @@ from relora.experiments.rates import parse_rates, rates_by_method
 from relora.experiments.results import Attempt, Comparison, MethodResult, PretrainingOutcome
 from relora.experiments.search import Choice, Search, Trial, best_of, halving, run_searches
 from relora.experiments.tables import write_pretraining_files
+from relora.planning.model_shape import with_settled_dtype
 from relora.runs.settings import is_run
 from relora.train.optim import check_optimizer
 
@@ -142,7 +143,7 @@ class _AttemptRunner:
         budget: Budget,
         tell: Callable[[str], None],
     ) -> None:
-        self._path, self._overrides, self._methods, self._budget, self._tell = path, overrides, methods, budget, tell
+        self._path, self._methods, self._budget, self._tell = path, methods, budget, tell
         self.full_lr: float | None = None
         """Best learning rate of full rank, as soon as it is known."""
         self.done: dict[Attempt, PretrainingOutcome] = {}
@@ -150,6 +151,7 @@ class _AttemptRunner:
         self._searched: dict[tuple[str, float], int] = {}
         """(method, rate) -> tokens of the run, as far as a search of several rates has taken it."""
         base = load_config(path, overrides)
+        self._overrides = [*overrides, f"precision.dtype={with_settled_dtype(base).precision.dtype}"]
         self.seed, self.folder = base.seed, Path(base.output_dir)
         if is_run(self.folder):
             raise UserError(f"output_dir: {self.folder} holds a run; give the comparison a folder of its own")

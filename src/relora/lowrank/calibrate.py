@@ -57,15 +57,20 @@ def calibrated(device: torch.device, folder: Path | None = None, *, anew: bool =
     return _calibrated(device, file)
 
 
-def rates_file(device: torch.device, folder: Path | None = None) -> Path:
-    """Return the file that keeps the rates of this machine with this number of threads and this version of PyTorch."""
+def rates_file(device: torch.device, folder: Path | None = None, kind: str = "rates") -> Path:
+    """Return the file that keeps the rates of this machine with this number of threads and this version of PyTorch.
+
+    Args:
+        folder: the user's cache unless given.
+        kind: beginning of the file's name, which says what is measured.
+    """
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         machine = f"{platform.machine()}-{capability}-{os.cpu_count()}-{torch.get_num_threads()}"
     label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{machine}-torch-{torch.__version__}")
-    return (folder or user_cache()) / f"rates-{label}.json"
+    return (folder or user_cache()) / f"{kind}-{label}.json"
 
 
 def measure(device: torch.device) -> Rates:
@@ -87,7 +92,7 @@ def measure(device: torch.device) -> Rates:
     calls |= {"bf16": product(bf16_side, torch.bfloat16, bf16_side), "copy": lambda: copy.copy_(numbers)}
     if _int8_is_usable(device):
         calls["int8"] = product(side, torch.int8)
-    seconds = _best_seconds(calls, device)
+    seconds = best_seconds(calls, device)
     fp32_rates, best_rate = [], 0.0
     for narrowest in (*_NARROW_SIDES, side):  # a wider product is never slower; if it seems so, other work interfered
         best_rate = max(best_rate, 2 * side * side * narrowest / seconds[f"fp32 {narrowest}"])
@@ -104,7 +109,7 @@ def _bf16_is_usable(device: torch.device) -> bool:
     """Tell whether a product in bf16 takes less than twice the time of the same product in fp32."""
     numbers = torch.ones(_SMALL_SIDE, _SMALL_SIDE, device=device)
     short = numbers.bfloat16()
-    seconds = _best_seconds({"bf16": lambda: short @ short, "fp32": lambda: numbers @ numbers}, device)
+    seconds = best_seconds({"bf16": lambda: short @ short, "fp32": lambda: numbers @ numbers}, device)
     return seconds["bf16"] < 2 * seconds["fp32"]
 
 
@@ -115,7 +120,7 @@ def _int8_is_usable(device: torch.device) -> bool:
     side = _SMALL_SIDE
     codes = torch.full((side, side), LEVELS, device=device, dtype=torch.int8)
     numbers = codes.float()
-    seconds = _best_seconds({"int8": lambda: torch._int_mm(codes, codes), "fp32": lambda: numbers @ numbers}, device)
+    seconds = best_seconds({"int8": lambda: torch._int_mm(codes, codes), "fp32": lambda: numbers @ numbers}, device)
     exact = bool((torch._int_mm(codes, codes) == side * LEVELS**2).all())
     return exact and seconds["int8"] < 2 * seconds["fp32"]
 
@@ -148,15 +153,23 @@ def _calibrated(device: torch.device, file: Path) -> Rates:
     if kept := _read(file):
         return kept
     measured = measure(device)
+    keep_first(file, to_json(measured))
+    return _read(file) or measured
+
+
+def keep_first(file: Path, text: str) -> None:
+    """Write what was measured into a file that could not be read, unless another process has written it meanwhile.
+
+    Of processes that measure at once the first must win, so that all take the same figures; `files.atomic` would let
+    the last one win.
+    """
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # it exists only if it could not be read
-        # Not by files.atomic: of processes that measure at once the first must win, so that all take the same rates.
+        file.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as temporary:
-            temporary.write(to_json(measured))
+            temporary.write(text)
             temporary.flush()
-            file.hardlink_to(temporary.name)  # fails if another process was first; its rates are read below
-    return _read(file) or measured
+            file.hardlink_to(temporary.name)  # fails if another process was first; the caller reads what that has kept
 
 
 def _read(file: Path) -> Rates | None:
@@ -166,13 +179,15 @@ def _read(file: Path) -> Rates | None:
     return None
 
 
-def _best_seconds(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+def best_seconds(
+    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int = _ROUNDS
+) -> dict[str, float]:
     """Return the seconds of one call of each function, the fastest of several rounds.
 
     Other work on the machine can only slow a call down, and it seldom slows down all rounds of one function.
     """
     best = dict.fromkeys(calls, math.inf)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
             started = time.perf_counter()
             call()

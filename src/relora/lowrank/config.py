@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import torch
+
 from relora.errors import UserError
 from relora.lowrank.costs import Rates
 from relora.lowrank.init import NONZERO_INITS, Init
@@ -81,6 +83,8 @@ class LowRankConfig:
     """Keep the fp32 master. Without it, a rounded weight counts as the exact one until something is merged into it."""
     frozen: Arithmetic = "native"
     """Arithmetic of the products with frozen weights, in training only."""
+    cast: torch.dtype | None = None
+    """Dtype of autocast in training: weights are kept in it, too, and not cast in every pass. None: no autocast."""
     residual: Residual = Residual()
     """Full-rank path beside the factors; needs a base in fp32 or better, and is for pretraining."""
     rates: Rates | None = None

@@ -80,7 +80,9 @@ class LowRankLinear(FrozenLinear):
         """Parameters outside the targets whose `requires_grad` `inject` changed, with the value from before."""
         self.input_hook: RemovableHandle | None = None
         """Hook by which `inject` lets gradients into the blocks; at most one layer of a model has it."""
-        self.base = FrozenWeight(self, config.base, config.frozen, fan_in_fan_out, keep_master=config.master)
+        self.base = FrozenWeight(
+            self, config.base, config.frozen, fan_in_fan_out, cast=config.cast, keep_master=config.master
+        )
         self.rates = config.rates or calibrated(self.weight.device)
         self._register_factors(config)
         self.redraw_(cycle=0)

@@ -17,6 +17,7 @@ import torch
 from relora.device import choose_device, main_memory
 from relora.lowrank.calibrate import calibrated, rates_file
 from relora.model.load import DTYPES
+from relora.recipes.precision import auto_on, bf16_shares, has_bf16_instructions
 
 PACKAGES = ("relora", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 EXTRAS = {
@@ -85,6 +86,8 @@ class Diagnosis:
     """Rates by which runs choose how to compute low-rank layers: GFLOP/s of products by dtype, GB/s of memory."""
     rates_file: str
     """File in which the rates are kept."""
+    auto: str
+    """Dtype that `precision.dtype: auto` takes on this machine, and why."""
     extras: dict[str, str | None]
     """Optional package -> version; None if it is not installed."""
     warnings: list[str]
@@ -103,6 +106,8 @@ def diagnose(folder: Path = Path(), *, calibrate: bool = False) -> Diagnosis:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     dtypes = _measure_dtypes(device)
     rates = calibrated(device, anew=calibrate)
+    if calibrate and device.type == "cpu" and has_bf16_instructions():
+        bf16_shares(device, anew=True)
     disk_free = shutil.disk_usage(_existing(folder)).free
     return Diagnosis(
         versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
@@ -123,6 +128,7 @@ def diagnose(folder: Path = Path(), *, calibrate: bool = False) -> Diagnosis:
             "memory_gb_per_second": rates.bandwidth / GB,
         },
         rates_file=str(rates_file(device)),
+        auto=auto_on(device),
         extras={package: _version(package) for package in EXTRAS},
         warnings=_warnings(device, dtypes, cores, memory_free, disk_free),
     )
@@ -197,7 +203,7 @@ def _warnings(
         found.append(f"this PyTorch is {build}; runs use the CPU")
     bf16 = dtypes["bf16"].ratio_to_fp32
     if bf16 is None or bf16 < 0.8:
-        found.append("bf16 products are not supported or slower than fp32 here; keep `precision.dtype: fp32`")
+        found.append("bf16 products are not supported or slower than fp32 here; set no `precision.dtype`, or fp32")
     if torch.get_num_threads() < cores and device.type == "cpu":
         found.append(f"PyTorch uses {torch.get_num_threads()} of {cores} cores; see OMP_NUM_THREADS")
     if memory_free is not None and memory_free < 2 * GB:

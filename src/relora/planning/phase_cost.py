@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from relora.config import FinetuneConfig, RunConfig
 from relora.device import choose_device
@@ -22,14 +21,13 @@ from relora.lowrank.calibrate import calibrated
 from relora.measure import token_loss
 from relora.messages import first_line
 from relora.model.blocks import training_blocks
-from relora.model.load import open_model
 from relora.model.unused import leave_out_unused
+from relora.planning.model_shape import shape_of
 from relora.planning.moments import moments_of
 from relora.planning.probe import Measured, process_bytes
 from relora.planning.step import StepFigures, StepShape, simulate
-from relora.recipes.finetuning_inputs import base_folder
 from relora.recipes.from_settings import autocast_of, schedule_of, settled_lowrank
-from relora.recipes.pretraining_inputs import open_configured_model
+from relora.recipes.precision import settle_dtype
 from relora.train.embeddings import rows_added_in_place
 from relora.train.schedule import Phase
 
@@ -109,14 +107,6 @@ def phase_cost(
     return PhaseCost(name, first_step, steps, figures, allocator_loss(figures), process, snapshot)
 
 
-def shape_of(config: RunConfig | FinetuneConfig) -> PreTrainedModel:
-    """Return the model of a configuration; within `torch.device("meta")`, its shapes only."""
-    trust = config.model.trust_remote_code
-    if isinstance(config, RunConfig):
-        return open_configured_model(config, trust_remote_code=trust)
-    return open_model(base_folder(config), trust_remote_code=trust)
-
-
 def allocator_loss(figures: StepFigures) -> int:
     """Return the bytes that glibc's allocator holds in addition to those in use."""
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
@@ -139,10 +129,10 @@ def finetuning_peak(config: FinetuneConfig) -> int:
 
 def step_figures(config: RunConfig | FinetuneConfig, phase: Phase, device: torch.device) -> StepFigures:
     """Predict memory and time of a step of a phase, without allocating the model."""
-    with torch.device("meta"):
-        model = shape_of(config)
+    model = shape_of(config)
     if isinstance(config, RunConfig) or config.method == "full":
         leave_out_unused(model, config.data.sequence_length)
+    config, _ = settle_dtype(config, device, lambda: model)
     rates = calibrated(device)
     lowrank = settled_lowrank(config, model, device, rates)
     autocast = autocast_of(config)

@@ -15,6 +15,7 @@ from relora.planning.alternatives import Alternative, alternatives_of
 from relora.planning.phase_cost import PhaseCost, phase_cost, phases_of
 from relora.planning.probe import probe, process_bytes
 from relora.recipes.from_settings import adaptive_of, lowrank_notes, most_restarts
+from relora.recipes.precision import settle_dtype
 from relora.recipes.pretraining_inputs import open_configured_model
 
 
@@ -34,7 +35,7 @@ class Plan:
     alternatives: list[Alternative]
     """The same run with other settings; empty unless asked for."""
     notes: list[str]
-    """Lines on parameters that never train, and on what gets no factors."""
+    """Lines on the dtype that was chosen, on parameters that never train, and on what gets no factors."""
 
     @property
     def peak(self) -> int:
@@ -65,16 +66,24 @@ def make_plan(config: RunConfig, *, probed: bool = False, alternatives: bool = T
     adaptive_switch = adaptive_of(config).warm_start is not None
     others = alternatives_of(config, process, device) if alternatives else []
     return Plan(
-        config.method, str(device), process, phases, most_restarts(config), adaptive_switch, others, _notes(config)
+        config.method,
+        str(device),
+        process,
+        phases,
+        most_restarts(config),
+        adaptive_switch,
+        others,
+        _notes(config, device),
     )
 
 
-def _notes(config: RunConfig) -> list[str]:
-    """Say which parameters never train, and what gets no factors."""
+def _notes(config: RunConfig, device: torch.device) -> list[str]:
+    """Say which dtype was chosen, which parameters never train, and what gets no factors."""
     with torch.device("meta"):
         model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code)
+    _, dtype_line = settle_dtype(config, device, lambda: model)
     unused = leave_out_unused(model, config.data.sequence_length)
-    return [*([unused] if unused else []), *lowrank_notes(config, model)]
+    return [line for line in (dtype_line, unused, *lowrank_notes(config, model)) if line]
 
 
 def as_figures(plan: Plan) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from relora.lowrank.residual import residual_steps
 from relora.measure import token_loss
 from relora.model.blocks import training_blocks
 from relora.model.unused import leave_out_unused
+from relora.planning.model_shape import with_settled_dtype
 from relora.processes import Call, OutOfMemory, run_in_processes
 from relora.recipes.from_settings import autocast_of, lowrank_of, optimizer_of, settled_lowrank
 from relora.recipes.pretraining_inputs import open_configured_model
@@ -111,6 +112,7 @@ def process_bytes(folder: Path | None = None) -> int:
 def take_steps(config: RunConfig, phase: Phase) -> Measured:
     """Take the steps of a probe in this process and measure them."""
     device = choose_device(config.device)
+    config = with_settled_dtype(config)
     model, optimizer = model_and_optimizer(config, phase, device)
     shape = (config.batch.sequences, config.data.sequence_length)
     ids = torch.arange(shape[0] * shape[1]).view(shape) % model.get_input_embeddings().num_embeddings
@@ -136,7 +138,11 @@ def take_steps(config: RunConfig, phase: Phase) -> Measured:
 
 
 def model_and_optimizer(config: RunConfig, phase: Phase, device: torch.device) -> tuple[PreTrainedModel, Optimizer]:
-    """Build the model of a phase in training mode, and the optimizer with the settings of the run."""
+    """Build the model of a phase in training mode, and the optimizer with the settings of the run.
+
+    Args:
+        config: a configuration with a settled dtype.
+    """
     model = open_configured_model(config, trust_remote_code=config.model.trust_remote_code).to(device)
     model.train()
     leave_out_unused(model, config.data.sequence_length)

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-import torch
-
 from relora.config import RunConfig
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.model.blocks import decoder_blocks
-from relora.planning.phase_cost import PhaseCost, phase_cost, phases_of, shape_of
+from relora.planning.model_shape import shape_of
+from relora.planning.phase_cost import PhaseCost, phase_cost, phases_of
 from relora.planning.probe import process_bytes
 from relora.planning.sizes import rate_in_bytes
 from relora.planning.variants import with_changes
@@ -178,8 +177,7 @@ def _scaled(
 
 def _largest_unit(config: RunConfig) -> float:
     """Return the largest share of the parameters that a sharded model gathers at once: a block, or all outside them."""
-    with torch.device("meta"):
-        model = shape_of(config)
+    model = shape_of(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
     whole = sum(parameter.numel() for parameter in model.parameters())
     return float(max(*blocks, whole - sum(blocks)) / whole)

@@ -12,6 +12,7 @@ from relora.device import choose_device
 from relora.lowrank import inject
 from relora.model.unused import leave_out_unused
 from relora.recipes.from_settings import adaptive_of, lowrank_notes, lowrank_of, most_restarts, schedule_of
+from relora.recipes.precision import settle_dtype
 from relora.recipes.pretraining_inputs import open_data, open_fitting_model
 from relora.train.optim import check_optimizer
 
@@ -50,7 +51,7 @@ class Timetable:
     epochs: float
     """Passes over the training data."""
     notes: list[str]
-    """Lines on parameters that never train, and on what gets no factors."""
+    """Lines on the dtype that was chosen, on parameters that never train, and on what gets no factors."""
 
 
 def timetable_of(config: RunConfig) -> Timetable:
@@ -60,13 +61,14 @@ def timetable_of(config: RunConfig) -> Timetable:
         UserError: the run would refuse the configuration or its data for the same reason.
     """
     schedule, adaptive = schedule_of(config), adaptive_of(config)
-    choose_device(config.device)
+    device = choose_device(config.device)
     check_optimizer(config.optimizer.name)
     batches, held_out = open_data(config)
     with torch.device("meta"):
         model, vocabulary_notes = open_fitting_model(config, held_out.folder)
+    _, dtype_line = settle_dtype(config, device, lambda: model)
     unused = leave_out_unused(model, config.data.sequence_length)
-    notes = [*vocabulary_notes, *([unused] if unused else []), *lowrank_notes(config, model)]
+    notes = [line for line in (*vocabulary_notes, dtype_line, unused, *lowrank_notes(config, model)) if line]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total, switch = schedule.total_steps, min(schedule.warm_start_steps, schedule.total_steps)

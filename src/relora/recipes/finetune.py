@@ -7,6 +7,7 @@ This file assembles the run; the loop is that of pretraining.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from relora.config import FinetuneConfig
 from relora.data.finetuning.instruct import prompts
 from relora.data.tokenizer import save_tokenizer
 from relora.device import free_memory_bytes
-from relora.distributed.group import together
+from relora.distributed.group import current_group, together
 from relora.distributed.whole import whole_on_first
 from relora.errors import UserError
 from relora.files.atomic import write_json
@@ -35,6 +36,7 @@ from relora.model.vocabulary import narrowest_dtype
 from relora.recipes.finetuning_inputs import FinetuningInputs, gather_finetuning
 from relora.recipes.from_settings import factor_parameters, form_of, lowrank_of, schedule_of, settled_lowrank
 from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
+from relora.recipes.precision import settle_dtype_of_run
 from relora.report.html import write_report
 from relora.report.reporter import Reporter
 from relora.train.optim import check_optimizer
@@ -74,8 +76,10 @@ def train_on(
     until: int | None = None,
 ) -> RunResult:
     """Fine-tune on inputs that `gather_finetuning` has opened; afterwards `inputs.model` is the trained model."""
+    config, dtype_line = settle_dtype_of_run(config, inputs.device, inputs.model, fresh=fresh, group=current_group())
+    job = job_of(config, inputs)
     return run_job(
-        job_of(config, inputs),
+        replace(job, notes=(*job.notes, dtype_line)) if dtype_line else job,
         lambda run, folder, position: _finish(config, inputs, run, folder, position),
         fresh=fresh,
         strict=strict,

@@ -130,7 +130,8 @@ def settled_lowrank(
     if config.method not in ("lora", "relora"):
         return lowrank
     rates = kept or calibrated(device)
-    return replace(lowrank, frozen=frozen_arithmetic(config, model, rates), rates=rates)
+    arithmetic = frozen_arithmetic(config, model, rates)
+    return replace(lowrank, frozen=arithmetic, cast=autocast_of(config), rates=rates)
 
 
 def frozen_arithmetic(config: TrainingConfig, model: PreTrainedModel, rates: Rates) -> Arithmetic:
@@ -151,7 +152,7 @@ def frozen_arithmetic(config: TrainingConfig, model: PreTrainedModel, rates: Rat
     def seconds(arithmetic: Arithmetic) -> float:
         return sum(layer_seconds(rates, tokens, out, inn, r, arithmetic, moved_share) for out, inn, r in layers)
 
-    native: Arithmetic = "native" if config.precision.dtype == "fp32" else "bf16"
+    native: Arithmetic = "native" if autocast_of(config) is None else "bf16"
     return "int8" if seconds("int8") < _INT8_TIME_SHARE * seconds(native) else "native"
 
 
@@ -195,6 +196,7 @@ def optimizer_of(config: TrainingConfig, model: nn.Module, lowrank: LowRankConfi
 
 def autocast_of(config: TrainingConfig) -> torch.dtype | None:
     """Dtype that autocast computes products in; None where they are computed in the dtype of the weights."""
+    assert config.precision.dtype != "auto", "`precision.settle_dtype` comes first"
     return None if config.precision.dtype == "fp32" else torch.bfloat16
 
 

@@ -4,6 +4,7 @@ This file assembles the run; the loop is in `train/loop.py`, the method in `lowr
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +22,7 @@ from relora.measure import Evaluation, token_loss
 from relora.model.save import save_model
 from relora.recipes.from_settings import factor_parameters, schedule_of, settled_lowrank
 from relora.recipes.job import Job, Position, RunResult, measure_result, run_job
+from relora.recipes.precision import settle_dtype_of_run
 from relora.recipes.pretraining_inputs import PretrainingInputs, gather_pretraining, open_fitting_model
 from relora.report.html import write_report
 from relora.train.optim import check_optimizer
@@ -41,9 +43,10 @@ def pretrain(
         with group.stage("the opening of data and model"):
             check_optimizer(config.optimizer.name)
             inputs = gather_pretraining(config)
-            job = job_of(config, inputs)
+        config, dtype_line = settle_dtype_of_run(config, inputs.device, inputs.model, fresh=fresh, group=group)
+        job = job_of(config, inputs)
         return run_job(
-            job,
+            replace(job, notes=(*job.notes, dtype_line)) if dtype_line else job,
             lambda run, folder, position: _finish(config, inputs, run, folder, position),
             fresh=fresh,
             strict=strict,

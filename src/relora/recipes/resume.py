@@ -10,13 +10,14 @@ from typing import TypeVar
 
 import torch
 
-from relora.config import TrainingConfig, load_any_config
+from relora.config import TrainingConfig
 from relora.distributed.group import ALONE, Group
 from relora.errors import UserError
 from relora.lowrank import LowRankConfig
 from relora.lowrank.calibrate import calibrated, from_json, to_json
 from relora.lowrank.costs import Rates
 from relora.recipes.from_settings import adaptive_of
+from relora.recipes.precision import begun_with
 from relora.runs.changes import allowed_changes, check_settings
 from relora.runs.settings import is_run
 from relora.train.checkpoint import Checkpoints
@@ -104,7 +105,7 @@ def changes_since(folder: Path, config: Config, schedule_of: Callable[[Config], 
     """
     if not is_run(folder):
         return []
-    there = load_any_config(folder / "config.yaml")
+    there = begun_with(folder)
     if type(there) is not type(config):
         raise UserError(f"output_dir: {folder} holds a run of another verb; choose another output_dir")
     lines = allowed_changes(there, config, folder)

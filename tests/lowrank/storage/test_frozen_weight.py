@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.pytorch_utils import Conv1D
 
 from relora.lowrank import LowRankConfig, LowRankLinear
+from relora.lowrank.costs import NOMINAL_RATES
 
 
 def bf16_layer(base: str, dtype: torch.dtype) -> LowRankLinear:
@@ -66,3 +69,35 @@ def test_state_dict_saves_and_loads_the_exact_weight(config: dict[str, str]) -> 
     x = torch.randn(20, 64)
     assert torch.equal(source(x), target(x))
     assert torch.equal(target.unwrap().weight, source.base.exact)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_under_autocast_a_frozen_weight_is_cast_once_per_merge_and_not_in_every_pass(transposed: bool) -> None:
+    """The kept cast gives the bits of autocast's own, before and after a merge, and without autocast plays no part."""
+
+    def casts_of_the_weight(seen: profile) -> int:
+        return sum(event.name == "aten::_to_copy" and event.input_shapes[0] == [48, 40] for event in seen.events())
+
+    found = []
+    for cast in (None, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        module = Conv1D(48, 40) if transposed else nn.Linear(40, 48)
+        module.weight.data = torch.randn(module.weight.shape, generator=generator)
+        module.bias.data.zero_()
+        config = LowRankConfig(r=4, cast=cast, rates=NOMINAL_RATES)
+        layer = LowRankLinear(module, config, fan_in_fan_out=transposed)
+        layer.lora_B.data.copy_(torch.randn(48, 4, generator=generator))
+        x = torch.randn(7, 40, generator=generator, requires_grad=True)
+        results, counts = [], []
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    y = layer(x)
+                results += [y, *torch.autograd.grad(y.float().square().sum(), (x, layer.lora_A, layer.lora_B))]
+            counts.append(casts_of_the_weight(seen))
+            results.append(layer(x))
+            layer.merge_()
+        found.append((results, counts))
+    (plain, cast_anew), (kept, cast_once) = found
+    assert cast_anew == [2, 2] and cast_once == [0, 0]
+    assert all(torch.equal(one, other) for one, other in zip(plain, kept, strict=True))

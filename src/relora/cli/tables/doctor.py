@@ -36,6 +36,7 @@ def _rows(diagnosis: Diagnosis) -> Iterator[tuple[str, str | Text]]:
         yield name, _describe_speed(speed)
     rates = ", ".join(f"{name.replace('_', ' ')} {rate:,.0f}" for name, rate in diagnosis.rates.items())
     yield "rates", Text(f"{rates}; kept in {diagnosis.rates_file}, --calibrate measures anew")
+    yield "precision.dtype: auto", Text(diagnosis.auto)
     for name, number in diagnosis.extras.items():
         yield name, Text(number or f"not installed; needed for {EXTRAS[name]}")
 

@@ -6,14 +6,13 @@ take longer, by what it took so far, is given up at its next rung.
 
 from dataclasses import dataclass
 
-import torch
-
 from relora.config import FinetuneConfig, RunConfig
 from relora.device import choose_device
 from relora.errors import UserError
 from relora.experiments.tune.rungs import Trial
 from relora.experiments.tune.spaces import Config
-from relora.planning.phase_cost import finetuning_peak, phase_cost, phases_of, shape_of
+from relora.planning.model_shape import shape_of
+from relora.planning.phase_cost import finetuning_peak, phase_cost, phases_of
 from relora.planning.probe import process_bytes
 from relora.planning.sizes import format_bytes
 from relora.recipes.from_settings import factor_parameters, schedule_of
@@ -40,8 +39,7 @@ def planned_figures(config: Config, *, with_memory: bool) -> dict[str, float]:
     Raises:
         UserError: the settings do not fit the model, or its memory cannot be planned.
     """
-    with torch.device("meta"):
-        model = shape_of(config)
+    model = shape_of(config)
     found: dict[str, float] = {"adapter_bytes": BYTES_OF_FACTOR * factor_parameters(config, model)}
     if isinstance(config, RunConfig):
         schedule_of(config)

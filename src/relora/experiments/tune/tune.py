@@ -20,6 +20,7 @@ from relora.experiments.tune.standing import best_trials
 from relora.experiments.tune.storage import storage_errors
 from relora.experiments.tune.study import Study
 from relora.files.locks import FileLock
+from relora.planning.model_shape import with_settled_dtype
 from relora.recipes.finetuning_inputs import base_folder, read_records
 from relora.runs.changes import flat_settings
 from relora.runs.fingerprints import file_digest, fingerprint_of
@@ -62,6 +63,8 @@ def tune(
     """
     _check(budget, sampler, jobs, objectives)
     base = Base(path, (*overrides, *(() if device is None else (f"device={device}",))))
+    dtype = with_settled_dtype(base.with_values({})).precision.dtype
+    base = Base(path, (*base.overrides, f"precision.dtype={dtype}"))
     config = base.with_values({})
     found = read_space(space, config)
     folder = Path(config.output_dir)

@@ -8,8 +8,9 @@ a master: the stored weight is then the exact one, and the first merge creates a
 
 Products in an arithmetic that is coarser than the stored weight run on a copy (2 bytes per parameter in bf16, 1 in
 int8), which is made again after every merge. The copy is used in training only: evaluation, generation and export use
-the most precise weight on the device. Products with an nf4 weight dequantize the layer's codes in each call and keep
-nothing.
+the most precise weight on the device. Under autocast the copy is autocast's own cast of the weight, kept instead of
+made again in every pass: it gives the same bits, so it is used wherever that autocast is on. Products with an nf4
+weight dequantize the layer's codes in each call and keep nothing.
 """
 
 from typing import Literal
@@ -50,6 +51,7 @@ class FrozenWeight:
         storage: the stored form.
         arithmetic: arithmetic of the products in training.
         transposed: the weight has the shape [in, out] (GPT-2's `Conv1D`).
+        cast: dtype of autocast in training, for a copy that native products under it run on; None: no such copy.
         keep_master: keep the fp32 master of a weight that was rounded to its stored form. Without it, the rounded
             weight counts as the exact one (see `release_master`) until something is added to it.
     """
@@ -61,10 +63,11 @@ class FrozenWeight:
         arithmetic: Arithmetic,
         transposed: bool,
         *,
+        cast: torch.dtype | None = None,
         keep_master: bool = True,
     ) -> None:
         self._layer, self.transposed, self._arithmetic = layer, transposed, arithmetic
-        self._keep_master = keep_master
+        self._keep_master, self._cast = keep_master, cast if arithmetic == "native" else None
         self.master: Tensor | None = None
         """Exact fp32 weight in main memory; None as long as the stored weight itself is exact."""
         weight = layer.weight
@@ -86,7 +89,7 @@ class FrozenWeight:
         """Register the layer's `frozen_copy` and `frozen_scale`, uninitialised, where the products need them."""
         layer, weight = self._layer, self._layer.weight
         copy = scale = None
-        copy_dtype = None if self._arithmetic == "native" else _DTYPES[self._arithmetic]
+        copy_dtype = self._cast if self._arithmetic == "native" else _DTYPES[self._arithmetic]
         if copy_dtype is not None and copy_dtype.itemsize < weight.dtype.itemsize:
             copy = torch.empty_like(self.reorient(weight.data), dtype=copy_dtype)
         if weight.dtype == torch.uint8:
@@ -115,7 +118,13 @@ class FrozenWeight:
 
     def operand(self, training: bool) -> tuple[Tensor, Tensor | None, Arithmetic]:
         """Return the weight for a product ([out, in], or nf4 codes), its scale if it is codes, and the arithmetic."""
-        copy = self._layer.frozen_copy if training else None
+        copy = self._layer.frozen_copy
+        if self._cast is not None and copy is not None:
+            device = copy.device.type
+            usable = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == copy.dtype
+        else:
+            usable = training
+        copy = copy if usable else None
         weight = self._oriented_weight() if copy is None else copy
         scale = None if weight.is_floating_point() else self._layer.frozen_scale
         return weight, scale, self._arithmetic if training else "native"
