@@ -119,6 +119,7 @@ def tuning(place: Path, folder: Path, **sections: Any) -> dict[str, Any]:
         "data": {"train": str(records if task == "instruct" else place / "labels.jsonl"), "validation_share": 0.4},
         "schedule": {"total_steps": 6},
         "batch": {"sequences": 4, "micro_sequences": 1},
+        "precision": {"dtype": "fp32"},
         "log": {"trackers": []},
         "samples": {"examples": 0},
         "distributed": {"deterministic": True, "timeout_seconds": 20},

@@ -104,7 +104,7 @@ def test_what_gets_no_factors_and_never_trains_is_said(
     printed = capsys.readouterr().out
     assert "experts of 2 layers (" in printed and "get no factors: they train at full rank" in printed
     timetable = timetable_of(configure(model={**model, "path": str(tmp_path / "bart")}))
-    assert timetable.phases[0].frozen_parameters > 0 and "encoder_attn" in timetable.notes[0]
+    assert timetable.phases[0].frozen_parameters > 0 and any("encoder_attn" in note for note in timetable.notes)
 
 
 def test_a_person_reads_a_table(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def train_part(config: RunConfig | FinetuneConfig, share: float, *, first: int =
 
 def step_of(share: float, total: int, *, first: int = 0) -> int | None:
     """Return the step at which a part ends, a share of the steps after the first ones; None for the run's last step."""
-    return None if share >= 1 else min(max(1, first + round(share * (total - first))), total)
+    return None if share >= 1 else min(first + max(1, round(share * (total - first))), total)
 
 
 def clear(folder: Path, *names: str) -> None:

@@ -62,9 +62,7 @@ def tune(
         Interrupted: a signal arrived; the same command continues.
     """
     _check(budget, sampler, jobs, objectives)
-    base = Base(path, (*overrides, *(() if device is None else (f"device={device}",))))
-    dtype = with_settled_dtype(base.with_values({})).precision.dtype
-    base = Base(path, (*base.overrides, f"precision.dtype={dtype}"))
+    base = _base_of(path, overrides, device)
     config = base.with_values({})
     found = read_space(space, config)
     folder = Path(config.output_dir)
@@ -104,6 +102,13 @@ def tune(
             )
         write_files(ended, study)
     return ended
+
+
+def _base_of(path: Path, overrides: Sequence[str], device: str | None) -> Base:
+    """Return what all trials have in common: one dtype, too, whatever each of them would take."""
+    base = Base(path, (*overrides, *(() if device is None else (f"device={device}",))))
+    dtype = with_settled_dtype(base.with_values({})).precision.dtype
+    return Base(path, (*base.overrides, f"precision.dtype={dtype}"))
 
 
 def data_fingerprint(config: Config) -> str:
