@@ -133,8 +133,8 @@ def _rank(rank: int, store: str, arithmetic: str, sharded: bool, results: str) -
     """Run one of two processes: half of the batch through a DDP or FSDP model; rank 0 writes the gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    # The last reference must not be that of DDP's reducer: it would end the group while it holds the interpreter's lock,
-    # and wait for a thread of the group that wants the lock to drop what a backward pass left behind.
+    # The last reference must not be that of DDP's reducer: it would end the group under the interpreter's lock, and
+    # wait for a thread of the group that wants the lock to drop what a backward pass left behind.
     _groups.append(dist.group.WORLD)
     try:
         model = built(arithmetic)
