@@ -107,12 +107,14 @@ def two_hosts() -> Iterator[None]:
     names = [f"relora{node}" for node in range(2)]
     try:
         for name in names:
-            said("ip", "netns", "add", name)
-        said("ip", "link", "add", "card", "netns", names[0], "type", "veth", "peer", "name", "card", "netns", names[1])
+            run_system("ip", "netns", "add", name)
+        run_system(
+            "ip", "link", "add", "card", "netns", names[0], "type", "veth", "peer", "name", "card", "netns", names[1]
+        )
         for name, address in zip(names, HOSTS, strict=True):
-            said("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "card")
+            run_system("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "card")
             for device in ("card", "lo"):
-                said("ip", "-n", name, "link", "set", device, "up")
+                run_system("ip", "-n", name, "link", "set", device, "up")
         yield
     finally:
         for name in names:
@@ -125,10 +127,10 @@ def limit(rate: str | None) -> None:
         inside = ["ip", "netns", "exec", f"relora{node}", "tc", "qdisc"]
         subprocess.run([*inside, "del", "dev", "card", "root"], check=False, capture_output=True)
         if rate is not None:
-            said(*inside, "add", "dev", "card", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "100ms")
+            run_system(*inside, "add", "dev", "card", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "100ms")
 
 
-def said(*command: str) -> None:
+def run_system(*command: str) -> None:
     """Run a command of the system; exit with its message if it fails."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
